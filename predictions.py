@@ -1,0 +1,310 @@
+"""The predictions file: what a model said about each text, one JSON object a line.
+
+A script that touches a model ends by writing this file, a script that analyses starts by reading it. So everything
+after the model runs on a laptop, in seconds, without torch.
+
+    {"id": "7", "text": "...", "label": "positive", "prediction": "positive", "confidence": 0.5224,
+     "probabilities": {"negative": 0.4776, "positive": 0.5224}, "label_mass": 0.9976, "method": "logprobs",
+     "model": "smollm2-135m-instruct", "task": "sentiment", "fingerprint": "3f9c2a71"}
+
+Writing is an append in input order, so a run that was killed is continued by the same command: a torn last line is
+dropped, finished rows are checked against the input and skipped. A row that could not be scored carries `error` and
+nulls, never a number. Below the record stand the habits all our command lines share: one-line errors, exit codes,
+progress.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory lock; two runs on one output are then the user's to avoid.
+    fcntl = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One scored text. `probabilities` are over the task's labels and sum to 1; `confidence` is the prediction's.
+
+    `label_mass` is the share of the raw distribution that named any label; `confidence * label_mass` is the total
+    probability of the predicted label. `label` is None for unlabelled rows. When `error` is set, every number is None.
+    """
+
+    id: str
+    text: str
+    label: str | None
+    prediction: str | None
+    confidence: float | None
+    probabilities: Mapping[str, float] | None
+    label_mass: float | None
+    method: str
+    model: str
+    task: str
+    fingerprint: str
+    error: str | None = None
+    extras: Mapping[str, object] = field(default_factory=dict)  # method-specific flat fields: votes, epistemic, ...
+
+    def __post_init__(self) -> None:
+        if (self.prediction is None) != (self.error is not None):
+            raise ValueError(f"prediction {self.id!r} needs either a prediction or an error")
+        if self.error is None:
+            probabilities = self.probabilities or {}
+            if self.prediction not in probabilities or probabilities[self.prediction] != self.confidence:
+                raise ValueError(f"prediction {self.id!r}: confidence is not the predicted label's probability")
+            if not all(0 <= p <= 1 for p in probabilities.values()) or abs(sum(probabilities.values()) - 1) > 1e-6:
+                raise ValueError(f"prediction {self.id!r}: probabilities do not sum to 1")
+            if not 0 <= self.label_mass <= 1 + 1e-6:
+                raise ValueError(f"prediction {self.id!r}: label_mass {self.label_mass} is outside [0, 1]")
+
+
+def scored(
+    id: str, text: str, label: str | None, probabilities: Mapping[str, float], label_mass: float, **common: object
+) -> Prediction:
+    """The record of a scored text; the prediction is the most probable label, of equals the one listed first.
+
+    `common` are method, model, task, fingerprint and the method's extras.
+    """
+    prediction = max(probabilities, key=probabilities.__getitem__)
+    return Prediction(id, text, label, prediction, probabilities[prediction], probabilities, label_mass, **common)
+
+
+def failed(id: str, text: str, label: str | None, error: str, **common: object) -> Prediction:
+    """The record of a text that could not be scored: the reason and no number."""
+    return Prediction(id, text, label, None, None, None, None, error=error, **common)
+
+
+FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
+
+
+def fingerprint(**settings: object) -> str:
+    """Eight hex digits of everything that changes a score: model, adapter, quantization, task, method and settings."""
+    canonical = json.dumps(settings, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def to_line(prediction: Prediction) -> bytes:
+    """The record as one line of UTF-8 JSON, floats at full precision."""
+    record = {name: getattr(prediction, name) for name in FIELDS}
+    if prediction.error is not None:
+        record["error"] = prediction.error
+    record |= prediction.extras
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate in the text: only its \u escape can be stored
+        return json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def from_line(line: bytes, where: str) -> Prediction:
+    """Parse one line; a ValueError names `where` it stands and what is wrong."""
+    try:
+        record = json.loads(line)
+        known = {name: record.pop(name) for name in FIELDS}
+        return Prediction(**known, error=record.pop("error", None), extras=record)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is not a prediction: {error}") from None
+    except KeyError as error:
+        raise ValueError(f"{where} is not a prediction: it has no field {error}") from None
+
+
+def iterate(path: str | os.PathLike) -> Iterator[Prediction]:
+    """Yield the records of a predictions file one at a time."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                raise ValueError(f"{path} line {number} is cut off; repeat the command that wrote it to finish it")
+            yield from_line(line, f"{path} line {number}")
+
+
+def read(path: str | os.PathLike) -> list[Prediction]:
+    """Read a whole predictions file; an empty one is a ValueError."""
+    rows = list(iterate(path))
+    if not rows:
+        raise ValueError(f"{path} holds no predictions")
+    return rows
+
+
+def confidence_and_correct(rows: Iterable[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [n], bool [n]) of the scored rows. Rows with an error have no confidence and are left out; count them.
+
+    Raises ValueError when a scored row has no label, or when no row was scored.
+    """
+    scored = [row for row in rows if row.error is None]
+    unlabelled = sum(row.label is None for row in scored)
+    if unlabelled:
+        raise ValueError(f"{unlabelled} of {len(scored)} scored rows have no label, so nobody knows if they are right")
+    if not scored:
+        raise ValueError("no row was scored")
+    confidence = np.array([row.confidence for row in scored], dtype=np.float64)
+    return confidence, np.array([row.prediction == row.label for row in scored], dtype=bool)
+
+
+# Writing: append, resume, overwrite
+
+
+def check_output(path: str | os.PathLike, input_path: str | None = None) -> None:
+    """Refuse an output that can not be written, before any model is loaded. Creates nothing."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder; name a file in it, as {path / 'predictions.jsonl'}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"the output {path} is not a regular file; predictions must be readable again to continue")
+    if not path.parent.is_dir():
+        raise ValueError(f"the output's folder {path.parent} does not exist; create it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"the output {path} can not be written: permission denied")
+    if input_path is not None and path.exists() and Path(input_path).exists() and path.samefile(input_path):
+        raise ValueError(f"{path} is both input and output; choose another --output")
+
+
+@contextmanager
+def open_output(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """Open a predictions file to be continued, locked against a second run; remove it if nothing came of it."""
+    with open(path, "ab+") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f"another run is writing {path}; wait for it or choose another --output") from None
+        try:
+            if overwrite:
+                file.truncate(0)
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                Path(path).unlink()
+
+
+def resume(file: BinaryIO, expected: Iterable[tuple[str, str, str | None]], expected_fingerprint: str) -> int:
+    """Count the rows already in `file`, verified one by one against the input's (id, text, label); drop a torn tail.
+
+    Raises ValueError, touching nothing, when the file was made with other settings or from another input.
+    """
+    advice = "use --overwrite to replace it, or another --output"
+    file.seek(0)
+    count, end, expected = 0, 0, iter(expected)
+    for line in file:
+        where = f"{file.name} line {count + 1}"
+        if not line.endswith(b"\n"):
+            if not line.startswith(b'{"id"'[: len(line)]):
+                raise ValueError(f"{where} is not a prediction; {advice}")
+            break
+        row = from_line(line, where)
+        if row.fingerprint != expected_fingerprint:
+            raise ValueError(
+                f"{where} was made with other settings (fingerprint {row.fingerprint}, now {expected_fingerprint}); "
+                + advice
+            )
+        if (row.id, row.text, row.label) != next(expected, None):
+            raise ValueError(f"{where} (id {row.id}) was made from another input; {advice}")
+        count, end = count + 1, end + len(line)
+    file.truncate(end)
+    return count
+
+
+def replace(path: str | os.PathLike, rows: Iterable[Prediction]) -> None:
+    """Write a whole file at once: the old one stays until the new one is complete."""
+    scratch = Path(f"{path}.part")
+    try:
+        with open(scratch, "wb") as file:
+            file.writelines(map(to_line, rows))
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def append(file: BinaryIO, rows: Iterable[Prediction]) -> None:
+    """Append rows and flush: all of them, or, when the disk is full, none."""
+    end = file.seek(0, os.SEEK_END)
+    data = b"".join(map(to_line, rows))
+    try:
+        while data:  # unbuffered semantics: what write() has not taken yet is still ours to undo
+            data = data[os.write(file.fileno(), data) :]
+    except OSError as error:
+        file.truncate(end)
+        raise OSError(
+            f"can not write {file.name}: {error.strerror}; nothing is lost, repeat the command to continue"
+        ) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that writes predictions."""
+    parser.add_argument("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output made with other settings or input")
+
+
+# The habits of every command line
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: whatever could move the cursor or change colours is shown as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with the module docstring as help and errors in our one-line form."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script: bad input is one line and exit code 2, Ctrl-C is 130, a closed pipe is no error.
+
+    Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
+    """
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError) as error:
+        named = getattr(error, "filename", None) and error.strerror
+        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the same command to continue where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr)."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, smoothing=0.05) as bar:
+            yield bar.update
+        return
+    start = last = time.monotonic()
+    now_done = done
+
+    def advance(n: int) -> None:
+        nonlocal last, now_done
+        now_done += n
+        now = time.monotonic()
+        if now - last >= every_s:
+            last = now
+            rate = (now_done - done) / (now - start)
+            remaining = (total - now_done) / rate
+            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second, {remaining:.0f} s left", file=sys.stderr)
+
+    yield advance

@@ -1,0 +1,447 @@
+"""What is asked and of which texts: the Task, the answers that count for each label, and tables of examples.
+
+    Task  ->  prompt(text)  ->  answers: token sequences, each counting for one label  ->  label probabilities
+
+    P(label) = sum of P(answer) over the label's answers;   label mass = sum over all labels;   both from raw softmax
+    total probability = P(label) before, confidence = P(label) / label mass after normalising over the labels
+
+Built-in tasks: `sentiment` (few-shot completion, for any model) and `sentiment-yes-no` (the question, for instruction
+models of real size). Your own is a TOML file, `--task tickets.toml`:
+
+    name = "tickets"
+    template = "Ticket: {text}\nTeam:"       # what the model reads for one text; the answer follows
+    [labels]                                 # label = [answer words]; the first is the one shown in examples
+    billing = ["billing"]
+    technical = ["technical", "tech"]
+    [[examples]]
+    text = "I was charged twice."
+    label = "billing"
+
+Optional: instruction = "..." (stands first), format = "chat" (the model's chat template; default "completion"),
+scoring = "sequence" (whole answers, for labels that are not single tokens; default "first-token").
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text of a table; `label` is None when unknown."""
+
+    id: str
+    text: str
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification question: how a text is shown to the model, and which answer words mean which label."""
+
+    name: str
+    labels: Mapping[str, tuple[str, ...]]  # label -> its answer words, in the order that breaks ties
+    template: str  # holds {text} once; the model's answer follows its end
+    instruction: str = ""
+    examples: tuple[tuple[str, str], ...] = ()  # few-shot (text, label)
+    format: str = "completion"
+    scoring: str = "first-token"
+
+    def __post_init__(self) -> None:
+        words = [word for words in self.labels.values() for word in words]
+        foreign = [label for _, label in self.examples if label not in self.labels]
+        shared = [word for label, words in self.labels.items() for word in words if self.label_of(word) != label]
+        problems = {
+            "it needs at least two labels": len(self.labels) < 2,
+            "every label needs an answer word": not all(self.labels.values()) or not all(w.strip() for w in words),
+            "the template must hold {text} exactly once": self.template.count("{text}") != 1,
+            "the template ends in a space, which would split the answer's token; remove it": self.template.endswith(
+                " "
+            ),
+            f'format is "completion" or "chat", not {self.format!r}': self.format not in ("completion", "chat"),
+            f'scoring is "first-token" or "sequence", not {self.scoring!r}': self.scoring
+            not in ("first-token", "sequence"),
+            f"an example has the label {foreign[:1]}, the task has {list(self.labels)}": foreign,
+            f"two labels share the answer word {shared[:1]}; give each its own": shared,
+        }
+        for problem, present in problems.items():
+            if present:
+                raise ValueError(f"task {self.name!r}: {problem}")
+
+    @cached_property
+    def _label_of(self) -> dict[str, str]:
+        return {word.strip().casefold(): label for label, words in self.labels.items() for word in words}
+
+    def label_of(self, answer: str) -> str | None:
+        """The label that an answer spells, in any case and with any outer space, or None."""
+        return self._label_of.get(answer.strip().casefold())
+
+    def canonical_label(self, value: str) -> str | None:
+        """The task's own spelling of a label read from a table, or None."""
+        folded = {label.casefold(): label for label in self.labels}
+        return folded.get(value.strip().casefold())
+
+    def show(self, text: str) -> str:
+        """The template with the text in it. Outer white space is not part of a text."""
+        before, after = self.template.split("{text}")
+        return before + text.strip() + after
+
+    def answer(self, shown: str, word: str) -> str:
+        """An answer word as it follows `shown`: after white space or an opening quote directly, else with one space."""
+        joined = self.format == "chat" or shown[-1].isspace() or shown[-1] in "\"'`([{"
+        return word if joined else " " + word
+
+    def prompt(self, text: str) -> str | list[dict[str, str]]:
+        """What the model is given: one string for a completion, a list of messages for a chat."""
+        shown = [(self.show(t), self.labels[label][0]) for t, label in self.examples]
+        question = self.show(text)
+        if self.format == "completion":
+            instruction = f"{self.instruction}\n\n" if self.instruction else ""
+            return instruction + "".join(f"{s}{self.answer(s, word)}\n\n" for s, word in shown) + question
+        turns = [turn for s, word in shown for turn in (("user", s), ("assistant", word))] + [("user", question)]
+        instruction = f"{self.instruction}\n\n" if self.instruction else ""
+        return [{"role": role, "content": (instruction if role == "user" else "") + content} for role, content in turns]
+
+    def settings(self) -> dict:
+        """Everything that defines the task, for the fingerprint."""
+        return asdict(self) | {"labels": [[label, list(words)] for label, words in self.labels.items()]}
+
+
+# The few-shot examples were chosen on every second row of SST-2's development set; README.md has the numbers.
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="sentiment",
+            labels={"negative": ("negative",), "positive": ("positive",)},
+            template="Text: {text}\nSentiment:",
+            examples=(
+                ("The staff were rude and the room smelled of smoke.", "negative"),
+                ("Setup took two minutes and it works perfectly.", "positive"),
+                ("It tries hard to be funny, but it never is.", "negative"),
+                ("Not perfect, yet I would happily go again.", "positive"),
+            ),
+        ),
+        Task(
+            name="sentiment-yes-no",
+            labels={"negative": ("no",), "positive": ("yes",)},
+            template='Is the sentiment of this text positive? Answer only "yes" or "no".\n\nText: {text}',
+            format="chat",
+        ),
+    )
+}
+
+
+def read_task(name: str) -> Task:
+    """A built-in task by name, or a TOML file by path."""
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith(".toml"):
+        raise ValueError(f"no task {name!r}: the built-in ones are {', '.join(TASKS)}; your own is a .toml file")
+    try:
+        table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    known = set(Task.__dataclass_fields__)
+    if unknown := sorted(set(table) - known):
+        raise ValueError(f"{name}: unknown key {unknown[0]!r}; a task has {', '.join(sorted(known))}")
+    if missing := sorted({"name", "labels", "template"} - set(table)):
+        raise ValueError(f"{name}: no {missing[0]!r}; see the top of task.py for an example")
+    try:
+        words = {label: tuple([w] if isinstance(w, str) else w) for label, w in table.pop("labels").items()}
+        examples = tuple((e["text"], e["label"]) for e in table.pop("examples", ()))
+        return Task(**table, labels=words, examples=examples)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{name}: labels are lists of words and examples have a text and a label ({error})") from None
+
+
+# Answers: the token sequences that count for a label
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A token sequence that counts for one label: a single id, or with scoring = "sequence" a whole answer's ids."""
+
+    label: str
+    ids: tuple[int, ...]
+    text: str
+
+
+def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
+    """Every answer of the task in this tokenizer, each counting for one label only; `rendered` is a whole prompt.
+
+    first-token: all single tokens of the vocabulary that spell an answer word, in any case, with or without space.
+    sequence: the words as written and capitalised, as the tokenizer splits them after the prompt.
+    Raises ValueError when a label has no usable answer in this place.
+    """
+    in_context = {word: _ids_after(tokenizer, rendered, task.answer(rendered, word)) for word in _spellings(task)}
+    if task.scoring == "sequence":
+        return [Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    spelled = tokenizer.backend_tokenizer.decode_batch([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+    answers = [
+        Answer(label, (i,), text)
+        for i, text in enumerate(spelled)
+        if i not in special and (label := task.label_of(text)) is not None
+    ]
+    singles = {answer.ids for answer in answers}
+    for label, words in task.labels.items():
+        if in_context[words[0]] not in singles:
+            pieces = " + ".join(repr(tokenizer.decode([i])) for i in in_context[words[0]])
+            raise ValueError(
+                f"task {task.name!r}: the answer {words[0]!r} of label {label!r} is not one token here but {pieces}; "
+                'set scoring = "sequence" in the task, or choose another word'
+            )
+    return answers
+
+
+def _spellings(task: Task) -> list[str]:
+    """The answer words as written, and with --scoring sequence also capitalised, each once."""
+    words = [word for words in task.labels.values() for word in words]
+    return list(dict.fromkeys(words + [w[:1].upper() + w[1:] for w in words if task.scoring == "sequence"]))
+
+
+def _ids_after(tokenizer, rendered: str, answer: str) -> tuple[int, ...]:
+    """The ids that the answer adds to the prompt; the two must not merge into one token."""
+    prompt = tokenizer(rendered, add_special_tokens=False).input_ids
+    whole = tokenizer(rendered + answer, add_special_tokens=False).input_ids
+    if whole[: len(prompt)] != prompt:
+        raise ValueError(
+            f"the tokenizer merges the end of the prompt with the answer {answer!r}; end the template differently"
+        )
+    return tuple(whole[len(prompt) :])
+
+
+def label_probabilities(
+    answer_log_probs: np.ndarray, answers: Sequence[Answer], labels: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum answers into labels: [n, answers] log-probabilities -> (probabilities [n, labels], label mass [n]), float64.
+
+    P(label) is a log-sum-exp over the label's answers. Where one sequence begins another ("no", "no idea"), the
+    shorter keeps only what does not go on to be the longer, so that no probability is counted twice. A row in which
+    no answer has any probability is NaN with mass 0.
+    """
+    log_probs = np.asarray(answer_log_probs, dtype=np.float64)
+    exclusive = log_probs.copy()
+    by_length = sorted(range(len(answers)), key=lambda a: -len(answers[a].ids))
+    for a in by_length:
+        ids = answers[a].ids
+        for longer in by_length:
+            if len(answers[longer].ids) > len(ids) and answers[longer].ids[: len(ids)] == ids:
+                possible = np.isfinite(exclusive[:, a])
+                share = np.exp(exclusive[possible, longer] - exclusive[possible, a])
+                with np.errstate(divide="ignore"):
+                    exclusive[possible, a] += np.log1p(-np.minimum(share, 1.0))
+    groups = [[a for a, answer in enumerate(answers) if answer.label == label] for label in labels]
+    log_totals = np.stack([np.logaddexp.reduce(exclusive[:, group], axis=1) for group in groups], axis=1)
+    log_mass = np.logaddexp.reduce(log_totals, axis=1)
+    with np.errstate(invalid="ignore"):  # no label has any probability: the row is NaN, never a made-up number
+        return np.exp(log_totals - log_mass[:, None]), np.minimum(np.exp(log_mass), 1.0)
+
+
+def debias(probabilities: np.ndarray, mean_probabilities: np.ndarray) -> np.ndarray:
+    """Batch calibration: log q_k = log p_k - log mean_j p_k(x_j), renormalised over the labels; [n, labels].
+
+    Zhou et al., "Batch Calibration", ICLR 2024 (arXiv 2309.17249). It removes a prompt's lean to one label without
+    any labelled data and assumes that labels are about equally frequent; on skewed data it does harm.
+    """
+    corrected = probabilities / mean_probabilities
+    return corrected / corrected.sum(axis=1, keepdims=True)
+
+
+# Tables of examples
+
+
+def read_examples(
+    source: str,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    id_column: str | None = None,
+    header: bool = True,
+    label_map: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Iterator[Example]:
+    """Yield the rows of a table, one at a time: .csv .tsv .jsonl .parquet .txt, or `hf:NAME[:SPLIT]`.
+
+    Columns default to `text` (required), `label` and `id` (used when there); ids default to the row number.
+    Without a header, columns are named 1, 2, ... and the text is column 1. `label_map` renames label values.
+    A .tsv has no quoting, as its media type says; a .csv follows RFC 4180. Raises ValueError with file and line.
+    """
+    wanted = {"text": text_column, "label": label_column, "id": id_column}
+    default = {"text": "text" if header else "1", "label": "label" if header else None, "id": "id" if header else None}
+    rows = _rows(source, header)
+    number = 0
+    for number, (where, row) in enumerate(islice(rows, limit), 1):
+        value = {}
+        for role, column in wanted.items():
+            name = column or default[role]
+            if name not in row and (column or role == "text"):
+                raise ValueError(f"{where}: no column {name!r} for the {role}; it has {', '.join(map(str, row))}")
+            value[role] = row.get(name)
+        text = "" if value["text"] is None else value["text"]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: the text is {text!r}, not a string")
+        label = None if value["label"] in (None, "") else str(value["label"])
+        if label is not None and label_map:
+            label = label_map.get(label, label)
+        identifier = str(number) if value["id"] is None else str(value["id"])
+        if not identifier:
+            raise ValueError(f"{where}: the id is empty")
+        yield Example(identifier, text, label)
+    if not number:
+        raise ValueError(f"{source} has no rows")
+
+
+def check_examples(examples: Iterator[Example], task: Task) -> int:
+    """Count a table by reading it once, before any model is loaded; ValueError on a double id or a foreign label."""
+    count, seen = 0, set()
+    for count, example in enumerate(examples, 1):
+        if example.label is not None and task.canonical_label(example.label) is None:
+            raise ValueError(
+                f"row {count} has the label {example.label!r}, which task {task.name!r} does not know; it knows "
+                f"{', '.join(task.labels)} (--label-map OLD=NEW renames)"
+            )
+        if (key := hash(example.id)) in seen:
+            raise ValueError(f"row {count}: the id {example.id!r} stands twice; ids must be unique")
+        seen.add(key)
+    return count
+
+
+def _rows(source: str, header: bool) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """(where it stands, column -> value) of every row, whatever the format."""
+    if source.startswith("hf:"):
+        return _hub_rows(source)
+    suffix = Path(source).suffix.lower()
+    readers = {
+        ".csv": _delimited_rows,
+        ".tsv": _delimited_rows,
+        ".jsonl": _json_rows,
+        ".parquet": _parquet_rows,
+        ".txt": _text_rows,
+    }
+    if not Path(source).exists():
+        raise ValueError(f"no such file: {source}")
+    if Path(source).is_dir() or suffix not in readers:
+        raise ValueError(f"{source} is not a table; it must be one of {' '.join(readers)} or hf:NAME[:SPLIT]")
+    return readers[suffix](source, header)
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file with their numbers, line ends kept, a byte-order mark dropped."""
+    with open(source, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source} line {number} is not UTF-8 ({error.reason}); convert the file") from None
+
+
+def _delimited_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.lower().endswith(".tsv") else {"strict": True}
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader((line for _, line in _lines(source)), **style)
+    names: list[str] | None = None
+    try:
+        for cells in reader:
+            where = f"{source} line {reader.line_num}"
+            if not cells:
+                continue
+            if names is None:
+                names = cells if header else [str(n) for n in range(1, len(cells) + 1)]
+                if len(set(names)) < len(names):
+                    raise ValueError(f"{where}: two columns have the same name")
+                if header:
+                    continue
+            if len(cells) != len(names):
+                raise ValueError(f"{where} has {len(cells)} cells where {len(names)} are expected")
+            yield where, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{source} line {reader.line_num}: {error}") from None
+
+
+def _json_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
+    for number, line in _lines(source):
+        where = f"{source} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object")
+        yield where, row
+
+
+def _text_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    for number, line in _lines(source):
+        yield f"{source} line {number}", {"text" if header else "1": line.rstrip("\r\n")}
+
+
+def _parquet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        number = 0
+        for batch in ParquetFile(source).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{source} row {number}", row
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{source} is not a readable Parquet file: {error}") from None
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, dict]]:
+    from datasets import ClassLabel, get_dataset_split_names, load_dataset
+
+    name, _, split = source.removeprefix("hf:").partition(":")
+    splits = get_dataset_split_names(name)
+    if split not in splits and not (not split and len(splits) == 1):
+        raise ValueError(f"{source}: choose a split, as hf:{name}:{splits[0]}; it has {', '.join(splits)}")
+    data = load_dataset(name, split=split or splits[0], streaming=True)
+    classes = {column: f for column, f in (data.features or {}).items() if isinstance(f, ClassLabel)}
+    for number, row in enumerate(data, 1):
+        for column, feature in classes.items():  # class numbers become the names they stand for; -1 is "unlabelled"
+            value = row[column]
+            row[column] = None if value is None or value < 0 else feature.int2str(value)
+        yield f"{source} row {number}", row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is asked and of which texts; the same in every script."""
+    parser.add_argument("--task", default="sentiment", help="a task's name or a TOML file (default: sentiment)")
+    group = parser.add_argument_group("a table of texts")
+    group.add_argument("--input", metavar="FILE", help=".csv .tsv .jsonl .parquet .txt, or hf:NAME[:SPLIT]")
+    group.add_argument("--text-column", metavar="NAME", help="column of the texts (default: text)")
+    group.add_argument("--label-column", metavar="NAME", help="column of the true labels (default: label, if there)")
+    group.add_argument("--id-column", metavar="NAME", help="column of the ids (default: id, else row numbers)")
+    group.add_argument(
+        "--no-header", action="store_true", help="no header: columns are named 1, 2, ... and the text is 1"
+    )
+    group.add_argument(
+        "--label-map", metavar="OLD=NEW", nargs="+", default=[], help="rename labels: 0=negative 1=positive"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
+
+
+def examples_from(args: argparse.Namespace) -> Iterator[Example]:
+    """The examples that the flags of `add_arguments` name."""
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least one row is needed")
+    pairs = [pair.partition("=") for pair in args.label_map]
+    if wrong := [old for old, equals, new in pairs if not (old and equals and new)]:
+        raise ValueError(f"--label-map {wrong[0]}: write it as OLD=NEW")
+    label_map = {old: new for old, _, new in pairs}
+    columns = (args.text_column, args.label_column, args.id_column)
+    return read_examples(args.input, *columns, not args.no_header, label_map, args.limit)
