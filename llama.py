@@ -322,17 +322,17 @@ def load_llama(
     dtype: str = "auto",
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
-    task_id: str | None = None,
+    task: dict | None = None,
 ) -> Llama:
     """Load `default`, `llama`, a Hub id or a folder, with its tokenizer and optionally a LoRA adapter.
 
-    `adapter` is a folder, None, or "auto": the shipped fine-tuned folder if it was trained from these weights for the
-    task `task_id`. Raises ValueError or OSError in one line that says what to do.
+    `adapter` is a folder, None, or "auto": the shipped fine-tuned folder, if it was trained from these weights for the
+    task with these settings (`Task.settings()`). Raises ValueError or OSError in one line that says what to do.
     """
     device = _choose_device(device)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else _choose_dtype(dtype, device)
     name, path, weights = _locate(model)
-    adapter_path = _choose_adapter(adapter, weights, task_id)
+    adapter_path = _choose_adapter(adapter, weights, task)
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -450,16 +450,16 @@ def _quantization(precision: str, device: str) -> object:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
-def _choose_adapter(adapter: str | None, weights: str, task_id: str | None) -> Path | None:
+def _choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Path | None:
     if adapter in (None, "none"):
         return None
     if adapter != "auto":
         return Path(adapter)
     config = ADAPTER_FOLDER / "training_config.json"
-    if task_id is None or not config.is_file():
+    if task is None or not config.is_file():
         return None
     trained = json.loads(config.read_text(encoding="utf-8"))
-    if (trained.get("base_weights"), trained.get("task_id")) != (weights, task_id):
+    if (trained.get("base_weights"), trained.get("task")) != (weights, task):
         return None
     print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
     return ADAPTER_FOLDER
@@ -509,9 +509,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bits.add_argument("--load-in-8bit", action="store_true", help="8-bit weights (NVIDIA GPU, bitsandbytes)")
 
 
-def load_from(args: argparse.Namespace, task_id: str | None = None) -> Llama:
-    """Load the model that the flags of `add_arguments` name."""
-    return load_llama(args.model, args.adapter, args.device, args.dtype, args.load_in_4bit, args.load_in_8bit, task_id)
+def load_from(args: argparse.Namespace, task: dict | None = None) -> Llama:
+    """Load the model that the flags of `add_arguments` name, for a task's settings."""
+    return load_llama(args.model, args.adapter, args.device, args.dtype, args.load_in_4bit, args.load_in_8bit, task)
 
 
 # The embedded model: wheel -> GGUF -> safetensors, once

@@ -69,13 +69,14 @@ def get_confidence(text: str, llama: Llama | None = None, task: Task | None = No
 
     Raises ValueError for an empty text and for one too long for the model.
     """
-    row = explain(text, prepare(llama or _default_llama(), task or tasks.TASKS["sentiment"]))
+    task = task or tasks.TASKS["sentiment"]
+    row = explain(text, prepare(llama or _default_llama(json.dumps(task.settings())), task))
     return row["prediction"], row["confidence"]
 
 
 @lru_cache(maxsize=1)
-def _default_llama() -> Llama:
-    return load_llama()
+def _default_llama(task_settings: str) -> Llama:
+    return load_llama(adapter="auto", task=json.loads(task_settings))
 
 
 # One text, explained
@@ -219,10 +220,11 @@ def score_table(args: argparse.Namespace, scorer: Scorer, path: Path, total: int
 
 
 def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Path) -> None:
-    """Batch calibration of a finished predictions file: subtract the labels' mean over all its rows."""
+    """Batch calibration of a finished predictions file by the labels' mean over all its rows; see task.debias."""
     labels = list(scorer.task.labels)
-    sums, count = np.zeros(len(labels)), 0
+    sums, count, total = np.zeros(len(labels)), 0, 0
     for row in predictions.iterate(raw):
+        total += 1
         if row.error is None:
             sums, count = sums + [row.probabilities[label] for label in labels], count + 1
 
@@ -237,8 +239,10 @@ def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Pa
             yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=row.extras)
 
     with predictions.open_output(path, args.overwrite) as file:
-        predictions.resume(file, (_identity(e, scorer.task) for e in tasks.examples_from(args)), scorer.fingerprint)
-    predictions.replace(path, corrected())
+        expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
+        done = predictions.resume(file, expected, scorer.fingerprint)
+    if done < total:
+        predictions.replace(path, corrected())
 
 
 def report(path: Path) -> str:
@@ -311,7 +315,7 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
     for number, text in enumerate(args.text, 1):
         if not text.strip():
             raise ValueError(f"text {number} is empty")
-    llama = load_from(args, predictions.fingerprint(task=task.settings()))
+    llama = load_from(args, task.settings())
     scorer = None if args.raw_prompt else prepare(llama, task, args.truncate)
     for text in args.text:
         if args.raw_prompt:
@@ -337,7 +341,7 @@ def run_table(args: argparse.Namespace, task: Task) -> None:
     for path in {output, raw}:
         predictions.check_output(path, args.input)
     total = tasks.check_examples(tasks.examples_from(args), task)
-    llama = load_from(args, predictions.fingerprint(task=task.settings()))
+    llama = load_from(args, task.settings())
     started = time.monotonic()
     count = score_table(args, prepare(llama, task, args.truncate), raw, total)
     if count:

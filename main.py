@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     task = TASKS["sentiment"]
-    llama = load_from(args, predictions.fingerprint(task=task.settings()))
+    llama = load_from(args, task.settings())
     print(f"The model is {llama.name}, on {llama.device} in {llama.identity['precision']}.\n")
     scorer = prepare(llama, task)
     rows = [explain(text, scorer) for text in TEXTS]

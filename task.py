@@ -115,8 +115,8 @@ class Task:
         return [{"role": role, "content": (instruction if role == "user" else "") + content} for role, content in turns]
 
     def settings(self) -> dict:
-        """Everything that defines the task, for the fingerprint."""
-        return asdict(self) | {"labels": [[label, list(words)] for label, words in self.labels.items()]}
+        """Everything that defines the task, as JSON would give it back; labels as pairs, because their order counts."""
+        return json.loads(json.dumps(asdict(self) | {"labels": list(self.labels.items())}))
 
 
 # The few-shot examples were chosen on every second row of SST-2's development set; README.md has the numbers.
@@ -190,11 +190,10 @@ def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
     if task.scoring == "sequence":
         return [Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    spelled = tokenizer.backend_tokenizer.decode_batch([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
     answers = [
         Answer(label, (i,), text)
-        for i, text in enumerate(spelled)
-        if i not in special and (label := task.label_of(text)) is not None
+        for i in range(len(tokenizer))
+        if i not in special and (label := task.label_of(text := tokenizer.decode([i]))) is not None
     ]
     singles = {answer.ids for answer in answers}
     for label, words in task.labels.items():
@@ -374,6 +373,8 @@ def _delimited_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, 
 def _json_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
     for number, line in _lines(source):
         where = f"{source} line {number}"
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

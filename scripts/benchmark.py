@@ -1,0 +1,229 @@
+"""How fast Method 1 runs here: the article's way, plain batches and ours, on the same texts in one run.
+
+    python scripts/benchmark.py                                   # 60 texts of data/sample.csv
+    python scripts/benchmark.py --input big.csv --limit 500 --rounds 5
+    python scripts/benchmark.py --random-weights llama-3.1-8b     # that shape with random weights, on a GPU
+
+The article's way is one `generate` call a text; plain batches are 32 rows at a time, padded, logits at every position.
+The three are timed in turn, round after round; a rate is the median of its rounds, a ratio is against the article's
+way. The limit is this machine's own matrix-multiply rate, measured on the model's layer shapes at our batch size;
+ours is counted on the tokens that no two texts share, attention left out. It prints a table and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import predictions  # noqa: E402
+import task as tasks  # noqa: E402
+from llama import TOKENS_PER_BATCH, Llama, add_arguments, load_from, load_llama  # noqa: E402
+from logprobs_confidence import prepare  # noqa: E402
+
+PLAIN_BATCH = 32
+LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    task = tasks.read_task(args.task)
+    texts = [example.text for example in tasks.examples_from(args)]
+    llama = random_llama(args) if args.random_weights else load_from(args)
+    scorer = prepare(llama, task)
+    rows = [llama.encode(scorer.frame, text) for text in texts]
+    ids = [answer.ids[0] for answer in scorer.answers]
+    ways = {
+        "one generate call a text (the article's way)": lambda: generate_each(llama, rows, ids),
+        f"plain batches of {PLAIN_BATCH}": lambda: plain_batches(llama, rows, ids),
+        "ours": lambda: ours(llama, rows, ids),
+    }
+    results, seconds = {}, {name: [] for name in ways}
+    for name, way in ways.items():  # warm up, and keep what each computes
+        results[name] = way()
+    for turn in range(args.rounds):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, llama.device))
+            print(f"round {turn + 1}: {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
+
+    prefix, _ = llama._shared_prefix(rows)
+    own = sum(map(len, rows)) - len(prefix) * len(rows)
+    print(f"{llama.name}, {llama.device} {llama.identity['precision']}, {len(rows)} texts of {args.input}")
+    print(f"{len(prefix)} shared and {own / len(rows):.1f} own tokens a text, median of {args.rounds} rounds\n")
+    print_rates(results, {name: median(s) for name, s in seconds.items()})
+    print_limit(llama, own, len(rows), median(seconds["ours"]))
+    if llama.device == "cuda":
+        import torch
+
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+    if not args.random_weights:
+        print_first_answer(args)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = predictions.ArgumentParser(__doc__)
+    tasks.add_arguments(parser)
+    add_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
+    parser.add_argument(
+        "--random-weights", metavar="CONFIG", help="llama-3.1-8b or a config.json: that shape, random weights"
+    )
+    parser.set_defaults(input=str(ROOT / "data" / "sample.csv"))
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
+    return args
+
+
+def random_llama(args: argparse.Namespace) -> Llama:
+    """A model of a given shape with random weights, made on the device; it reads with the embedded tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = load_llama(device=args.device, dtype=args.dtype)  # resolves device and dtype, and lends its tokenizer
+    given = args.random_weights
+    settings = LLAMA_31_8B if given == "llama-3.1-8b" else json.loads(Path(given).read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(**settings)
+    if config.vocab_size < len(small.tokenizer):
+        raise ValueError(f"{given}: vocab_size must be at least {len(small.tokenizer)}, the embedded tokenizer's")
+    torch.manual_seed(0)
+    with small.model.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=small.model.dtype).eval().requires_grad_(False)
+    identity = {"weights": "random", "precision": small.identity["precision"]}
+    return Llama(model, small.tokenizer, f"random weights, {given}", small.path, identity)
+
+
+# The three ways: rows of token ids -> log-probabilities of the answer ids, [rows, answers]
+
+
+def generate_each(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+    import torch
+
+    out = []
+    for row in rows:
+        inputs = torch.tensor([row], device=llama.model.device)
+        step = llama.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        out.append(torch.log_softmax(step.logits[0][0].float(), -1)[ids].cpu().numpy())
+    return np.stack(out)
+
+
+def plain_batches(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+    import torch
+
+    out = []
+    with torch.inference_mode():
+        for start in range(0, len(rows), PLAIN_BATCH):
+            batch = rows[start : start + PLAIN_BATCH]
+            width = max(map(len, batch))
+            inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=llama.model.device)
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=inputs.device)
+            logits = llama.model(input_ids=inputs, attention_mask=mask).logits
+            last = logits[torch.arange(len(batch)), mask.sum(1) - 1].float()
+            out.append(torch.log_softmax(last, -1)[:, ids].cpu().numpy())
+    return np.concatenate(out)
+
+
+def ours(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+    llama._prefix = ((), None)  # the shared prefix belongs to the time
+    return llama.answer_log_probs(rows, [[i] for i in ids])
+
+
+# Measuring
+
+
+def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds of one call, the device's queue drained before and after."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else torch.mps.synchronize if device == "mps" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def matrix_multiply_rate(llama: Llama) -> float:
+    """FLOP/s of this machine on the layer shapes of the model, at our batch size; the best of five timings."""
+    import torch
+
+    model, tokens = llama.model, TOKENS_PER_BATCH[llama.device]
+    shapes = [tuple(m.weight.shape) for name, m in model.named_modules() if is_body_layer(name, m)]
+    make = {"device": model.device, "dtype": model.dtype}
+    inputs = {k: torch.randn(tokens, k, **make) for _, k in shapes}
+    weights = {shape: torch.randn(*shape, **make) for shape in shapes}
+
+    def multiply() -> None:
+        for shape in shapes:
+            torch.nn.functional.linear(inputs[shape[1]], weights[shape])
+
+    multiply()
+    return sum(2 * tokens * n * k for n, k in shapes) / min(timed(multiply, llama.device) for _ in range(5))
+
+
+def is_body_layer(name: str, module: object) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
+
+
+def print_rates(results: dict[str, np.ndarray], seconds: dict[str, float]) -> None:
+    names = list(results)
+    reference, slowest = np.exp(results[names[0]]), seconds[names[0]]
+    print(f"{'':46}{'rows/s':>8}{'ratio':>8}   largest difference in probability")
+    for name in names:
+        difference = np.abs(np.exp(results[name]) - reference).max()
+        rate = len(reference) / seconds[name]
+        print(f"{name:46}{rate:8.1f}{slowest / seconds[name]:8.2f}   {difference:.1e}")
+
+
+def print_limit(llama: Llama, own_tokens: int, rows: int, seconds: float) -> None:
+    body = sum(m.weight.numel() for name, m in llama.model.named_modules() if is_body_layer(name, m))
+    head = llama.model.get_output_embeddings().weight.numel()
+    rate, limit = 2 * (body * own_tokens + head * rows) / seconds, matrix_multiply_rate(llama)
+    print(f"\nmatrix multiply: {limit / 1e9:,.0f} GFLOP/s measured here; ours reaches {100 * rate / limit:.0f} % of it")
+
+
+def print_first_answer(args: argparse.Namespace) -> None:
+    """Wall time and peak memory of the whole command on one text, after the first use."""
+    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "Not bad", "--model", args.model]
+    walls, peaks = [], []
+    for _ in range(args.rounds):
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        _, _, usage = os.wait4(process.pid, 0)
+        walls.append(time.perf_counter() - start)
+        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(f"first answer of a new process: {median(walls):.1f} s, peak memory {max(peaks) / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    predictions.run(main)
