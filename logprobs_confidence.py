@@ -325,7 +325,7 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
         else:
             row = explain(text, scorer)
         if args.json:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(row))
         elif args.raw_prompt:
             print(f"After: {predictions.printable(text)}\n")
             print_token_table(row["top_tokens"])

@@ -119,7 +119,7 @@ class Task:
         return json.loads(json.dumps(asdict(self) | {"labels": list(self.labels.items())}))
 
 
-# The few-shot examples were chosen on every second row of SST-2's development set; README.md has the numbers.
+# The few-shot examples were chosen by measurement on SST-2's development set; README.md has the numbers.
 TASKS = {
     task.name: task
     for task in (
@@ -128,10 +128,14 @@ TASKS = {
             labels={"negative": ("negative",), "positive": ("positive",)},
             template="Text: {text}\nSentiment:",
             examples=(
+                ("Tedious from start to finish, and far too long.", "negative"),
+                ("A clever, moving story with superb acting.", "positive"),
                 ("The staff were rude and the room smelled of smoke.", "negative"),
                 ("Setup took two minutes and it works perfectly.", "positive"),
+                ("I wanted to like it, but there is nothing here to enjoy.", "negative"),
+                ("Not perfect, yet I would happily watch it again.", "positive"),
                 ("It tries hard to be funny, but it never is.", "negative"),
-                ("Not perfect, yet I would happily go again.", "positive"),
+                ("The food took a while, but it was worth the wait.", "positive"),
             ),
         ),
         Task(
