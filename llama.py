@@ -165,7 +165,12 @@ class Llama:
     # From token ids to log-probabilities
 
     def next_token_log_probs(self, ids: Sequence[int]) -> np.ndarray:
-        """Log-probability of every token as the next one, by one plain forward pass; float64 [vocabulary], in nats."""
+        """Log-probability of every token as the next one, by one plain forward pass; float64 [vocabulary], in nats.
+
+        Raises ValueError for more ids than the model reads.
+        """
+        if len(ids) > (self.context_length or len(ids)):
+            raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {self.context_length}")
         with _inference():
             log_probs, _ = self._forward([list(ids)])
             return log_probs[0].cpu().double().numpy()

@@ -34,6 +34,7 @@ from predictions import Prediction
 from task import Answer, Example, Task
 
 TOP_TOKENS = 20
+NO_LABEL = "the model gives no label any probability"
 # Rows sorted by length and written together, by device: what a killed run can lose, and what memory holds.
 ROWS_PER_WINDOW = {"cpu": 256, "mps": 1024, "cuda": 4096}
 
@@ -92,6 +93,8 @@ def explain(text: str, scorer: Scorer) -> dict:
     else:
         answer_log_probs = log_probs[None, [answer.ids[0] for answer in answers]]
     probabilities, mass = tasks.label_probabilities(answer_log_probs, answers, list(task.labels))
+    if not np.isfinite(probabilities).all():
+        raise ValueError(NO_LABEL)
     by_label = dict(zip(task.labels, probabilities[0].tolist(), strict=True))
     prediction = max(by_label, key=by_label.__getitem__)
     counted = [
@@ -184,7 +187,7 @@ def score(
     result: dict[int, Prediction] = {}
     for at, (i, (_, shown)) in enumerate(rows.items()):
         if not np.isfinite(probabilities[at]).all():
-            errors[i] = "the model gives no label any probability"
+            errors[i] = NO_LABEL
             continue
         by_label = dict(zip(task.labels, probabilities[at].tolist(), strict=True))
         extras = {"truncated": True} if shown != examples[i].text else {}
@@ -252,8 +255,9 @@ def report(path: Path) -> str:
         total += 1
         if row.error is None:
             last, probability = list(row.probabilities.items())[-1]
-            right, is_last = (None, None) if row.label is None else (row.prediction == row.label, last == row.label)
+            right, is_last = row.label and row.prediction == row.label, last == row.label
             rows.append((row.confidence, row.label_mass, right, probability, is_last))
+            labels = list(row.probabilities)
     lines = [f"{path}: {len(rows):,} of {total:,} rows scored, {total - len(rows):,} with an error"]
     if rows:
         confidence, mass, _, _, _ = zip(*rows, strict=True)
@@ -267,7 +271,7 @@ def report(path: Path) -> str:
         n, k = len(right), int(right.sum())
         low, high = binomtest(k, n).proportion_ci(0.95, "exact")
         lines.append(f"  accuracy {k / n:.3f}, 95 % exact interval {low:.3f} to {high:.3f}, n = {n:,} labelled rows")
-        if len(row.probabilities or ()) == 2 and 0 < is_last.sum() < n:
+        if len(labels) == 2 and 0 < is_last.sum() < n:
             u = mannwhitneyu(probability[is_last], probability[~is_last]).statistic
             lines.append(f"  AUC of P({last}) {u / (is_last.sum() * (~is_last).sum()):.3f}")
     return "\n".join(lines)
@@ -319,7 +323,7 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
     scorer = None if args.raw_prompt else prepare(llama, task, args.truncate)
     for text in args.text:
         if args.raw_prompt:
-            ids, _ = llama.encode_within(Frame("", "", llama.frame(SLOT).start), text)
+            ids = llama.encode(Frame(text, "", llama.frame(SLOT).start), "")
             tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
             row = {"text": text, "prompt_token_ids": ids, "top_tokens": tokens}
         else:

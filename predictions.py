@@ -60,7 +60,10 @@ class Prediction:
     def __post_init__(self) -> None:
         if (self.prediction is None) != (self.error is not None):
             raise ValueError(f"prediction {self.id!r} needs either a prediction or an error")
-        if self.error is None:
+        if self.error is not None:
+            if not (self.confidence is self.probabilities is self.label_mass is None):
+                raise ValueError(f"prediction {self.id!r} has an error and yet a number")
+        else:
             probabilities = self.probabilities or {}
             if self.prediction not in probabilities or probabilities[self.prediction] != self.confidence:
                 raise ValueError(f"prediction {self.id!r}: confidence is not the predicted label's probability")
@@ -100,11 +103,14 @@ def to_line(prediction: Prediction) -> bytes:
     record = {name: getattr(prediction, name) for name in FIELDS}
     if prediction.error is not None:
         record["error"] = prediction.error
-    record |= prediction.extras
+    return _json(record | prediction.extras) + b"\n"
+
+
+def _json(record: dict) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:  # a lone surrogate in the text: only its \u escape can be stored
-        return json.dumps(record, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+        return json.dumps(record, ensure_ascii=True, allow_nan=False).encode()
 
 
 def from_line(line: bytes, where: str) -> Prediction:
@@ -113,7 +119,7 @@ def from_line(line: bytes, where: str) -> Prediction:
         record = json.loads(line)
         known = {name: record.pop(name) for name in FIELDS}
         return Prediction(**known, error=record.pop("error", None), extras=record)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a prediction: {error}") from None
     except KeyError as error:
         raise ValueError(f"{where} is not a prediction: it has no field {error}") from None
@@ -197,8 +203,9 @@ def resume(file: BinaryIO, expected: Iterable[tuple[str, str, str | None]], expe
     count, end, expected = 0, 0, iter(expected)
     for line in file:
         where = f"{file.name} line {count + 1}"
-        if not line.endswith(b"\n"):
-            if not line.startswith(b'{"id"'[: len(line)]):
+        if not line.endswith(b"\n"):  # torn by a kill, if it begins as the next row would; else somebody's file
+            beginning = _json(dict(zip(FIELDS, next(expected, ()), strict=False)))[:-1]
+            if not (line.startswith(beginning) or beginning.startswith(line)):
                 raise ValueError(f"{where} is not a prediction; {advice}")
             break
         row = from_line(line, where)
@@ -210,7 +217,8 @@ def resume(file: BinaryIO, expected: Iterable[tuple[str, str, str | None]], expe
         if (row.id, row.text, row.label) != next(expected, None):
             raise ValueError(f"{where} (id {row.id}) was made from another input; {advice}")
         count, end = count + 1, end + len(line)
-    file.truncate(end)
+    if end < os.fstat(file.fileno()).st_size:
+        file.truncate(end)
     return count
 
 
@@ -278,7 +286,7 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError, MemoryError) as error:
         named = getattr(error, "filename", None) and error.strerror
         message = f"{error.filename}: {error.strerror}" if named else str(error)
-        print("error: " + " ".join(message.split()), file=sys.stderr)
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; repeat the same command to continue where it was", file=sys.stderr)
@@ -304,7 +312,7 @@ def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -
         if now - last >= every_s:
             last = now
             rate = (now_done - done) / (now - start)
-            remaining = (total - now_done) / rate
-            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second, {remaining:.0f} s left", file=sys.stderr)
+            left = f", {(total - now_done) / rate:.0f} s left" if rate else ""
+            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second{left}", file=sys.stderr)
 
     yield advance

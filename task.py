@@ -75,6 +75,8 @@ class Task:
             not in ("first-token", "sequence"),
             f"an example has the label {foreign[:1]}, the task has {list(self.labels)}": foreign,
             f"two labels share the answer word {shared[:1]}; give each its own": shared,
+            f"two labels differ by case only: {list(self.labels)}": len({*map(str.casefold, self.labels)})
+            < len(self.labels),
         }
         for problem, present in problems.items():
             if present:
@@ -164,11 +166,28 @@ def read_task(name: str) -> Task:
     if missing := sorted({"name", "labels", "template"} - set(table)):
         raise ValueError(f"{name}: no {missing[0]!r}; see the top of task.py for an example")
     try:
-        words = {label: tuple([w] if isinstance(w, str) else w) for label, w in table.pop("labels").items()}
-        examples = tuple((e["text"], e["label"]) for e in table.pop("examples", ()))
-        return Task(**table, labels=words, examples=examples)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{name}: labels are lists of words and examples have a text and a label ({error})") from None
+        return _task_from(**table)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _task_from(labels: object, examples: object = (), **strings: object) -> Task:
+    """A Task from TOML values, whose types nobody has checked yet."""
+    if wrong := [key for key, value in strings.items() if not isinstance(value, str)]:
+        raise ValueError(f"{wrong[0]} is not a string")
+    if not isinstance(labels, dict):
+        raise ValueError("labels is not a table; write [labels] and under it label = [answer words]")
+    words = {label: [given] if isinstance(given, str) else given for label, given in labels.items()}
+    for label, given in words.items():
+        if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+            raise ValueError(f"the answer words of label {label!r} are not a list of strings")
+    try:
+        pairs = tuple((example["text"], example["label"]) for example in examples)
+    except (TypeError, KeyError):
+        pairs = ((None, None),)
+    if not all(isinstance(part, str) for pair in pairs for part in pair):
+        raise ValueError("each of examples needs a text and a label, both strings")
+    return Task(labels={label: tuple(given) for label, given in words.items()}, examples=pairs, **strings)
 
 
 # Answers: the token sequences that count for a label
@@ -192,7 +211,13 @@ def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
     """
     in_context = {word: _ids_after(tokenizer, rendered, task.answer(rendered, word)) for word in _spellings(task)}
     if task.scoring == "sequence":
-        return [Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()]
+        found = {ids: Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()}
+        for word, ids in in_context.items():
+            if found[ids].label != task.label_of(word):
+                raise ValueError(
+                    f"task {task.name!r}: this tokenizer reads {word!r} and {found[ids].text!r} as the same"
+                )
+        return list(found.values())
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     answers = [
         Answer(label, (i,), text)
@@ -236,21 +261,19 @@ def label_probabilities(
     shorter keeps only what does not go on to be the longer, so that no probability is counted twice. A row in which
     no answer has any probability is NaN with mass 0.
     """
-    log_probs = np.asarray(answer_log_probs, dtype=np.float64)
-    exclusive = log_probs.copy()
+    exclusive = np.array(answer_log_probs, dtype=np.float64)
     by_length = sorted(range(len(answers)), key=lambda a: -len(answers[a].ids))
-    for a in by_length:
-        ids = answers[a].ids
-        for longer in by_length:
-            if len(answers[longer].ids) > len(ids) and answers[longer].ids[: len(ids)] == ids:
-                possible = np.isfinite(exclusive[:, a])
-                share = np.exp(exclusive[possible, longer] - exclusive[possible, a])
-                with np.errstate(divide="ignore"):
-                    exclusive[possible, a] += np.log1p(-np.minimum(share, 1.0))
     groups = [[a for a, answer in enumerate(answers) if answer.label == label] for label in labels]
-    log_totals = np.stack([np.logaddexp.reduce(exclusive[:, group], axis=1) for group in groups], axis=1)
-    log_mass = np.logaddexp.reduce(log_totals, axis=1)
-    with np.errstate(invalid="ignore"):  # no label has any probability: the row is NaN, never a made-up number
+    with np.errstate(invalid="ignore", divide="ignore"):  # what has no answer is NaN here, an error in its record
+        for a in by_length:
+            ids = answers[a].ids
+            for longer in by_length:
+                if len(answers[longer].ids) > len(ids) and answers[longer].ids[: len(ids)] == ids:
+                    possible = np.isfinite(exclusive[:, a])
+                    share = np.exp(exclusive[possible, longer] - exclusive[possible, a])
+                    exclusive[possible, a] += np.log1p(-np.minimum(share, 1.0))
+        log_totals = np.stack([np.logaddexp.reduce(exclusive[:, group], axis=1) for group in groups], axis=1)
+        log_mass = np.logaddexp.reduce(log_totals, axis=1)
         return np.exp(log_totals - log_mass[:, None]), np.minimum(np.exp(log_mass), 1.0)
 
 

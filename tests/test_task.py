@@ -1,0 +1,593 @@
+"""task.py: which answers count for a label, how they sum, and how tables of texts are read.
+
+The article's recorded token tables, reference vectors of other programs, brute-force enumeration and pandas or pyarrow
+say what is right; nothing is compared with our own output.
+"""
+
+import json
+import math
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from task import (
+    TASKS,
+    Answer,
+    Example,
+    Task,
+    check_examples,
+    debias,
+    find_answers,
+    label_probabilities,
+    read_examples,
+    read_task,
+)
+
+DATA = Path(__file__).parent / "data"
+TABLES = json.loads((DATA / "article_token_tables.json").read_text(encoding="utf-8"))
+YES_NO, SENTIMENT = TASKS["sentiment-yes-no"], TASKS["sentiment"]
+TWO = {"labels": {"a": ("yes",), "b": ("no",)}, "template": "{text}\nAnswer:"}
+
+
+def totals(task, tokens, log_probs):
+    """Total probability per label of printed tokens, by our two functions."""
+    counted = [(Answer(task.label_of(t), (i,), t), x) for i, (t, x) in enumerate(zip(tokens, log_probs, strict=True))]
+    counted = [(answer, x) for answer, x in counted if answer.label]
+    answers, log_probs = zip(*counted, strict=True)
+    probabilities, mass = label_probabilities(np.array([log_probs]), answers, list(task.labels))
+    return dict(zip(task.labels, probabilities[0] * mass[0], strict=True))
+
+
+# The article's numbers
+
+
+def test_the_articles_token_tables_sum_to_its_printed_totals():
+    knock = Task("knock", {"who": ("Who",), "it": ("It",)}, "{text}")
+    headlines = {"Knock knock.": 0.7577, "I love this movie!": 0.9999, "Best worst thing ever": 0.5211}
+    headlines |= {"Not bad": 0.7831}
+    for table in TABLES["first_token_tables"]:
+        task = knock if table["text"] == "Knock knock." else YES_NO
+        tokens = [entry["token"] for entry in table["top_tokens"]]
+        ours = totals(task, tokens, [entry["logprob"] for entry in table["top_tokens"]])
+        named = {"who": ours.get("who"), "yes": ours.get("positive"), "no": ours.get("negative")}
+        printed = table["printed_totals"] or {"who": 0.7577}
+        assert headlines.pop(table["text"]) == printed.get("yes", printed.get("who"))
+        for name, total in printed.items():
+            # Three decimals of a log-probability fix a probability to 0.05 %; the total is printed to 0.0001.
+            assert abs(named[name] - total) <= 0.0005 * total + 0.0001, (table["text"], name)
+    assert not headlines
+
+
+def test_the_article_s_no_share_of_the_contradictory_text_is_47_64_percent():
+    table = next(t for t in TABLES["first_token_tables"] if t["text"] == "Best worst thing ever")
+    # The tokens Y, N, True, Positive of the table count for nothing, so the two totals do not reach 1.
+    ours = totals(YES_NO, *zip(*((e["token"], e["logprob"]) for e in table["top_tokens"]), strict=True))
+    assert abs(ours["negative"] - 0.4764) < 0.0003 and 0.995 < sum(ours.values()) < 0.99999
+
+
+@pytest.mark.parametrize("pair", TABLES["base_vs_fine_tuned"], ids=lambda pair: pair["label"])
+@pytest.mark.parametrize(("side", "task"), [("base", YES_NO), ("fine_tuned", SENTIMENT)])
+def test_the_article_s_base_and_fine_tuned_tables_give_its_verdicts(pair, side, task):
+    tokens, probabilities = zip(*pair[side], strict=True)
+    ours = totals(task, tokens, [math.log(p) if p else -math.inf for p in probabilities])
+    percent, label = re.fullmatch(r"([\d.]+)% (\w+)", pair["printed"][side]).groups()
+    assert max(ours, key=ours.get) == label
+    assert abs(ours[label] - float(percent) / 100) <= 4 * 0.00005 + 1e-12  # three rounded terms and a rounded total
+
+
+# Answers of the real tokenizer
+
+
+def test_the_answer_tokens_of_the_default_tokenizer_are_these(tokenizer):
+    golden = {
+        "sentiment": {
+            "negative": {3524: " negative", 17728: "negative", 26990: " Negative", 42529: "Negative"},
+            "positive": {2731: " positive", 16185: "positive", 20085: " Positive", 31176: "Positive"},
+        },
+        "sentiment-yes-no": {
+            "negative": {787: " no", 2838: " No", 4607: "no", 5230: "No", 10921: " NO", 13465: "NO"},
+            "positive": {9230: " Yes", 9805: " yes", 10407: "yes", 10539: "Yes"},
+        },
+    }
+    for name, expected in golden.items():
+        answers = find_answers(TASKS[name], tokenizer, "Text: text\nSentiment:" if name == "sentiment" else "text\n")
+        found = {label: {a.ids[0]: a.text for a in answers if a.label == label} for label in TASKS[name].labels}
+        assert found == expected
+        ids = [answer.ids for answer in answers]
+        assert len(set(ids)) == len(ids) and all(len(i) == 1 for i in ids)
+        for answer in answers:
+            assert answer.ids[0] not in tokenizer.all_special_ids
+            assert tokenizer.decode(answer.ids).strip().casefold() in TASKS[name].labels[answer.label]
+
+
+def test_no_spelling_of_an_answer_word_in_the_vocabulary_is_missed(tokenizer):
+    # The slow way round: every casing and spacing that could be one token, looked up one by one.
+    vocabulary = tokenizer.get_vocab()
+    answers = {a.ids[0] for a in find_answers(YES_NO, tokenizer, "text\n")}
+    for word in ("yes", "no"):
+        for letters in product(*((c, c.upper()) for c in word)):
+            for space in ("", "\u0120", "\u010a", "\u0109"):  # nothing, blank, newline, tab in byte-level spelling
+                token = space + "".join(letters)
+                assert vocabulary.get(token) in answers | {None}, token
+
+
+def test_a_label_that_is_not_one_token_is_refused_and_sequence_scoring_is_named(tokenizer):
+    task = Task("t", {"good": ("good",), "bad": ("unsatisfactory experience",)}, "{text}\nVerdict:")
+    with pytest.raises(ValueError, match=r"'unsatisfactory experience' of label 'bad'.*scoring = \"sequence\""):
+        find_answers(task, tokenizer, "x\nVerdict:")
+    shouted = Task("t", {"n": ("NEGATIVE",), "p": ("POSITIVE",)}, "{text}\nSentiment:")
+    with pytest.raises(ValueError, match='scoring = "sequence"'):  # " POS" alone must not stand for " POSITIVE"
+        find_answers(shouted, tokenizer, "x\nSentiment:")
+
+
+def test_sequence_answers_are_the_ids_that_follow_the_prompt_as_written_and_capitalised(tokenizer):
+    task = Task("t", {"good": ("good",), "bad": ("very bad", "poor")}, "{text}\nVerdict:", scoring="sequence")
+    rendered = "some text\nVerdict:"
+    answers = find_answers(task, tokenizer, rendered)
+    expected = {
+        " good": "good",
+        " Good": "good",
+        " very bad": "bad",
+        " Very bad": "bad",
+        " poor": "bad",
+        " Poor": "bad",
+    }
+    assert {a.text: a.label for a in answers} == expected
+    for answer in answers:
+        assert tokenizer(rendered).input_ids + list(answer.ids) == tokenizer(rendered + answer.text).input_ids
+        assert tokenizer.decode(answer.ids) == answer.text
+
+
+def test_a_prompt_whose_end_merges_with_the_answer_is_refused(tokenizer):
+    task = Task("t", {"a": (")",), "b": ("yes",)}, "{text} (")  # "()" is one token
+    with pytest.raises(ValueError, match="merges"):
+        find_answers(task, tokenizer, "x (")
+
+
+# Answers of any tokenizer
+
+
+WORDS = ["yes", "no", "not", "on", "one", "an", "and", "so", "maybe", "y", "n"]
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    """A byte-level tokenizer of a few hundred tokens, for quick scans; one of its special tokens spells an answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    spellings = [form for word in WORDS for form in (word, word.capitalize(), word.upper())]
+    corpus = [space + word for word in spellings for space in ("", " ")] * 5
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<s>", "no "], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="no ")
+
+
+@st.composite
+def tasks_with_answers(draw):
+    words = draw(st.lists(st.sampled_from(WORDS), min_size=2, max_size=8, unique=True))
+    n_labels = draw(st.integers(2, len(words)))
+    labels = {f"label {k}": tuple(words[k::n_labels]) for k in range(n_labels)}
+    return Task("t", labels, "{text}\nAnswer:")
+
+
+def distribution(seed, size):
+    logits = np.random.default_rng(seed).normal(0, 4, size)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def label_totals(task, tokenizer, log_probs):
+    answers = find_answers(task, tokenizer, "x\nAnswer:")
+    p, mass = label_probabilities(log_probs[None, [a.ids[0] for a in answers]], answers, list(task.labels))
+    return p[0] * mass[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(task=tasks_with_answers(), seed=st.integers(0, 2**32))
+def test_label_totals_are_the_slow_sum_over_the_vocabulary(small_tokenizer, task, seed):
+    log_probs = distribution(seed, len(small_tokenizer))
+    expected = dict.fromkeys(task.labels, 0.0)
+    for i, log_prob in enumerate(log_probs):
+        for label, words in task.labels.items():
+            if i not in small_tokenizer.all_special_ids and small_tokenizer.decode([i]).strip().casefold() in words:
+                expected[label] += math.exp(log_prob)
+    ours = label_totals(task, small_tokenizer, log_probs)
+    assert ours == pytest.approx(list(expected.values()), rel=1e-12) and ours.sum() <= 1 + 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(task=tasks_with_answers(), seed=st.integers(0, 2**32), data=st.data())
+def test_one_more_answer_word_never_lowers_a_label_and_their_order_changes_nothing(small_tokenizer, task, seed, data):
+    log_probs = distribution(seed, len(small_tokenizer))
+    before = label_totals(task, small_tokenizer, log_probs)
+    shuffled = {label: tuple(data.draw(st.permutations(words))) for label, words in task.labels.items()}
+    assert label_totals(replace(task, labels=shuffled), small_tokenizer, log_probs) == pytest.approx(before, rel=1e-12)
+    if unused := [w for w in WORDS if task.label_of(w) is None]:
+        more = {label: (*words, unused[0]) if label == "label 0" else words for label, words in task.labels.items()}
+        after = label_totals(replace(task, labels=more), small_tokenizer, log_probs)
+        assert after[0] > before[0] and after[1:] == pytest.approx(before[1:], rel=1e-12)
+
+
+def test_an_answer_that_two_spellings_share_counts_once():
+    # A tokenizer that reads everything in lower case gives "no" and "No" the same ids.
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<unk>", "answer:", "not", "good", "fine", "x"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    uncased = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    task = Task("t", {"bad": ("not good",), "good": ("fine",)}, "{text}\nAnswer:", scoring="sequence")
+    ids = [answer.ids for answer in find_answers(task, uncased, "x\nAnswer:")]
+    assert sorted(ids) == [(2, 3), (4,)]
+
+
+# Sums of whole answers
+
+
+SEQUENCES = [s for length in (1, 2, 3) for s in product(range(3), repeat=length)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 2**32),
+    chosen=st.dictionaries(st.sampled_from(SEQUENCES), st.sampled_from(["a", "b", "c"]), min_size=1, max_size=12),
+    impossible=st.booleans(),
+)
+def test_overlapping_sequences_sum_as_enumerating_every_text_does(seed, chosen, impossible):
+    # Three tokens, texts of three tokens: each text belongs to the longest answer that it begins with.
+    random = np.random.default_rng(seed)
+    step = {s: random.dirichlet([0.7] * 3) for s in [(), *SEQUENCES] if len(s) < 3}
+    if impossible:
+        step = {s: np.array([0.0, p[0] + p[1], p[2]]) for s, p in step.items()}
+
+    def probability(sequence):
+        return math.prod(step[sequence[:i]][token] for i, token in enumerate(sequence))
+
+    expected = dict.fromkeys("abc", 0.0)
+    for text in product(range(3), repeat=3):
+        beginnings = [text[:length] for length in (3, 2, 1) if text[:length] in chosen]
+        if beginnings:
+            expected[chosen[beginnings[0]]] += probability(text)
+    answers = [Answer(label, sequence, "") for sequence, label in chosen.items()]
+    with np.errstate(divide="ignore"):
+        log_probs = np.log([[probability(answer.ids) for answer in answers]])
+    p, mass = label_probabilities(log_probs, answers, list("abc"))
+    assert mass[0] == pytest.approx(sum(expected.values()), abs=1e-12)
+    if mass[0] > 1e-9:
+        assert p[0] * mass[0] == pytest.approx(list(expected.values()), abs=1e-9)
+        assert p[0].sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_rows_without_any_probability_are_nan_with_mass_zero_and_tiny_ones_keep_their_ratio():
+    answers = [Answer("a", (1,), ""), Answer("b", (2,), "")]
+    rows = [[-math.inf, -math.inf], [-math.inf, -1.0], [-1500.0, -1500.0 - math.log(3)]]
+    p, mass = label_probabilities(np.array(rows), answers, ["a", "b"])
+    assert np.isnan(p[0]).all() and mass[0] == 0
+    assert p[1].tolist() == [0, 1] and mass[1] == pytest.approx(math.exp(-1))
+    assert p[2] == pytest.approx([0.75, 0.25])  # both underflow as probabilities; their log ratio does not
+    assert p.dtype == mass.dtype == np.float64
+
+
+# Batch calibration
+
+
+def test_batch_calibration_gives_the_reference_vectors():
+    reference = json.loads((DATA / "reference_vectors.json").read_text(encoding="utf-8"))["label_priors"]
+    probabilities, prior = np.array(reference["probs"]), np.array(reference["batch_prior"])
+    assert probabilities.mean(axis=0) == pytest.approx(prior)
+    assert debias(probabilities, prior) == pytest.approx(np.array(reference["batch_calibration"]), abs=1e-12)
+    # By hand: (0.9, 0.1) seen with mean (0.6, 0.4) is 1.5 to 0.25, six to one.
+    assert debias(np.array([[0.9, 0.1]]), np.array([0.6, 0.4]))[0] == pytest.approx([6 / 7, 1 / 7])
+
+
+def test_batch_calibration_restores_what_a_leaning_prompt_lost_on_balanced_labels():
+    random = np.random.default_rng(0)
+    truth = np.arange(4000) % 2
+    log_odds = 0.8 * (2 * truth - 1) + random.normal(0, 0.5, 4000)
+    leaning = 1 / (1 + np.exp(-(log_odds + 1.5)))
+    probabilities = np.stack([1 - leaning, leaning], axis=1)
+    corrected = debias(probabilities, probabilities.mean(axis=0))
+    best, before, after = (np.mean(guess == truth) for guess in (log_odds > 0, leaning > 0.5, corrected[:, 1] > 0.5))
+    assert before < best - 0.2 and after > best - 0.02
+    assert corrected.sum(axis=1) == pytest.approx(1)
+
+
+# Prompts
+
+
+def test_a_completion_prompt_is_examples_then_the_question():
+    task = Task("t", {"a": ("yes",), "b": ("no",)}, "Q: {text}\nA:", "Answer.", (("one", "a"), (" two\n", "b")))
+    assert task.prompt("{text} three ") == "Answer.\n\nQ: one\nA: yes\n\nQ: two\nA: no\n\nQ: {text} three\nA:"
+    assert replace(task, template="Q: {text}\nA:\n").prompt("x").startswith("Answer.\n\nQ: one\nA:\nyes\n\n")
+    assert replace(task, template='Q: {text}\nA: "').prompt("x").startswith('Answer.\n\nQ: one\nA: "yes\n\n')
+
+
+def test_a_chat_prompt_is_turns_that_end_with_the_question():
+    task = Task("t", {"a": ("yes",), "b": ("no",)}, "Q: {text}", "Answer.", (("one", "a"),), format="chat")
+    roles = [(m["role"], m["content"]) for m in task.prompt("two")]
+    assert [role for role, _ in roles] == ["user", "assistant", "user"]
+    assert "Answer." in roles[0][1] and roles[1][1] == "yes" and roles[2][1].endswith("Q: two")
+
+
+def test_answers_are_recognised_in_any_case_and_with_any_outer_space():
+    task = Task("t", {"a": (" Stra\u00dfe", "yes"), "b": ("no",)}, "{text}:")
+    for spelled in ("strasse", "STRASSE ", " stra\u00dfe", "YES", "\nyes"):
+        assert task.label_of(spelled) == "a"
+    for other in ("ye", "yes!", "yes no", "", "not"):
+        assert task.label_of(other) is None
+
+
+def test_settings_hold_everything_and_survive_json():
+    a, b = SENTIMENT.settings(), replace(SENTIMENT, labels=dict(reversed(SENTIMENT.labels.items()))).settings()
+    assert json.loads(json.dumps(a)) == a and a != b  # the order of labels breaks ties, so it counts
+    assert set(a) == {"name", "labels", "template", "instruction", "examples", "format", "scoring"}
+
+
+# Task definitions
+
+
+TICKETS = """
+name = "tickets"
+template = "Ticket: {text}\\nTeam:"
+[labels]
+billing = ["billing"]
+technical = ["technical", "tech"]
+praise = "praise"
+[[examples]]
+text = "I was charged twice."
+label = "billing"
+"""
+
+
+def test_a_task_file_is_read_as_written(tmp_path):
+    (tmp_path / "tickets.toml").write_text(TICKETS, encoding="utf-8")
+    task = read_task(str(tmp_path / "tickets.toml"))
+    labels = {"billing": ("billing",), "technical": ("technical", "tech"), "praise": ("praise",)}
+    assert (task.name, task.labels, task.examples) == ("tickets", labels, (("I was charged twice.", "billing"),))
+    assert task.prompt("Hi") == "Ticket: I was charged twice.\nTeam: billing\n\nTicket: Hi\nTeam:"
+    assert list(task.labels) == ["billing", "technical", "praise"]
+
+
+BROKEN_TASKS = {
+    "syntax": (TICKETS.replace('name = "', "name = "), "line 2"),
+    "unknown key": ('surprise = "x"\n' + TICKETS, "unknown key 'surprise'"),
+    "no name": (TICKETS.replace('name = "tickets"', ""), "no 'name'"),
+    "no template": ('name = "x"\n[labels]\na = "a"\nb = "b"', "no 'template'"),
+    "no labels": ('name = "x"\ntemplate = "{text}:"', "no 'labels'"),
+    "labels a string": ('name = "x"\ntemplate = "{text}:"\nlabels = "x"', "label"),
+    "a label is a number": (TICKETS.replace('"praise"', "5"), "label"),
+    "an answer word is a number": (TICKETS.replace('"tech"', "5"), "label"),
+    "an answer word is empty": (TICKETS.replace('"tech"', '" "'), "answer word"),
+    "no answer word": (TICKETS.replace('"praise"', "[]"), "answer word"),
+    "one label": ('name = "x"\ntemplate = "{text}:"\n[labels]\na = "a"', "two labels"),
+    "name a number": (TICKETS.replace('"tickets"', "5"), "name"),
+    "template a number": (TICKETS.replace('"Ticket: {text}\\nTeam:"', "5"), "template"),
+    "instruction a number": ("instruction = 5\n" + TICKETS, "instruction"),
+    "format unknown": ('format = "essay"\n' + TICKETS, "format"),
+    "scoring unknown": ('scoring = "guess"\n' + TICKETS, "scoring"),
+    "text missing": (TICKETS.replace("{text}", "text"), "{text}"),
+    "text twice": (TICKETS.replace("{text}", "{text} {text}"), "{text}"),
+    "ends in a space": (TICKETS.replace("Team:", "Team: "), "space"),
+    "an example of another label": (TICKETS.replace('label = "billing"', 'label = "sales"'), "sales"),
+    "an example without text": (TICKETS.replace('text = "I', 'words = "I'), "text"),
+    "an example text a number": (TICKETS.replace('"I was charged twice."', "5"), "text"),
+    "examples a string": ('examples = "x"\n' + TICKETS.split("[[")[0], "examples"),
+    "two labels share a word": (TICKETS.replace('"tech"', '"billing"'), "share"),
+    "two labels share a word but for case": (TICKETS.replace('"tech"', '" Billing"'), "share"),
+    "two labels differ by case only": (TICKETS.replace("praise =", "Billing ="), "[Bb]illing"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_TASKS)
+def test_a_broken_task_file_is_one_line_that_names_the_file(kind, tmp_path):
+    path, (content, named) = tmp_path / "broken.toml", BROKEN_TASKS[kind]
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_task(str(path))
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    assert re.search(named.replace("{", r"\{"), message.replace(str(path), ""))
+
+
+def test_a_task_that_is_nowhere_lists_the_built_in_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"no task 'mood'.*sentiment, sentiment-yes-no.*\.toml"):
+        read_task("mood")
+    with pytest.raises(FileNotFoundError):
+        read_task(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"\n')
+    with pytest.raises(ValueError, match=r"latin\.toml"):
+        read_task(str(tmp_path / "latin.toml"))
+
+
+# Tables of examples
+
+
+def rows(path, **options):
+    return [(e.id, e.text, e.label) for e in read_examples(str(path), **options)]
+
+
+HARD_TEXTS = [
+    'He said "no", then left.',
+    "two\nlines\r\nand a third",
+    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f3ac",
+    " outer space ",
+    "line\u2028separator\x0band\x0cpage\x85break",
+    "=1+1,'quoted'",
+    "plain",
+]
+
+
+def test_a_csv_file_of_pandas_is_read_cell_for_cell(tmp_path):
+    table = pandas.DataFrame({"id": range(7), "text": HARD_TEXTS, "label": ["positive", "negative"] * 3 + [None]})
+    for name, options in {
+        "plain.csv": {},
+        "dos.csv": {"lineterminator": "\r\n"},
+        "excel.CSV": {"encoding": "utf-8-sig", "quoting": 1},
+    }.items():
+        table.to_csv(tmp_path / name, index=False, **options)
+        assert rows(tmp_path / name) == [
+            (str(i), text, label if isinstance(label, str) else None)
+            for i, text, label in table.itertuples(index=False)
+        ]
+
+
+def test_a_csv_table_takes_its_columns_by_name_or_by_number(tmp_path):
+    (tmp_path / "named.csv").write_text("uid,stars,review\nu1,5,Great\n\nu2,1,Awful\n", encoding="utf-8")
+    options = {"text_column": "review", "label_column": "stars", "id_column": "uid"}
+    mapped = rows(tmp_path / "named.csv", **options, label_map={"5": "positive", "1": "negative"})
+    assert mapped == [("u1", "Great", "positive"), ("u2", "Awful", "negative")]
+    (tmp_path / "bare.csv").write_text("Great,5\nAwful,1\n", encoding="utf-8")
+    assert rows(tmp_path / "bare.csv", header=False) == [("1", "Great", None), ("2", "Awful", None)]
+    assert rows(tmp_path / "bare.csv", header=False, label_column="2")[1] == ("2", "Awful", "1")
+
+
+def test_a_tsv_file_has_no_quoting(tmp_path):
+    (tmp_path / "t.tsv").write_bytes(b'text\tlabel\r\n"Good" he said\tpositive\r\n"never closed\tnegative\r\n')
+    assert rows(tmp_path / "t.tsv") == [
+        ("1", '"Good" he said', "positive"),
+        ("2", '"never closed', "negative"),
+    ]
+
+
+def test_json_lines_of_pandas_are_read_value_for_value(tmp_path):
+    table = pandas.DataFrame({"id": range(10, 17), "text": HARD_TEXTS, "label": [1, 0, 1, 0, 1, 0, 1], "extra": 0.5})
+    for name, ascii_only in (("a.jsonl", True), ("b.jsonl", False)):
+        table.to_json(tmp_path / name, orient="records", lines=True, force_ascii=ascii_only)
+        assert rows(tmp_path / name) == [(str(10 + i), HARD_TEXTS[i], "10"[i % 2]) for i in range(7)]
+
+
+def test_nulls_are_no_label_an_empty_text_and_the_row_number(tmp_path):
+    lines = ['{"text": null, "label": null, "id": null}', '{"text": "x", "label": "", "id": 7}', '{"text": "y"}']
+    (tmp_path / "n.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    assert rows(tmp_path / "n.jsonl") == [("1", "", None), ("7", "x", None), ("3", "y", None)]
+    parquet.write_table(pyarrow.table({"text": ["x", None], "label": [None, 1]}), tmp_path / "n.parquet")
+    assert rows(tmp_path / "n.parquet") == [("1", "x", None), ("2", "", "1")]
+
+
+def test_a_parquet_file_is_read_row_for_row(tmp_path):
+    table = pyarrow.table({"id": range(7), "text": HARD_TEXTS, "label": pyarrow.array(["a", "b"] * 3 + [None])})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    assert rows(tmp_path / "t.parquet") == [(str(r["id"]), r["text"], r["label"]) for r in table.to_pylist()]
+
+
+def test_a_text_file_is_one_text_a_line(tmp_path):
+    (tmp_path / "t.txt").write_bytes('one, "two"\r\n\nthree\u2028four \nlast'.encode())
+    expected = [("1", 'one, "two"', None), ("2", "", None), ("3", "three\u2028four ", None), ("4", "last", None)]
+    assert rows(tmp_path / "t.txt") == rows(tmp_path / "t.txt", header=False) == expected
+
+
+def test_a_cell_may_be_larger_than_the_csv_module_s_own_limit(tmp_path):
+    long = "word " * 100_000
+    (tmp_path / "huge.csv").write_text(f"text\n{long}\n", encoding="utf-8")
+    assert rows(tmp_path / "huge.csv") == [("1", long, None)]
+
+
+def test_a_hugging_face_dataset_is_read_by_split_and_class_name(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    for split, texts, labels in (("train", ["a"], [0]), ("test", ["b", "c", "d"], [1, 0, -1])):
+        made = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
+        made.to_parquet(tmp_path / f"set/{split}.parquet")
+    source = f"hf:{tmp_path / 'set'}"
+    assert rows(source + ":test", label_map={"pos": "positive"}) == [
+        ("1", "b", "positive"),
+        ("2", "c", "neg"),
+        ("3", "d", None),  # -1 is how such sets say "unlabelled"
+    ]
+    assert rows(source + ":test", limit=1) == [("1", "b", "pos")]
+    for wrong in (source, source + ":dev"):
+        with pytest.raises(ValueError, match=r"choose a split.*train"):
+            rows(wrong)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "train.jsonl").write_text('{"text": "x", "label": "pos"}\n', encoding="utf-8")
+    assert rows(f"hf:{tmp_path / 'one'}") == [("1", "x", "pos")]
+
+
+BROKEN_TABLES = {
+    "empty.csv": (b"", "no rows"),
+    "header-only.csv": (b"text,label\n", "no rows"),
+    "empty.jsonl": (b"", "no rows"),
+    "empty.parquet": (b"", "Parquet"),
+    "empty.txt": (b"", "no rows"),
+    "columns.csv": (b"review,stars\nGood,5\n", "line 2.*'text'.*review, stars"),
+    "columns.jsonl": (b'{"text": "x"}\n{"review": "x"}\n', "line 2.*'text'.*review"),
+    "latin.csv": (b"text\nfine\ncaf\xe9\n", "line 3 .*UTF-8"),
+    "latin.txt": (b"fine\ncaf\xe9\n", "line 2 .*UTF-8"),
+    "utf16.csv": ("text\nx\n".encode("utf-16"), "line 1 .*UTF-8"),
+    "ragged.csv": (b"text,label\nGood,5\nGood, really,5\n", "line 3 has 3 cells where 2"),
+    "short.tsv": (b"text\tlabel\nGood\n", "line 2 has 1 cells where 2"),
+    "unclosed.csv": (b'text\n"never closed\nx\n', "line 3: "),
+    "stray.csv": (b'text,label\n"Good" film,5\n', "line 2: "),
+    "twice.csv": (b"text,text\na,b\n", "line 1: two columns"),
+    "torn.jsonl": (b'{"text": "x"}\n{"text": "y\n', "line 2 is not JSON"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON"),
+    "array.jsonl": (b'["x"]\n', "line 1 is not a JSON object"),
+    "number.jsonl": (b'{"text": "x"}\n{"text": 5}\n', "line 2: the text is 5"),
+    "noid.csv": (b"id,text\n,x\n", "line 2: the id is empty"),
+    "not.parquet": (b"PAR1 but not really", "Parquet"),
+    "table.xlsx": (b"PK", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
+    "table": (b"text\nx\n", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TABLES)
+def test_a_broken_table_is_one_line_that_names_file_and_line(name, tmp_path):
+    content, named = BROKEN_TABLES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        rows(tmp_path / name)
+    message = str(caught.value)
+    assert str(tmp_path / name) in message and re.search(named, message), message
+    assert "\n" not in message
+
+
+def test_a_missing_file_a_folder_and_a_missing_column_are_said_so(tmp_path):
+    (tmp_path / "t.csv").write_text("text\nx\n", encoding="utf-8")
+    (tmp_path / "folder.csv").mkdir()
+    for path, options, named in (
+        (tmp_path / "nowhere.csv", {}, "no such file: .*nowhere.csv"),
+        (tmp_path / "folder.csv", {}, "folder.csv is not a table"),
+        (tmp_path / "t.csv", {"label_column": "stars"}, "line 2: no column 'stars' for the label; it has text"),
+        (tmp_path / "t.csv", {"id_column": "uid"}, "line 2: no column 'uid' for the id"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            rows(path, **options)
+
+
+def test_labels_are_checked_and_spelled_as_the_task_does():
+    def table(*labels):
+        return (Example(str(i), "x", label) for i, label in enumerate(labels))
+
+    assert check_examples(table("positive", " Negative", None), SENTIMENT) == 3
+    assert SENTIMENT.canonical_label(" NEGATIVE ") == "negative" and SENTIMENT.canonical_label("neg") is None
+    with pytest.raises(ValueError, match=r"row 2 .*'5'.*negative, positive.*--label-map"):
+        check_examples(table("positive", "5"), SENTIMENT)
+    with pytest.raises(ValueError, match=r"row 3: the id '0' stands twice"):
+        check_examples(iter([Example("0", "x", None), Example("1", "x", None), Example("0", "y", None)]), SENTIMENT)
+
+
+@pytest.mark.parametrize("name", ["broken.csv", "broken.tsv", "broken.jsonl"])
+def test_a_table_is_read_only_as_far_as_it_is_needed(name, tmp_path):
+    good = {"csv": b"text\nx\ny\n", "tsv": b"text\nx\ny\n", "jsonl": b'{"text": "x"}\n{"text": "y"}\n'}
+    (tmp_path / name).write_bytes(good[name.partition(".")[2]] + b"\xff\xfe broken")
+    assert rows(tmp_path / name, limit=2) == [("1", "x", None), ("2", "y", None)]
+    iterator = read_examples(str(tmp_path / name))
+    assert [next(iterator).text, next(iterator).text] == ["x", "y"]
+    with pytest.raises(ValueError, match="not UTF-8"):
+        next(iterator)
