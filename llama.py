@@ -91,21 +91,27 @@ class Llama:
         """Render a prompt that holds SLOT: a string as it is, a list of chat messages by the model's template, once."""
         if isinstance(prompt, str):
             # What the tokenizer puts before a string (a BOS or nothing), read off it rather than from its settings.
-            plain = self.tokenizer("a", add_special_tokens=False).input_ids
-            with_special = self.tokenizer("a").input_ids
+            plain, with_special = self._ids("a"), self.tokenizer("a").input_ids
             start = with_special[: next(i for i in range(len(with_special)) if with_special[i:][: len(plain)] == plain)]
         else:
-            if not self.tokenizer.chat_template:
-                raise ValueError(f'{self.name} has no chat template; use a task with format = "completion"')
-            start = []  # the template writes its own BOS
-            # enable_thinking is read by the templates of thinking models and ignored by all others.
-            prompt = self.tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+            prompt, start = self._render_chat(prompt), []  # the template writes its own BOS
         if prompt.count(SLOT) != 1:
             raise ValueError(f"the chat template of {self.name} does not show the text exactly once")
         before, after = prompt.split(SLOT)
-        return Frame(before, after, tuple(start))
+        return Frame(before, after, () if self._ids(before)[: len(start)] == start else tuple(start))
+
+    def _render_chat(self, messages: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise ValueError(f'{self.name} has no chat template; use a task with format = "completion"')
+        try:
+            # enable_thinking is read by the templates of thinking models and ignored by all others.
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template of {self.name} fails: {_one_line(error)}") from None
 
     def encode(self, frame: Frame, text: str) -> list[int]:
         """The ids of the whole rendered prompt; control strings in the text become plain characters.
@@ -189,9 +195,10 @@ class Llama:
         """
         result = np.empty((len(rows), len(answers)))
         whole_answers = any(len(answer) > 1 for answer in answers)
+        exact = whole_answers or self._length_matters
         with _inference():
             prefix, cache = self._shared_prefix(rows)
-            for batch in self._batches([len(row) - len(prefix) for row in rows], batch_size, exact=whole_answers):
+            for batch in self._batches([len(row) - len(prefix) for row in rows], batch_size, exact):
                 tails = [list(rows[i][len(prefix) :]) for i in batch]
                 log_probs, grown = self._forward(tails, cache, keep_cache=whole_answers)
                 result[batch] = log_probs[:, [answer[0] for answer in answers]].cpu().double().numpy()
@@ -229,12 +236,21 @@ class Llama:
             self._prefix = (prefix, cache)
         return (prefix, self._prefix[1]) if prefix else ((), None)
 
+    @cached_property
+    def _length_matters(self) -> bool:
+        """Whether all positions are rotated by the length of the longest row: then no padding, and no shared cache."""
+        rotary = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        settings = [rotary, *(value for value in rotary.values() if isinstance(value, dict))]
+        return any(s.get("rope_type") in ("dynamic", "longrope") for s in settings)
+
     def _can_share(self, cache: object, row: list[int], length: int) -> bool:
         """Whether a batch may continue from the cache: it holds only keys and values, and a row comes out the same."""
-        from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+        from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
         layers = getattr(cache, "layers", [])
-        if not layers or not all(isinstance(x, DynamicLayer) for x in layers):
+        if self._length_matters or type(cache) is not DynamicCache:  # some families subclass it and keep states besides
+            return False
+        if not all(isinstance(x, DynamicLayer) for x in layers):
             return False
         if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers):
             return False
@@ -256,7 +272,7 @@ class Llama:
             ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
             kept, inverse = torch.unique(torch.tensor(ends, device=ids.device), return_inverse=True)
             logits, cache = self._logits(ids, cache, kept, keep_cache)
-            log_probs = torch.log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse].float(), dim=-1)
+            log_probs = _log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse])
         return log_probs, cache
 
     def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
@@ -292,9 +308,15 @@ class Llama:
         device = self.model.device
         with _out_of_memory_advice():
             logits, _ = self._logits(ids.to(device), past, positions.to(device), keep_cache=False)
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            log_probs = _log_softmax(logits)
             chosen = torch.tensor(answer[1:], device=device).expand(len(tails), -1)[..., None]
             return log_probs.gather(-1, chosen).sum(dim=(1, 2)).cpu().double().numpy()
+
+
+def _log_softmax(logits):
+    """In float32, from raw logits. Over 49,152 tokens torch's own log_softmax on a CPU is wrong by 1e-5."""
+    logits = logits.float()
+    return logits - logits.logsumexp(dim=-1, keepdim=True)
 
 
 @contextlib.contextmanager
@@ -336,6 +358,9 @@ def load_llama(
     """
     device = _choose_device(device)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else _choose_dtype(dtype, device)
+    quantization = {"quantization_config": _quantization(precision, device)} if load_in_4bit or load_in_8bit else {}
+    if adapter not in (None, "none", "auto"):
+        _check_adapter(Path(adapter))
     name, path, weights = _locate(model)
     adapter_path = _choose_adapter(adapter, weights, task)
 
@@ -346,17 +371,20 @@ def load_llama(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options: dict = {"local_files_only": True, "trust_remote_code": False}
-    quantized = _quantization(precision, device) if precision in ("4bit", "8bit") else None
     with _loading(f"the model in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        network = AutoModelForCausalLM.from_pretrained(
+        network, info = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.bfloat16 if quantized else getattr(torch, precision),
+            dtype=torch.bfloat16 if quantization else getattr(torch, precision),
             use_safetensors=True,
-            quantization_config=quantized,
             device_map=None if device == "cpu" else {"": device},
+            output_loading_info=True,
+            **quantization,
             **options,
         )
+        if absent := sorted(map(str, info["missing_keys"])):  # transformers would make them up at random
+            raise ValueError(f"the weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""))
+        _check_causal(network)
     identity = {"weights": weights, "precision": precision}
     if adapter_path:
         network = _with_adapter(network, adapter_path)
@@ -380,6 +408,16 @@ def _locate(model: str) -> tuple[str, Path, str]:
     return path.resolve().name, path, _folder_hash(path)
 
 
+def _check_causal(network: object) -> None:
+    """Refuse a model whose tokens see what follows them: an encoder's last token predicts nothing."""
+    import torch
+
+    with torch.inference_mode():
+        logits = network.eval()(input_ids=torch.tensor([[0, 1], [0, 2]], device=network.device)).logits[:, 0].float()
+    if not torch.allclose(logits[0], logits[1], rtol=0.05, atol=0.05):
+        raise ValueError("it is not a causal language model (a decoder): its tokens see what follows them")
+
+
 def _check_weights(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{path} is a file; a model is a folder with config.json and .safetensors weights")
@@ -392,9 +430,14 @@ def _check_weights(path: Path) -> None:
 def _download(model: str) -> Path:
     """Fetch a model of the Hub, or find it in the Hub's cache; every failure is one line that says what to do."""
     from huggingface_hub import errors, get_token, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        unwanted = ["original/*", "consolidated*"]  # the same weights again, in their makers' own format
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
     except errors.GatedRepoError:
         login = "" if get_token() else "; then log in: `hf auth login`, or set HF_TOKEN"
         raise ValueError(f"{model} is gated: ask for access on its page on the Hub{login}") from None
@@ -409,8 +452,8 @@ def _download(model: str) -> Path:
         raise ValueError(
             f"the Hub can not be reached and {model} is not in its local cache; go online once, or pass a folder"
         ) from None
-    except (errors.HfHubHTTPError, errors.EntryNotFoundError) as error:
-        raise ValueError(f"the Hub did not give {model}: {_first_line(error)}") from None
+    except (errors.HTTPError, errors.EntryNotFoundError) as error:
+        raise ValueError(f"the Hub did not give {model}: {_one_line(error)}") from None
 
 
 def _choose_device(device: str) -> str:
@@ -463,24 +506,39 @@ def _choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Pat
     config = ADAPTER_FOLDER / "training_config.json"
     if task is None or not config.is_file():
         return None
-    trained = json.loads(config.read_text(encoding="utf-8"))
-    if (trained.get("base_weights"), trained.get("task")) != (weights, task):
+    try:
+        trained = json.loads(config.read_text(encoding="utf-8"))
+        wanted = trained.get("base_weights"), trained.get("task")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is broken ({error}); remove the folder or use --adapter none") from None
+    if wanted != (weights, task):
         return None
+    _check_adapter(ADAPTER_FOLDER)
     print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
     return ADAPTER_FOLDER
+
+
+def _check_adapter(path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")
+    try:
+        kind = dict(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))).get("peft_type")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'adapter_config.json'} is broken: {error}") from None
+    if kind != "LORA":
+        raise ValueError(f"{path} is not a LoRA adapter: its peft_type is {kind}")
 
 
 def _with_adapter(network: object, path: Path) -> object:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")
     with _loading(f"the adapter in {path} (is it for another base model?)"):
         tuned = PeftModel.from_pretrained(network, path)
         with safe_open(path / "adapter_model.safetensors", "np") as file:
-            if set(file.keys()) != set(get_peft_model_state_dict(tuned)):  # peft would only warn and go on without
+            # Without this peft would only warn and go on; its own look at the base's embeddings would ask the Hub.
+            if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
                 raise ValueError("its layers are not this model's")
     return tuned
 
@@ -488,16 +546,18 @@ def _with_adapter(network: object, path: Path) -> object:
 @contextlib.contextmanager
 def _loading(what: str) -> Iterator[None]:
     """Turn what the libraries raise over a broken or foreign folder into one line."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    broken = (ValueError, OSError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError)
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"can not load {what}: {_first_line(error)}") from error
+    except (*broken, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"can not load {what}: {_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -540,6 +600,8 @@ def embedded_model() -> Path:
     with FileLock(cache_dir() / "lock"):
         if not _is_intact(folder):  # another process may have made it while we waited
             print(f"preparing the embedded model in {cache_dir()} (once, about a minute)", file=sys.stderr)
+            for left_over in (*cache_dir().glob("making-*"), *cache_dir().glob("fetching-*")):
+                shutil.rmtree(left_over, ignore_errors=True)  # of a process that was killed; we hold the lock
             _fetch_gguf(cache_dir() / GGUF)
             with tempfile.TemporaryDirectory(dir=cache_dir(), prefix="making-") as scratch:
                 made = Path(scratch) / DEFAULT_NAME
@@ -625,7 +687,7 @@ def _is_intact(folder: Path) -> bool:
             if not same and _sha256(folder / name) != entry["sha256"]:
                 return False
         return manifest["conversion"] == CONVERSION
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -639,7 +701,8 @@ def _folder_hash(folder: Path) -> str:
 
     Large files are hashed once and remembered in the cache folder by path, size and time.
     """
-    patterns = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*", "vocab*", "merges.txt", "*.jinja")
+    patterns = ["*.safetensors", "config.json", "adapter_config.json", "*.jinja", "*.model"]
+    patterns += ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     memory = cache_dir() / "hashes.json"
     try:

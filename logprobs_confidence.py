@@ -200,7 +200,10 @@ def score(
 
 def _identity(example: Example, task: Task) -> tuple[str, str, str | None]:
     """What a record repeats of its example: id, text and the label in the task's spelling."""
-    return example.id, example.text, None if example.label is None else task.canonical_label(example.label)
+    label = None if example.label is None else task.canonical_label(example.label)
+    if label is None and example.label is not None:
+        raise ValueError(f"row {example.id!r}: {example.label!r} is not a label of task {task.name!r}")
+    return example.id, example.text, label
 
 
 def score_table(args: argparse.Namespace, scorer: Scorer, path: Path, total: int) -> int:
@@ -299,8 +302,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--input and --output go together")
     if args.debias and not args.input:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
-    if args.raw_prompt and args.input:
-        parser.error("--raw-prompt takes texts, not a table")
+    if (args.raw_prompt or args.json) and args.input:
+        parser.error("--raw-prompt and --json are for texts; a table becomes a predictions file, which is JSON Lines")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args
@@ -323,7 +326,8 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
     scorer = None if args.raw_prompt else prepare(llama, task, args.truncate)
     for text in args.text:
         if args.raw_prompt:
-            ids = llama.encode(Frame(text, "", llama.frame(SLOT).start), "")
+            before, inner, after = text.partition(text.strip())  # as it stands: the outer white space too
+            ids, _ = llama.encode_within(Frame(before, after, llama.frame(SLOT).start), inner)
             tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
             row = {"text": text, "prompt_token_ids": ids, "top_tokens": tokens}
         else:
@@ -344,7 +348,7 @@ def run_table(args: argparse.Namespace, task: Task) -> None:
     raw = output.with_suffix(".raw.jsonl") if args.debias else output
     for path in {output, raw}:
         predictions.check_output(path, args.input)
-    total = tasks.check_examples(tasks.examples_from(args), task)
+    total = tasks.check_examples(tasks.examples_from(args), task, args.input)
     llama = load_from(args, task.settings())
     started = time.monotonic()
     count = score_table(args, prepare(llama, task, args.truncate), raw, total)

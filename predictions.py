@@ -268,7 +268,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        print(f"error: {printable(' '.join(message.split()))} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -27,11 +27,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -202,7 +201,7 @@ class Answer:
     text: str
 
 
-def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
+def find_answers(task: Task, tokenizer: object, rendered: str) -> list[Answer]:
     """Every answer of the task in this tokenizer, each counting for one label only; `rendered` is a whole prompt.
 
     first-token: all single tokens of the vocabulary that spell an answer word, in any case, with or without space.
@@ -221,8 +220,8 @@ def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     answers = [
         Answer(label, (i,), text)
-        for i in range(len(tokenizer))
-        if i not in special and (label := task.label_of(text := tokenizer.decode([i]))) is not None
+        for i, text in enumerate(_vocabulary(tokenizer))
+        if i not in special and (label := task.label_of(text)) is not None
     ]
     singles = {answer.ids for answer in answers}
     for label, words in task.labels.items():
@@ -235,13 +234,19 @@ def find_answers(task: Task, tokenizer, rendered: str) -> list[Answer]:
     return answers
 
 
+@lru_cache(maxsize=2)
+def _vocabulary(tokenizer: object) -> list[str]:
+    """Every token as the text it decodes to, by id."""
+    return [tokenizer.decode([i]) for i in range(len(tokenizer))]
+
+
 def _spellings(task: Task) -> list[str]:
     """The answer words as written, and with --scoring sequence also capitalised, each once."""
     words = [word for words in task.labels.values() for word in words]
     return list(dict.fromkeys(words + [w[:1].upper() + w[1:] for w in words if task.scoring == "sequence"]))
 
 
-def _ids_after(tokenizer, rendered: str, answer: str) -> tuple[int, ...]:
+def _ids_after(tokenizer: object, rendered: str, answer: str) -> tuple[int, ...]:
     """The ids that the answer adds to the prompt; the two must not merge into one token."""
     prompt = tokenizer(rendered, add_special_tokens=False).input_ids
     whole = tokenizer(rendered + answer, add_special_tokens=False).input_ids
@@ -330,17 +335,17 @@ def read_examples(
         raise ValueError(f"{source} has no rows")
 
 
-def check_examples(examples: Iterator[Example], task: Task) -> int:
+def check_examples(examples: Iterator[Example], task: Task, source: str = "the table") -> int:
     """Count a table by reading it once, before any model is loaded; ValueError on a double id or a foreign label."""
     count, seen = 0, set()
     for count, example in enumerate(examples, 1):
         if example.label is not None and task.canonical_label(example.label) is None:
             raise ValueError(
-                f"row {count} has the label {example.label!r}, which task {task.name!r} does not know; it knows "
-                f"{', '.join(task.labels)} (--label-map OLD=NEW renames)"
+                f"{source} row {count} has the label {example.label!r}, which task {task.name!r} does not know; "
+                f"it knows {', '.join(task.labels)} (--label-map OLD=NEW renames)"
             )
         if (key := hash(example.id)) in seen:
-            raise ValueError(f"row {count}: the id {example.id!r} stands twice; ids must be unique")
+            raise ValueError(f"{source} row {count}: the id {example.id!r} stands twice; ids must be unique")
         seen.add(key)
     return count
 
@@ -376,7 +381,7 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
 
 def _delimited_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
     style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.lower().endswith(".tsv") else {"strict": True}
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
     reader = csv.reader((line for _, line in _lines(source)), **style)
     names: list[str] | None = None
     try:

@@ -131,7 +131,7 @@ def generate_each(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int
             output_logits=True,
             return_dict_in_generate=True,
         )
-        out.append(torch.log_softmax(step.logits[0][0].float(), -1)[ids].cpu().numpy())
+        out.append(step.logits[0][0].double().log_softmax(-1)[ids].cpu().numpy())
     return np.stack(out)
 
 
@@ -146,8 +146,8 @@ def plain_batches(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int
             inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=llama.model.device)
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=inputs.device)
             logits = llama.model(input_ids=inputs, attention_mask=mask).logits
-            last = logits[torch.arange(len(batch)), mask.sum(1) - 1].float()
-            out.append(torch.log_softmax(last, -1)[:, ids].cpu().numpy())
+            last = logits[torch.arange(len(batch)), mask.sum(1) - 1].double()
+            out.append(last.log_softmax(-1)[:, ids].cpu().numpy())
     return np.concatenate(out)
 
 

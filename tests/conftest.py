@@ -21,10 +21,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def embedded():
-    """The real default model."""
+    """The real default model, in float32 wherever the tests run."""
     from llama import load_llama
 
-    return load_llama()
+    return load_llama(device="cpu")
 
 
 def tiny(kind, tokenizer, **settings):

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -279,6 +280,23 @@ def test_a_raw_prompt_is_read_as_it_stands(call, tokenizer):
         row = json.loads(line)
         assert row["text"] == text and len(row["top_tokens"]) == 20
         assert row["prompt_token_ids"] == tokenizer(text).input_ids
+    code, out, err = call("--raw-prompt", "\udcff")  # what Python makes of an argument that is not UTF-8
+    assert (code, out) == (2, "") and "Unicode" in err and err.count("\n") == 1
+
+
+def test_of_two_equal_labels_the_one_listed_first_is_predicted(tiny_llama, monkeypatch):
+    # A model that finds all 49,152 tokens equally probable; four of them spell each label.
+    uniform = np.full((1, 49152), -np.log(49152))
+    monkeypatch.setattr(tiny_llama, "next_token_log_probs", lambda ids: uniform[0])
+    monkeypatch.setattr(tiny_llama, "answer_log_probs", lambda rows, answers, *_: uniform[:, : len(answers)])
+    for first, second in (("negative", "positive"), ("positive", "negative")):
+        scorer = prepare(tiny_llama, replace(SENTIMENT, labels={first: (first,), second: (second,)}))
+        row, record = explain("x", scorer), score([Example("1", "x", None)], scorer)[0]
+        assert (row["prediction"], record.prediction) == (first, first)
+        for number in (row["confidence"], record.confidence):
+            assert number == pytest.approx(0.5)
+        for number in (row["label_mass"], record.label_mass):
+            assert number == pytest.approx(8 / 49152)
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -634,6 +652,8 @@ BAD_COMMANDS = {
     "--input good.csv": "--output",
     "--output new.jsonl": "--input",
     "text --surprise": "--surprise",
+    "text '--sur\nprise'": "--sur prise",
+    "--input hf:no/such --output new.jsonl": "no/such",
     "text --task mood": "no task 'mood'",
     "text --task bad.toml": "bad.toml",
     "text --task missing.toml": "missing.toml",
@@ -655,14 +675,15 @@ def test_every_bad_command_ends_with_code_2_and_one_line_and_leaves_no_file(run,
     for name, content in BAD_TABLES.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder.csv").mkdir()
-    before = sorted(tmp_path.iterdir())
+    before, offline = sorted(tmp_path.iterdir()), {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     with ThreadPoolExecutor(2) as pool:
         commands = [[ROOT / "logprobs_confidence.py", *shlex.split(command)] for command in BAD_COMMANDS]
-        finished = list(pool.map(lambda command: run(*command, cwd=tmp_path), commands))
+        finished = list(pool.map(lambda command: run(*command, cwd=tmp_path, env=offline), commands))
     for (command, named), done in zip(BAD_COMMANDS.items(), finished, strict=True):
         assert (done.returncode, done.stdout) == (2, ""), command
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (command, done.stderr)
         assert named in done.stderr, (command, done.stderr)
+    shutil.rmtree(tmp_path / "hub", ignore_errors=True)
     assert sorted(tmp_path.iterdir()) == before
     assert all((tmp_path / name).read_bytes() == content for name, content in BAD_TABLES.items())
 
