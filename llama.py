@@ -49,7 +49,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERSION = 1  # raised when `_convert` changes, so that every cache remakes itself and every fingerprint differs
 
 # Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
-TOKENS_PER_BATCH = {"cpu": 1024, "mps": 4096, "cuda": 8192}
+TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -279,9 +279,9 @@ class Llama:
         """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
         options = {"use_cache": keep_cache or cache is not None}
         if cache is not None:
-            options["past_key_values"] = copy.deepcopy(cache)
-            if cache.layers[0].keys.shape[0] == 1:
-                options["past_key_values"].batch_repeat_interleave(len(ids))
+            options["past_key_values"] = copy.deepcopy(cache)  # a forward pass grows the cache that it is given
+            for layer in options["past_key_values"].layers:  # a view of one row for all: only growing it copies
+                layer.keys, layer.values = (x.expand(len(ids), -1, -1, -1) for x in (layer.keys, layer.values))
         if self._head_selects:
             output = self.model(input_ids=ids, logits_to_keep=positions, **options)
             return output.logits, getattr(output, "past_key_values", None)
