@@ -49,23 +49,25 @@ LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = tasks.read_task(args.task)
+    first = None if args.random_weights else first_answer(args)  # now, for a child's peak begins at its parent's size
     texts = [example.text for example in tasks.examples_from(args)]
     llama = random_llama(args) if args.random_weights else load_from(args)
     scorer = prepare(llama, task)
     rows = [llama.encode(scorer.frame, text) for text in texts]
     ids = [answer.ids[0] for answer in scorer.answers]
     ways = {
-        "one generate call a text (the article's way)": lambda: generate_each(llama, rows, ids),
-        f"plain batches of {PLAIN_BATCH}": lambda: plain_batches(llama, rows, ids),
-        "ours": lambda: ours(llama, rows, ids),
+        "one generate call a text (the article's way)": generate_each,
+        f"plain batches of {PLAIN_BATCH}": plain_batches,
+        "ours": ours,
     }
     results, seconds = {}, {name: [] for name in ways}
-    for name, way in ways.items():  # warm up, and keep what each computes
-        results[name] = way()
+    for way in ways.values():
+        way(llama, rows[:4], ids)  # warm up
     for turn in range(args.rounds):
         for name, way in ways.items():
-            seconds[name].append(timed(way, llama.device))
-            print(f"round {turn + 1}: {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
+            results[name], elapsed = timed(lambda way=way: way(llama, rows, ids), llama.device)
+            seconds[name].append(elapsed)
+            print(f"round {turn + 1}: {name}: {elapsed:.1f} s", file=sys.stderr)
 
     prefix, _ = llama._shared_prefix(rows)
     own = sum(map(len, rows)) - len(prefix) * len(rows)
@@ -77,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         import torch
 
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    if not args.random_weights:
-        print_first_answer(args)
+    if first:
+        print(f"first answer of a new process: {first[0]:.1f} s, peak memory {first[1] / 1e9:.2f} GB")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -159,16 +161,16 @@ def ours(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.
 # Measuring
 
 
-def timed(function: Callable[[], object], device: str) -> float:
-    """Seconds of one call, the device's queue drained before and after."""
+def timed(function: Callable[[], object], device: str) -> tuple[object, float]:
+    """What a call returns and its seconds, the device's queue drained before and after."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else torch.mps.synchronize if device == "mps" else lambda: None
     wait()
     start = time.perf_counter()
-    function()
+    result = function()
     wait()
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def matrix_multiply_rate(llama: Llama) -> float:
@@ -186,7 +188,7 @@ def matrix_multiply_rate(llama: Llama) -> float:
             torch.nn.functional.linear(inputs[shape[1]], weights[shape])
 
     multiply()
-    return sum(2 * tokens * n * k for n, k in shapes) / min(timed(multiply, llama.device) for _ in range(5))
+    return sum(2 * tokens * n * k for n, k in shapes) / min(timed(multiply, llama.device)[1] for _ in range(5))
 
 
 def is_body_layer(name: str, module: object) -> bool:
@@ -212,17 +214,17 @@ def print_limit(llama: Llama, own_tokens: int, rows: int, seconds: float) -> Non
     print(f"\nmatrix multiply: {limit / 1e9:,.0f} GFLOP/s measured here; ours reaches {100 * rate / limit:.0f} % of it")
 
 
-def print_first_answer(args: argparse.Namespace) -> None:
-    """Wall time and peak memory of the whole command on one text, after the first use."""
+def first_answer(args: argparse.Namespace) -> tuple[float, float]:
+    """(median wall seconds, peak bytes) of the whole command on one text, after a first use."""
     command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "Not bad", "--model", args.model]
     walls, peaks = [], []
-    for _ in range(args.rounds):
+    for _ in range(args.rounds + 1):
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, _, usage = os.wait4(process.pid, 0)
         walls.append(time.perf_counter() - start)
         peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-    print(f"first answer of a new process: {median(walls):.1f} s, peak memory {max(peaks) / 1e9:.2f} GB")
+    return median(walls[1:]), max(peaks)
 
 
 if __name__ == "__main__":
