@@ -475,12 +475,9 @@ def _choose_dtype(dtype: str, device: str) -> str:
         return dtype
     if device == "cpu":
         return "float32"
-    on_cuda = device.startswith("cuda")
-    return (
-        "bfloat16"
-        if (torch.cuda.is_bf16_supported() if on_cuda else torch.backends.mps.is_macos_or_newer(14, 0))
-        else "float16"
-    )
+    if device == "mps":
+        return "bfloat16" if torch.backends.mps.is_macos_or_newer(14, 0) else "float16"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 def _quantization(precision: str, device: str) -> object:

@@ -208,9 +208,9 @@ def _identity(example: Example, task: Task) -> tuple[str, str, str | None]:
 
 def score_table(args: argparse.Namespace, scorer: Scorer, path: Path, total: int) -> int:
     """Write or continue the predictions file of a whole table; returns how many rows were scored now."""
-    with predictions.open_output(path, args.overwrite) as file:
+    with predictions.open_output(path) as file:
         expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
-        done = predictions.resume(file, expected, scorer.fingerprint)
+        done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
         if done == total:
             return 0
         # Windows start at fixed rows, so a continued run makes the same batches and numbers as an unbroken one.
@@ -244,9 +244,9 @@ def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Pa
             by_label = dict(zip(labels, p.tolist(), strict=True))
             yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=row.extras)
 
-    with predictions.open_output(path, args.overwrite) as file:
+    with predictions.open_output(path) as file:
         expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
-        done = predictions.resume(file, expected, scorer.fingerprint)
+        done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
     if done < total:
         predictions.replace(path, corrected())
 

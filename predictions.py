@@ -176,7 +176,7 @@ def check_output(path: str | os.PathLike, input_path: str | None = None) -> None
 
 
 @contextmanager
-def open_output(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a predictions file to be continued, locked against a second run; remove it if nothing came of it."""
     with open(path, "ab+") as file:
         if fcntl:
@@ -185,19 +185,36 @@ def open_output(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
             except OSError:
                 raise ValueError(f"another run is writing {path}; wait for it or choose another --output") from None
         try:
-            if overwrite:
-                file.truncate(0)
             yield file
         finally:
             if not os.fstat(file.fileno()).st_size:
                 Path(path).unlink()
 
 
-def resume(file: BinaryIO, expected: Iterable[tuple[str, str, str | None]], expected_fingerprint: str) -> int:
+def resume(
+    file: BinaryIO,
+    expected: Iterable[tuple[str, str, str | None]],
+    expected_fingerprint: str,
+    overwrite: bool = False,
+) -> int:
     """Count the rows already in `file`, verified one by one against the input's (id, text, label); drop a torn tail.
 
-    Raises ValueError, touching nothing, when the file was made with other settings or from another input.
+    A file made with other settings or from another input is emptied with `overwrite`, else it is a ValueError and is
+    not touched. A file that fits is continued either way, so the same command always goes on where it was.
     """
+    try:
+        count, end = _verify(file, expected, expected_fingerprint)
+    except ValueError:
+        if not overwrite:
+            raise
+        count, end = 0, 0
+    if end < os.fstat(file.fileno()).st_size:
+        file.truncate(end)
+    return count
+
+
+def _verify(file: BinaryIO, expected: Iterable[tuple], expected_fingerprint: str) -> tuple[int, int]:
+    """(rows, bytes) of `file` that are whole records of this input and these settings; a ValueError for any other."""
     advice = "use --overwrite to replace it, or another --output"
     file.seek(0)
     count, end, expected = 0, 0, iter(expected)
@@ -217,9 +234,7 @@ def resume(file: BinaryIO, expected: Iterable[tuple[str, str, str | None]], expe
         if (row.id, row.text, row.label) != next(expected, None):
             raise ValueError(f"{where} (id {row.id}) was made from another input; {advice}")
         count, end = count + 1, end + len(line)
-    if end < os.fstat(file.fileno()).st_size:
-        file.truncate(end)
-    return count
+    return count, end
 
 
 def replace(path: str | os.PathLike, rows: Iterable[Prediction]) -> None:

@@ -108,11 +108,10 @@ class Task:
         """What the model is given: one string for a completion, a list of messages for a chat."""
         shown = [(self.show(t), self.labels[label][0]) for t, label in self.examples]
         question = self.show(text)
+        instruction = f"{self.instruction}\n\n" if self.instruction else ""
         if self.format == "completion":
-            instruction = f"{self.instruction}\n\n" if self.instruction else ""
             return instruction + "".join(f"{s}{self.answer(s, word)}\n\n" for s, word in shown) + question
         turns = [turn for s, word in shown for turn in (("user", s), ("assistant", word))] + [("user", question)]
-        instruction = f"{self.instruction}\n\n" if self.instruction else ""
         return [{"role": role, "content": (instruction if role == "user" else "") + content} for role, content in turns]
 
     def settings(self) -> dict:
@@ -241,7 +240,7 @@ def _vocabulary(tokenizer: object) -> list[str]:
 
 
 def _spellings(task: Task) -> list[str]:
-    """The answer words as written, and with --scoring sequence also capitalised, each once."""
+    """The answer words as written, and with scoring = "sequence" also capitalised, each once."""
     words = [word for words in task.labels.values() for word in words]
     return list(dict.fromkeys(words + [w[:1].upper() + w[1:] for w in words if task.scoring == "sequence"]))
 

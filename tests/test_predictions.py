@@ -240,10 +240,11 @@ def test_a_file_that_is_not_ours_is_never_touched(content, tmp_path):
     assert path.read_bytes() == content
 
 
-def test_overwrite_begins_anew_and_an_output_of_nothing_is_removed(tmp_path):
+def test_overwrite_replaces_only_what_does_not_fit_and_an_output_of_nothing_is_removed(tmp_path):
     path = write(tmp_path / "p.jsonl", [record(0)])
-    with predictions.open_output(path, overwrite=True) as file:
-        assert predictions.resume(file, iter([]), "00000000") == 0
+    with predictions.open_output(path) as file:
+        assert predictions.resume(file, iter(expected([record(0)])), "3f9c2a71", overwrite=True) == 1  # it fits
+        assert predictions.resume(file, iter([]), "00000000", overwrite=True) == 0
         predictions.append(file, [record(5)])
     assert predictions.read(path) == [record(5)]
     with pytest.raises(KeyError), predictions.open_output(tmp_path / "new.jsonl"):
@@ -254,10 +255,10 @@ def test_overwrite_begins_anew_and_an_output_of_nothing_is_removed(tmp_path):
 def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):
     path = tmp_path / "p.jsonl"
     with predictions.open_output(path) as file:
-        with pytest.raises(ValueError, match="another run is writing"), predictions.open_output(path, overwrite=True):
+        with pytest.raises(ValueError, match="another run is writing"), predictions.open_output(path):
             pass
         predictions.append(file, [record(0)])
-        with pytest.raises(ValueError, match="another run is writing"), predictions.open_output(path, overwrite=True):
+        with pytest.raises(ValueError, match="another run is writing"), predictions.open_output(path):
             pass
     assert predictions.read(path) == [record(0)]
 
