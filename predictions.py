@@ -21,7 +21,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -58,6 +58,11 @@ class Prediction:
     extras: Mapping[str, object] = field(default_factory=dict)  # method-specific flat fields: votes, epistemic, ...
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.id, str) and isinstance(self.text, str) and isinstance(self.label, str | None)):
+            raise ValueError(f"prediction {self.id!r}: id, text and label must be strings, the label may be null")
+        for name in ("method", "model", "task", "fingerprint"):
+            if not (isinstance(value := getattr(self, name), str) and value):
+                raise ValueError(f"prediction {self.id!r}: {name} is {value!r}, not a name")
         if (self.prediction is None) != (self.error is not None):
             raise ValueError(f"prediction {self.id!r} needs either a prediction or an error")
         if self.error is not None:
@@ -67,6 +72,8 @@ class Prediction:
             probabilities = self.probabilities or {}
             if self.prediction not in probabilities or probabilities[self.prediction] != self.confidence:
                 raise ValueError(f"prediction {self.id!r}: confidence is not the predicted label's probability")
+            if self.confidence < max(probabilities.values()):
+                raise ValueError(f"prediction {self.id!r}: another label than the predicted one is more probable")
             if not all(0 <= p <= 1 for p in probabilities.values()) or abs(sum(probabilities.values()) - 1) > 1e-6:
                 raise ValueError(f"prediction {self.id!r}: probabilities do not sum to 1")
             if not 0 <= self.label_mass <= 1 + 1e-6:
@@ -90,6 +97,9 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 
 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
+
+
+CALIBRATED = ("calibrated_confidence", "decision", "fitted_on")  # extras that a calibrator adds
 
 
 def fingerprint(**settings: object) -> str:
@@ -116,13 +126,17 @@ def _json(record: dict) -> bytes:
 def from_line(line: bytes, where: str) -> Prediction:
     """Parse one line; a ValueError names `where` it stands and what is wrong."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_no_constant)
         known = {name: record.pop(name) for name in FIELDS}
         return Prediction(**known, error=record.pop("error", None), extras=record)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a prediction: {error}") from None
     except KeyError as error:
         raise ValueError(f"{where} is not a prediction: it has no field {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def iterate(path: str | os.PathLike) -> Iterator[Prediction]:
@@ -142,10 +156,37 @@ def read(path: str | os.PathLike) -> list[Prediction]:
     return rows
 
 
-def confidence_and_correct(rows: Iterable[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[list[Prediction], int]:
+    """The scored rows of a file, all of one fingerprint, and how many rows have an error; ValueErrors name the file.
+
+    Raises as `confidence_and_correct` does.
+    """
+    rows = read(path)
+    try:
+        confidence_and_correct(rows, score)
+        return one_fingerprint(rows), sum(row.error is not None for row in rows)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def one_fingerprint(rows: Iterable[Prediction]) -> list[Prediction]:
+    """The scored rows; ValueError when there are none, or when they are not all one model's, task's and method's."""
+    scored = [row for row in rows if row.error is None]
+    if not scored:
+        raise ValueError("no row was scored")
+    if other := next((row for row in scored if row.fingerprint != scored[0].fingerprint), None):
+        raise ValueError(
+            f"it mixes the fingerprints {scored[0].fingerprint} and, in row {other.id!r}, {other.fingerprint}: "
+            "answers of different models, tasks or methods"
+        )
+    return scored
+
+
+def confidence_and_correct(rows: Iterable[Prediction], score: str = "confidence") -> tuple[np.ndarray, np.ndarray]:
     """(float64 [n], bool [n]) of the scored rows. Rows with an error have no confidence and are left out; count them.
 
-    Raises ValueError when a scored row has no label, or when no row was scored.
+    `score` may be "calibrated_confidence". Raises ValueError when no row was scored, when a scored row has no label or
+    no such score, or when the calibrator was fitted on rows that it is to be judged by.
     """
     scored = [row for row in rows if row.error is None]
     unlabelled = sum(row.label is None for row in scored)
@@ -153,8 +194,25 @@ def confidence_and_correct(rows: Iterable[Prediction]) -> tuple[np.ndarray, np.n
         raise ValueError(f"{unlabelled} of {len(scored)} scored rows have no label, so nobody knows if they are right")
     if not scored:
         raise ValueError("no row was scored")
-    confidence = np.array([row.confidence for row in scored], dtype=np.float64)
-    return confidence, np.array([row.prediction == row.label for row in scored], dtype=bool)
+    if score != "confidence" and (missing := sum(row.extras.get(score) is None for row in scored)):
+        raise ValueError(f"{missing} of {len(scored)} rows have no {score}; --calibrator adds it")
+    if score != "confidence" and (seen := sum(bool(row.extras.get("fitted_on")) for row in scored)):
+        raise ValueError(
+            f"{seen} of {len(scored)} rows are among those the calibrator was fitted on (fitted_on); a report on them "
+            "would be in-sample. Score it on other rows"
+        )
+    values = np.array([score_of(row, score) for row in scored], dtype=np.float64)
+    return values, np.array([row.prediction == row.label for row in scored], dtype=bool)
+
+
+def score_of(row: Prediction, score: str = "confidence") -> float:
+    """The confidence of a scored row, or its `calibrated_confidence`; ValueError if that is no number in [0, 1]."""
+    value = row.confidence if score == "confidence" else row.extras.get(score)
+    if value is None:
+        raise ValueError(f"row {row.id!r} has no {score}; --calibrator adds it")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"row {row.id!r}: {score} is {value!r}, not a number in [0, 1]")
+    return value
 
 
 # Writing: append, resume, overwrite
@@ -238,7 +296,8 @@ def _verify(file: BinaryIO, expected: Iterable[tuple], expected_fingerprint: str
 
 
 def replace(path: str | os.PathLike, rows: Iterable[Prediction]) -> None:
-    """Write a whole file at once: the old one stays until the new one is complete."""
+    """Write a whole file at once: the old one stays until the new one is complete. A link is written through."""
+    path = os.path.realpath(path)
     scratch = Path(f"{path}.part")
     try:
         with open(scratch, "wb") as file:
@@ -271,9 +330,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 # The habits of every command line
 
 
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows of cells in columns as wide as they need be, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(indent + "  ".join(line).rstrip() for line in lines)
+
+
 def printable(text: str) -> str:
     """Text for a terminal: whatever could move the cursor or change colours is shown as its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def natural(text: str) -> int:
+    """A whole number that is not negative, for argparse."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -293,8 +366,10 @@ def run(main: Callable[[], None]) -> None:
     Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
     """
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:  # also when main ends with an exit code of its own
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
         sys.exit(1)

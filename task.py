@@ -561,7 +561,9 @@ def groups_of(rows: Sequence[object], source: str | None = None) -> list[object]
     for where, columns in read_rows(source):
         if not {"id", "group"} <= columns.keys():
             raise ValueError(f"{where}: --groups needs the columns id and group; it has {', '.join(columns)}")
-        group[str(columns["id"])] = columns["group"]
+        if not isinstance(columns["group"], str | int):
+            raise ValueError(f"{where}: the group is {columns['group']!r}, not a name")
+        group[str(columns["id"])] = str(columns["group"])
     if lost := next((row.id for row in rows if row.id not in group), None):
         raise ValueError(f"{source} names no group for the row {lost!r}")
     return [group[row.id] for row in rows]

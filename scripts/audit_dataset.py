@@ -148,7 +148,7 @@ def print_splits(rows: list[Row], within: dict[int, int], elsewhere: dict[int, i
         cells = [split, f"{len(numbers):,}", ", ".join(f"{n:,} {label}" for label, n in sorted(labels.items()))]
         cells += [f"{min(words)}, {median(words):g}, {max(words)}", f"{repeated:,}"]
         table.append(cells + [f"{sum(n in found for n in numbers):,}" for found in (within, elsewhere)])
-    print_table(heads, table)
+    print(predictions.table([heads, *table]))
 
 
 def print_leaks(rows: list[Row], elsewhere: dict[int, int]) -> bool:
@@ -204,7 +204,8 @@ def print_baselines(rows: list[Row], answers: list[predictions.Prediction]) -> N
         table.append([", ".join(part) or "all", f"{len(numbers):,}"])
         for name, p in probabilities.items():
             table[-1] += [accuracy(right[name][numbers]), auc(p[numbers], [test[n].label for n in numbers], labels)]
-    print_table(["", "rows", *(head for name in probabilities for head in (name, "AUC"))], table)
+    heads = ["", "rows", *(head for name in probabilities for head in (name, "AUC"))]
+    print(predictions.table([heads, *table]))
 
 
 def bag_of_words(
@@ -291,14 +292,6 @@ def auc(probabilities: np.ndarray, truth: list[str], labels: list[str]) -> str:
     if len(labels) != 2 or is_second.all() or not is_second.any():
         return "-"
     return f"{roc_auc_score(is_second, probabilities[answered, 1]):.3f}"
-
-
-def print_table(heads: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as they need be, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,510 @@
+"""Is a confidence true? Calibration errors with their noise floor, proper scores, ranking, reliability diagrams.
+
+    ECE = sum_b n_b / n |accuracy_b - mean confidence_b|,  MCE = max_b |accuracy_b - mean confidence_b|,  20 equal bins
+
+    python calibration_metrics.py base.jsonl                         # every number of one predictions file
+    python calibration_metrics.py base.jsonl tuned.jsonl --figure reliability.png
+
+A perfectly calibrated model has an ECE above 0 on any finite sample, so ECE never stands alone: beside it stand the
+noise floor (what perfect calibration would show on these confidences), its 95 % point and a p-value. MCE stands with
+the count of its bin. Compare models and calibrators by log loss or Brier score, never by ECE: predicting the base rate
+for every row has a perfect ECE. Intervals are 95 %: exact binomial for a count of independent rows, else a
+bootstrap of whole groups.
+
+It prints a table; with --figure it writes reliability diagrams. Formulas with their sources stand in the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import plotting
+import predictions
+import task as tasks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+N_BINS = 20
+MIN_COUNT = 30  # rows that make the accuracy of a bin worth a maximum
+EPSILON = float(np.finfo(np.float64).eps)  # log loss clips here, as scikit-learn does
+
+
+def checked(confidence: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [n], bool [n]) or a ValueError that says what is wrong with the two."""
+    try:
+        confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
+    except (ValueError, TypeError):
+        raise ValueError("confidence must hold a number for each row, and correct a truth value") from None
+    if confidence.ndim != 1 or correct.ndim != 1:
+        raise ValueError(f"confidence and correct must be 1-D, they are {confidence.ndim}-D and {correct.ndim}-D")
+    if len(confidence) != len(correct):
+        raise ValueError(f"{len(confidence)} confidences, but {len(correct)} values of correct")
+    if not len(confidence):
+        raise ValueError("no rows: confidence is empty")
+    if np.isnan(confidence).any():
+        raise ValueError(f"confidence is NaN in {np.isnan(confidence).sum()} of {len(confidence)} rows")
+    if confidence.min() < 0 or confidence.max() > 1:
+        raise ValueError(
+            f"confidence runs from {float(confidence.min())!r} to {float(confidence.max())!r}, outside [0, 1]"
+        )
+    if not np.isin(correct, (0, 1)).all():
+        raise ValueError("correct must be true or false (1 or 0) in every row")
+    return confidence, correct.astype(bool)
+
+
+# Bins
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Rows gathered by confidence; arrays [n_bins], NaN where a bin is empty."""
+
+    edges: np.ndarray  # [n_bins + 1]
+    count: np.ndarray
+    confidence: np.ndarray  # mean
+    accuracy: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """accuracy - mean confidence: below 0 is overconfident."""
+        return self.accuracy - self.confidence
+
+
+def bins_of(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> Bins:
+    """Equal-width bins [i/n, (i+1)/n), the last one closed: a confidence of 0.95 is in the bin that begins at 0.95.
+
+    The edges are the doubles nearest to i/n, so that bins agree with thresholds ">= 0.95". numpy.linspace(0, 1, 21)
+    differs from them in the last bit at seven edges.
+    """
+    confidence, correct = checked(confidence, correct)
+    return _gather(confidence, correct, _edges(n_bins))
+
+
+def _edges(n_bins: int) -> np.ndarray:
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
+    return np.arange(n_bins + 1) / n_bins
+
+
+def equal_mass_bins(confidence: Sequence[float], correct: Sequence[bool], n_bins: int | None = None) -> Bins:
+    """Bins of about equally many rows, at most 20 bins and about 50 rows each; equal confidences stay together."""
+    confidence, correct = checked(confidence, correct)
+    n_bins = int(np.clip(len(confidence) // 50, 1, N_BINS)) if n_bins is None else len(_edges(n_bins)) - 1
+    first = np.sort(confidence)[np.arange(n_bins) * len(confidence) // n_bins]
+    return _gather(confidence, correct, np.append(np.unique(first), np.inf))
+
+
+def _gather(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Bins:
+    index = _bin_index(confidence, edges)
+    count = np.bincount(index, minlength=len(edges) - 1)
+    with np.errstate(invalid="ignore"):
+        sums = (np.bincount(index, weights, minlength=len(edges) - 1) for weights in (confidence, correct))
+        return Bins(edges, count, *(total / count for total in sums))
+
+
+def _bin_index(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, len(edges) - 2)
+
+
+def _mean_gap(bins: Bins) -> float:
+    return float(np.nansum(bins.count * np.abs(bins.gap)) / bins.count.sum())
+
+
+def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> float:
+    """ECE: each bin's gap between accuracy and mean confidence, weighted by its rows (Naeini et al., AAAI 2015)."""
+    return _mean_gap(bins_of(confidence, correct, n_bins))
+
+
+def maximum_calibration_error(
+    confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS, min_count: int = 1
+) -> float:
+    """MCE: the largest gap of any bin with at least `min_count` rows; NaN when no bin has so many."""
+    bins = bins_of(confidence, correct, n_bins)
+    return _largest_gap(bins, min_count)[0]
+
+
+def _largest_gap(bins: Bins, min_count: int) -> tuple[float, int | None]:
+    """(gap, index of its bin) over the bins with enough rows; (NaN, None) if there is none."""
+    gap = np.where(bins.count >= min_count, np.abs(bins.gap), -1.0)
+    worst = int(gap.argmax())
+    return (float(gap[worst]), worst) if gap[worst] >= 0 else (float("nan"), None)
+
+
+def debiased_calibration_error(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> float:
+    """The squared calibration error with its sampling noise subtracted; below 0 when noise explains all of it.
+
+    sum_b n_b / n [gap_b^2 - a_b (1 - a_b) / (n_b - 1)], bins of one row left as they are (Broecker, 2012; Kumar,
+    Liang and Ma, NeurIPS 2019).
+    """
+    bins = bins_of(confidence, correct, n_bins)
+    noise = bins.accuracy * (1 - bins.accuracy) / np.maximum(bins.count - 1, 1)
+    return float(np.nansum(bins.count * (bins.gap**2 - np.where(bins.count > 1, noise, 0))) / bins.count.sum())
+
+
+def smooth_calibration_error(confidence: Sequence[float], correct: Sequence[bool]) -> float:
+    """smECE: kernel-smoothed, so that no bin edge matters (Blasiok and Nakkiran, ICLR 2024), by relplot."""
+    import relplot
+
+    confidence, correct = checked(confidence, correct)
+    return float(relplot.smECE(confidence, correct.astype(float)))
+
+
+# Noise
+
+
+def noise_floor(confidence: Sequence[float], n_bins: int = N_BINS) -> float:
+    """About the ECE of a perfectly calibrated model: sqrt(2 / pi) / n * sum_b sqrt(sum_{i in b} c_i (1 - c_i))."""
+    confidence, _ = checked(confidence, np.zeros(len(confidence)))
+    index = _bin_index(confidence, _edges(n_bins))
+    variance = np.bincount(index, confidence * (1 - confidence))
+    return float(np.sqrt(2 / np.pi) * np.sqrt(variance).sum() / len(confidence))
+
+
+def consistency_resampling(
+    confidence: Sequence[float], n_bins: int = N_BINS, n_draws: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i).
+
+    Broecker and Smith, "Increasing the reliability of reliability diagrams", 2007.
+    """
+    confidence, _ = checked(confidence, np.zeros(len(confidence)))
+    index = _bin_index(confidence, _edges(n_bins))
+    draw = np.random.default_rng(seed)
+    expected = np.bincount(index, confidence, minlength=n_bins)
+    errors = np.empty(n_draws)
+    for number in range(n_draws):
+        right = draw.random(len(confidence)) < confidence
+        errors[number] = np.abs(np.bincount(index, right, minlength=n_bins) - expected).sum() / len(confidence)
+    return errors
+
+
+def exact_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share, from k of n."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(int(k), int(n)).proportion_ci(level, "exact")
+    return float(low), float(high)
+
+
+def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
+    """Groups of any kind as whole numbers from 0, in order of appearance."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
+
+
+def resamples(groups: Sequence[object], n_resamples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
+    """Row numbers of bootstrap samples that draw whole groups, as many as there are (cluster bootstrap)."""
+    index = group_numbers(groups)
+    draw, rows, n_groups = np.random.default_rng(seed), np.arange(len(index)), index.max() + 1
+    for _ in range(n_resamples):
+        times = np.bincount(draw.integers(n_groups, size=n_groups), minlength=n_groups)
+        yield np.repeat(rows, times[index])
+
+
+def bootstrap_interval(
+    statistics: Callable[[np.ndarray], Sequence[float]],
+    groups: Sequence[object],
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> np.ndarray:
+    """Percentile intervals [statistics, 2] of statistics(row numbers) under the cluster bootstrap; NaN if undefined."""
+    values = np.array([statistics(rows) for rows in resamples(groups, n_resamples, seed)], dtype=np.float64)
+    tail = (1 - level) / 2
+    defined = ~np.isnan(values).all(axis=0)
+    interval = np.full((values.shape[1], 2), np.nan)
+    interval[defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0).T
+    return interval
+
+
+# Proper scores and ranking
+
+
+def brier_score(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Mean squared difference between confidence and correctness."""
+    return float(np.mean((confidence - correct) ** 2))
+
+
+def log_loss(confidence: np.ndarray, correct: np.ndarray, clip: float = EPSILON) -> float:
+    """Mean negative log-likelihood in nats; confidences are clipped to [clip, 1 - clip]."""
+    clipped = np.clip(confidence, clip, 1 - clip)
+    return float(-np.mean(np.where(correct, np.log(clipped), np.log1p(-clipped))))
+
+
+def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """P(a right row has more confidence than a wrong one), ties one half; NaN when all or none are right."""
+    from scipy.stats import rankdata
+
+    correct = np.asarray(correct, dtype=bool)
+    right = int(np.count_nonzero(correct))
+    if right in (0, len(correct)):
+        return float("nan")
+    ranks = rankdata(confidence)[correct].sum()
+    return float((ranks - right * (right + 1) / 2) / (right * (len(correct) - right)))
+
+
+def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """AURC: the error rate among the k most confident rows, averaged over k; equal confidences count as their mean.
+
+    Geifman and El-Yaniv, NeurIPS 2017.
+    """
+    _, index = np.unique(-np.asarray(confidence), return_inverse=True)
+    errors = np.bincount(index, ~np.asarray(correct, dtype=bool)) / np.bincount(index)
+    return float(np.mean(np.cumsum(errors[np.sort(index)]) / np.arange(1, len(confidence) + 1)))
+
+
+def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """Brier = miscalibration - discrimination + uncertainty, by recalibrating with isotonic regression on these rows.
+
+    Dimitriadis, Gneiting and Jordan, PNAS 2021. The first two are in-sample and a little too large on few rows;
+    `refinement_split` is the held-out twin.
+    """
+    from scipy.optimize import isotonic_regression
+
+    _, index, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    recalibrated = isotonic_regression(np.bincount(index, correct) / count, weights=count).x[index]
+    base = brier_score(np.full(len(correct), correct.mean()), correct)
+    after = brier_score(recalibrated, correct)
+    return {
+        "corp_miscalibration": brier_score(confidence, correct) - after,
+        "corp_discrimination": base - after,
+        "corp_uncertainty": base,
+    }
+
+
+def refinement_split(confidence: np.ndarray, recalibrated: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """Log loss = refinement (what the best calibration leaves) + calibration error, from out-of-fold recalibration.
+
+    `recalibrated` must come from calibrators that did not see the row. Berta et al., 2025 (arXiv 2501.19195).
+    """
+    refinement = log_loss(recalibrated, correct)
+    return {"refinement": refinement, "calibration_error": log_loss(confidence, correct) - refinement}
+
+
+# The report row
+
+
+def calibration_metrics(
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    n_bins: int = N_BINS,
+    groups: Sequence[object] | None = None,
+    protocol: str = "nothing fitted",
+    seed: int = 0,
+) -> dict[str, float | int | str | None]:
+    """Every number of a report row, flat; what is undefined on these rows is None.
+
+    `protocol` says where the confidences come from: "nothing fitted" (the model's own), "out-of-fold", "held-out" or
+    "in-sample". `groups` [n] keeps near-duplicates together in the bootstrap; without it each row is its own group.
+    NAME_low and NAME_high are a 95 % interval, the bootstrap's percentiles; accuracy's is exact binomial where each row
+    is its own group, else the wider of the two at either end.
+    """
+    confidence, correct = checked(confidence, correct)
+    n = len(confidence)
+    groups = np.arange(n) if groups is None else group_numbers(groups)
+    if len(groups) != n:
+        raise ValueError(f"{n} confidences, but {len(groups)} groups")
+    bins = bins_of(confidence, correct, n_bins)
+    ece, null = _mean_gap(bins), consistency_resampling(confidence, n_bins, seed=seed)
+    mce, worst = _largest_gap(bins, 1)
+    mce_counted, worst_counted = _largest_gap(bins, MIN_COUNT)
+    squared = debiased_calibration_error(confidence, correct, n_bins)
+    metrics = {
+        "n": n,
+        "groups": len(np.unique(groups)),
+        "protocol": protocol,
+        "accuracy": float(correct.mean()),
+        "mean_confidence": float(confidence.mean()),
+        "gap": float(confidence.mean() - correct.mean()),
+        "brier": brier_score(confidence, correct),
+        "log_loss": log_loss(confidence, correct),
+        "log_loss_clipped": log_loss(confidence, correct, clip=1e-3),
+        "auroc": auroc(confidence, correct),
+        "aurc": area_under_risk_coverage(confidence, correct),
+        "ece": ece,
+        "ece_noise_floor": float(null.mean()),
+        "ece_noise_95": float(np.quantile(null, 0.95)),
+        "ece_p_value": float((1 + np.count_nonzero(null >= ece - 1e-12)) / (1 + len(null))),
+        "ece_equal_mass": _mean_gap(equal_mass_bins(confidence, correct)),
+        "ece_debiased": float(np.sqrt(max(squared, 0))),
+        "ece_smooth": smooth_calibration_error(confidence, correct),
+        "mce": mce,
+        "mce_count": int(bins.count[worst]),
+        f"mce_{MIN_COUNT}": mce_counted,
+        f"mce_{MIN_COUNT}_count": None if worst_counted is None else int(bins.count[worst_counted]),
+    } | corp_decomposition(confidence, correct)
+    names = ("accuracy", "mean_confidence", "gap", "brier", "log_loss", "log_loss_clipped", "auroc", "aurc")
+    intervals = bootstrap_interval(lambda rows: _resampled(confidence[rows], correct[rows]), groups, seed=seed)
+    intervals = dict(zip(names, intervals.tolist(), strict=True))
+    ends = [exact_interval(correct.sum(), n)]
+    if metrics["groups"] < n:  # the exact interval takes rows for independent; the bootstrap of all right is a point
+        ends.append(intervals["accuracy"])
+    intervals["accuracy"] = min(low for low, _ in ends), max(high for _, high in ends)
+    for name, (low, high) in intervals.items():
+        metrics |= {f"{name}_low": low, f"{name}_high": high}
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in metrics.items()}
+
+
+def _resampled(confidence: np.ndarray, correct: np.ndarray) -> list[float]:
+    mean, accuracy = float(confidence.mean()), float(correct.mean())
+    losses = (brier_score, log_loss, lambda c, y: log_loss(c, y, 1e-3), auroc, area_under_risk_coverage)
+    return [accuracy, mean, mean - accuracy, *(loss(confidence, correct) for loss in losses)]
+
+
+def by_predicted_label(rows: Sequence[predictions.Prediction], score: str = "confidence") -> dict[str, dict]:
+    """Rows, accuracy and mean confidence for each predicted label; a lean to one label hides in the overall numbers.
+
+    Gupta and Ramdas, "Top-label calibration and multiclass-to-binary reductions", ICLR 2022.
+    """
+    table = {}
+    for label in sorted({row.prediction for row in rows if row.error is None}):
+        confidence, correct = predictions.confidence_and_correct([r for r in rows if r.prediction == label], score)
+        table[label] = {"n": len(confidence), "right": int(correct.sum()), "mean_confidence": float(confidence.mean())}
+    return table
+
+
+# Reliability diagrams
+
+
+def plot_reliability_diagram(
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    n_bins: int = N_BINS,
+    ax: Axes | None = None,
+    color: str = plotting.BLUE,
+    label: str | None = None,
+    counts: bool = True,
+) -> Axes:
+    """Accuracy against mean confidence, a dot a bin sized by its rows, with exact 95 % intervals and the diagonal."""
+    if ax is None:
+        from matplotlib.figure import Figure
+
+        ax = Figure(figsize=(6, 6), layout="constrained").subplots()
+    bins = bins_of(confidence, correct, n_bins)
+    full = bins.count > 0
+    x, y, n = bins.confidence[full], bins.accuracy[full], bins.count[full]
+    ends = np.array([exact_interval(k, m) for k, m in zip(np.rint(y * n), n, strict=True)])
+    ax.plot([0, 1], [0, 1], color=plotting.GREY, linestyle="--", linewidth=1, zorder=1)
+    ax.vlines(x, ends[:, 0], ends[:, 1], color=color, alpha=0.35, linewidth=1.5, zorder=2)
+    ax.scatter(x, y, s=20 + 500 * n / n.sum(), color=color, alpha=0.85, edgecolor="white", zorder=3, label=label)
+    if counts:  # along the bottom, where dots are rare, and upright, so that they do not collide
+        for x_, n_ in zip(((bins.edges[1:] + bins.edges[:-1]) / 2)[full], n, strict=True):
+            ax.annotate(f"{n_:,}", (x_, 0), rotation=90, ha="center", va="bottom", fontsize=8, color="#555b66")
+    ax.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.08), xlabel="confidence", ylabel="accuracy")
+    plotting.percent(ax)
+    return ax
+
+
+# Command line
+
+LINES = {  # what the table calls each number, and how many decimals it shows
+    "accuracy": ("accuracy", 3),
+    "mean_confidence": ("mean confidence", 3),
+    "gap": ("  overconfidence", 3),
+    "log_loss": ("log loss (nats)", 3),
+    "log_loss_clipped": ("  clipped at 0.001", 3),
+    "brier": ("Brier score", 4),
+    "corp_miscalibration": ("  miscalibration, in-sample", 4),
+    "corp_discrimination": ("  discrimination, in-sample", 4),
+    "corp_uncertainty": ("  uncertainty", 4),
+    "auroc": ("AUROC of confidence for correctness", 3),
+    "aurc": ("AURC, area under risk-coverage", 4),
+    "ece": ("ECE", 4),
+    "ece_noise_floor": ("  noise floor, if calibrated", 4),
+    "ece_noise_95": ("  its 95 % point", 4),
+    "ece_p_value": ("  p of calibrated", 3),
+    "ece_equal_mass": ("  equal-mass bins", 4),
+    "ece_debiased": ("  debiased (root of squares)", 4),
+    "ece_smooth": ("  smooth ECE", 4),
+    "mce": ("MCE", 3),
+    "mce_count": ("  rows in its bin", 0),
+    f"mce_{MIN_COUNT}": (f"MCE of bins with {MIN_COUNT} rows or more", 3),
+    f"mce_{MIN_COUNT}_count": ("  rows in its bin", 0),
+}
+
+
+def table(columns: dict[str, dict]) -> str:
+    """The numbers of `calibration_metrics`, a line each and a column for each of `columns`, intervals in brackets."""
+    lines = [["", *columns], ["rows", *(f"{metrics['n']:,}" for metrics in columns.values())]]
+    lines.append(["groups (bootstrap)", *(f"{metrics['groups']:,}" for metrics in columns.values())])
+    lines.append(["protocol", *(metrics["protocol"] for metrics in columns.values())])
+    for name, (text, decimals) in LINES.items():
+        lines.append([text, *(_cell(metrics, name, decimals) for metrics in columns.values())])
+    return predictions.table(lines)
+
+
+def _cell(metrics: dict, name: str, decimals: int) -> str:
+    value = metrics[name]
+    if value is None:
+        return "-"
+    text = f"{value:,.{decimals}f}"
+    if metrics.get(f"{name}_low") is not None:
+        text += f" [{metrics[f'{name}_low']:.{decimals}f}, {metrics[f'{name}_high']:.{decimals}f}]"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    columns, arrays = {}, {}
+    for path in dict.fromkeys(args.files):
+        scored, failed = predictions.read_labelled(path, args.score)
+        arrays[path] = predictions.confidence_and_correct(scored, args.score)
+        groups = tasks.groups_of(scored, args.groups)
+        protocol = "nothing fitted" if args.score == "confidence" else "held-out"
+        columns[path] = calibration_metrics(*arrays[path], args.n_bins, groups, protocol, args.seed)
+        print(f"{path}: {len(scored):,} of {len(scored) + failed:,} rows scored")
+        for label, found in by_predicted_label(scored, args.score).items():
+            low, high = exact_interval(found["right"], found["n"])
+            accuracy, label = found["right"] / found["n"], predictions.printable(label)
+            print(
+                f"  predicted {label}: {found['n']:,} rows, mean confidence {found['mean_confidence']:.3f}, "
+                f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
+            )
+    print("\n" + table(columns))
+    if args.figure:
+        draw(arrays, columns, args)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = predictions.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("files", metavar="PREDICTIONS", nargs="+", help="predictions files with labels")
+    add("--score", default="confidence", choices=["confidence", "calibrated_confidence"], help="what is measured")
+    add("--n-bins", type=int, default=N_BINS, metavar="N", help=f"equal-width bins (default: {N_BINS})")
+    tasks.add_groups_argument(parser)
+    add("--seed", type=predictions.natural, metavar="N", default=0, help="of the resampling (default: 0)")
+    add("--figure", metavar="PNG", help="write reliability diagrams there")
+    args = parser.parse_args(argv)
+    if args.figure and not args.figure.endswith(".png"):
+        parser.error(f"--figure {args.figure}: a file name that ends in .png")
+    if args.n_bins < 1:
+        parser.error(f"--n-bins {args.n_bins}: at least one bin is needed")
+    return args
+
+
+def draw(arrays: dict[str, tuple], columns: dict[str, dict], args: argparse.Namespace) -> None:
+    """A reliability diagram for each file, side by side."""
+    sizes = ", ".join(f"{metrics['n']:,}" for metrics in columns.values())
+    protocol = next(iter(columns.values()))["protocol"]
+    caption = (
+        f"Reliability of the {args.score.replace('_', ' ')}, n = {sizes}, {protocol}. "
+        f"A dot is one of {args.n_bins} equal bins, with its exact 95 % interval; its rows stand at the bottom."
+    )
+    height = max(4.6, 7.6 / len(arrays))
+    with plotting.figure(args.figure, caption, columns=len(arrays), height=height, sharey=True) as axes:
+        for axis, (path, (confidence, correct)) in zip(axes[0], arrays.items(), strict=True):
+            plot_reliability_diagram(confidence, correct, args.n_bins, axis)
+            metrics = columns[path]
+            axis.set_title(f"{Path(path).stem}\nECE {metrics['ece']:.3f}, noise floor {metrics['ece_noise_floor']:.3f}")
+    print(args.figure)
+
+
+if __name__ == "__main__":
+    predictions.run(main)

@@ -1,0 +1,806 @@
+"""calibration_metrics.py and plotting.py: bins, errors, noise, intervals, scores, diagrams and the command line.
+
+What netcal, torchmetrics, scikit-learn, MAPIE, relplot, uncertainty-calibration and model-diagnostics returned is
+recorded in data/reference_vectors.json. They put a confidence on the edge of a bin into different bins: each rule is
+spelled out here and has to give the recorded number; our functions have to give it where the rule agrees with ours.
+"""
+
+import json
+import math
+import re
+from bisect import bisect_left, bisect_right
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import relplot
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from scipy.stats import beta, binom, chisquare, kstest
+from sklearn import metrics as sklearn_metrics
+
+import calibration_metrics as cm
+import plotting
+import predictions
+
+VECTORS = json.loads((Path(__file__).parent / "data" / "reference_vectors.json").read_text(encoding="utf-8"))
+ARRAYS = VECTORS["metrics"]
+EDGES, LINSPACE = [i / 20 for i in range(21)], np.linspace(0, 1, 21).tolist()
+TORCH = [i * 0.05 if i <= 10 else 1 - (20 - i) * 0.05 for i in range(21)]  # torch.linspace counts from both ends
+CONFIDENCE = st.floats(0, 1) | st.sampled_from([*EDGES, *LINSPACE, 5e-324, 1 - 2**-53])
+ROWS = st.lists(st.tuples(CONFIDENCE, st.booleans()), min_size=1, max_size=40)
+
+
+def arrays(rows):
+    confidence, correct = zip(*rows, strict=True)
+    return np.array(confidence, dtype=float), np.array(correct, dtype=bool)
+
+
+def vector(name):
+    return arrays(zip(ARRAYS[name]["confidence"], ARRAYS[name]["correct"], strict=True))
+
+
+def bins_by_hand(confidence, correct, bin_of):
+    """[(rows, mean confidence, accuracy)] of the bins that hold rows, in order; a row of bin None is dropped."""
+    bins = {}
+    for c, y in zip(confidence, correct, strict=True):
+        bins.setdefault(bin_of(c), []).append((c, y))
+    filled = [bins[b] for b in sorted(b for b in bins if b is not None)]
+    return [(len(b), math.fsum(c for c, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in filled]
+
+
+def error_by_hand(bins, n, power=1):
+    return math.fsum(m * abs(a - c) ** power for m, c, a in bins) / n
+
+
+def debiased_by_hand(bins, n, singletons):
+    terms = (m * ((a - c) ** 2 - (a * (1 - a) / (m - 1) if m > 1 else 0)) for m, c, a in bins if m > 1 or singletons)
+    return math.fsum(terms) / n
+
+
+# Other programs' numbers
+
+
+def our_rule(c):
+    return max(i for i in range(20) if i / 20 <= c)
+
+
+def right_closed(c):
+    return max(bisect_left(EDGES, c), 1)
+
+
+def equal_mass_of_uncertainty_calibration(confidence):
+    parts = np.array_split(np.sort(confidence), 5)
+    edges = sorted({(a[-1] + b[0]) / 2 for a, b in pairwise(parts) if len(a) and len(b)})
+    return lambda c: bisect_left(edges, c)
+
+
+RULES = {  # the bin of a confidence (statistics.md 1.1)
+    "netcal": lambda _: lambda c: min(bisect_right(LINSPACE, c), 20),
+    "torchmetrics": lambda _: lambda c: bisect_right(TORCH, c),  # 1.0 is in a bin of its own
+    "sklearn uniform": lambda _: lambda c: max(bisect_left(LINSPACE, c), 1),
+    "sklearn quantile": lambda all_c: lambda c: bisect_left(np.quantile(all_c, [0.2, 0.4, 0.6, 0.8]).tolist(), c),
+    "mapie 21": lambda _: lambda c: bisect_left(LINSPACE, c),  # 20 bins; 0.0 is in a bin of its own
+    "mapie 20": lambda _: lambda c: bisect_left(np.linspace(0, 1, 20).tolist(), c),  # 19 bins
+    "relplot": lambda _: lambda c: int(c / 0.05),  # 0.15 / 0.05 is 2.9999999999999996
+    "uncertainty": lambda _: right_closed,
+    "uncertainty mass": equal_mass_of_uncertainty_calibration,
+    "article": lambda _: lambda c: None if c == 0 else bisect_left(LINSPACE, c),  # 0.0 is in no bin
+}
+TORCHMETRICS = "torchmetrics.BinaryCalibrationError(20,{},{})".format
+RECORDED = {
+    "netcal": {"ece": "netcal.ECE(20)", "mce": "netcal.MCE(20)"},
+    "torchmetrics": {n: TORCHMETRICS(norm, "float64") for n, norm in [("ece", "l1"), ("mce", "max"), ("l2", "l2")]},
+    "sklearn uniform": {"curve": "sklearn.calibration_curve(n_bins=20,uniform)"},
+    "sklearn quantile": {"curve": "sklearn.calibration_curve(n_bins=5,quantile)"},
+    "mapie 21": {"ece": "mapie.expected_calibration_error(num_bins=21,uniform)"},
+    "mapie 20": {"ece": "mapie.expected_calibration_error(num_bins=20,uniform)"},
+    "relplot": {"ece": "relplot.binnedECE(20)"},
+    "uncertainty": {"ece": "uncertainty_calibration.get_ece(20,equal_prob)"},
+    "uncertainty mass": {
+        "ece": "uncertainty_calibration.get_ece_em(5,equal_mass)",
+        "l2": "uncertainty_calibration.l2(equal_mass 5,plugin)",
+        "debiased": "uncertainty_calibration.l2(equal_mass 5,debiased)",
+    },
+    "article": {"ece": "ece", "mce": "mce"},
+}
+ON_EDGES = {"edges_k_over_20", "edges_linspace"}
+UNEVEN = {*ON_EDGES, "single_class_all_correct", "single_class_all_wrong", "overconfident_12"}  # 21, 6, 6, 12 in 5 bins
+OTHER_BINS = {  # the arrays of which the rule puts some row into another bin than we do; 0.5 is in deterministic_60
+    **{"netcal": {"edges_k_over_20"}, "torchmetrics": ON_EDGES, "mapie 20": ON_EDGES, "relplot": ON_EDGES},
+    **{rule: {*ON_EDGES, "deterministic_60"} for rule in ("sklearn uniform", "mapie 21", "uncertainty")},
+    **{"sklearn quantile": UNEVEN, "uncertainty mass": UNEVEN},
+    "article": {*ON_EDGES, "deterministic_60", "zeros_and_ones", "all_zeros_conf"},
+}
+OF_SCORES = ["relplot.smECE", "sklearn.brier_score_loss", "sklearn.log_loss", "sklearn.roc_auc_score"]
+OF_SCORES += ["model_diagnostics.decompose(SquaredError)", TORCHMETRICS("l1", "float32")]
+
+
+def test_no_recorded_value_is_forgotten_but_netcal_s_ace_which_is_an_unweighted_mean_that_we_do_not_offer():
+    compared = {key for rule in RECORDED if rule != "article" for key in RECORDED[rule].values()} | set(OF_SCORES)
+    assert all(array["ref"].keys() - compared == {"netcal.ACE(20)"} for array in ARRAYS.values())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ARRAYS)
+def test_each_program_s_number_follows_from_its_bin_rule_and_is_ours_where_the_rules_agree(name, rule):
+    confidence, correct = vector(name)
+    n, given_there = len(confidence), ARRAYS[name]["public_article_code" if rule == "article" else "ref"]
+    there = bins_by_hand(confidence, correct, RULES[rule](confidence))
+    by_mass = rule in ("sklearn quantile", "uncertainty mass")
+    n_bins = 5 if by_mass else 19 if rule == "mapie 20" else 20
+    found = (cm.equal_mass_bins if by_mass else cm.bins_of)(confidence, correct, n_bins)
+    full = found.count > 0
+    here = list(zip(found.count[full], found.confidence[full], found.accuracy[full], strict=True))
+    agree = np.shape(here) == np.shape(there) and np.allclose(here, there, rtol=0, atol=1e-12)
+    assert agree == (name not in OTHER_BINS[rule])
+    for bins in [there, here] if agree else [there]:
+        values = {"ece": error_by_hand(bins, n), "mce": max((abs(a - c) for _, c, a in bins), default=0)}
+        values |= {"l2": error_by_hand(bins, n, 2) ** 0.5}
+        values |= {"debiased": max(debiased_by_hand(bins, n, singletons=False), 0) ** 0.5}
+        for which, key in RECORDED[rule].items():
+            if which == "curve":
+                curve = zip(given_there[key]["prob_pred"], given_there[key]["prob_true"], strict=True)
+                np.testing.assert_allclose([bin[1:] for bin in bins], list(curve), rtol=0, atol=1e-12)
+            else:
+                assert values[which] == pytest.approx(given_there[key], abs=1e-12), which
+    if agree and not by_mass:
+        for which, function in [("ece", cm.expected_calibration_error), ("mce", cm.maximum_calibration_error)]:
+            if key := RECORDED[rule].get(which):
+                assert function(confidence, correct, n_bins) == pytest.approx(given_there[key], abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_scores_are_those_of_scikit_learn_relplot_and_model_diagnostics(name):
+    confidence, correct = vector(name)
+    ref, own = ARRAYS[name]["ref"], ARRAYS[name]["own"]
+    brier, corp = cm.brier_score(confidence, correct), cm.corp_decomposition(confidence, correct)
+    assert brier == pytest.approx(ref["sklearn.brier_score_loss"], abs=1e-12)
+    assert cm.log_loss(confidence, correct) == pytest.approx(ref["sklearn.log_loss"], rel=1e-12)
+    assert cm.log_loss(confidence, correct, clip=1e-15) == pytest.approx(own["logloss_clip_1e15"], rel=1e-12)
+    auroc = pytest.approx(float(ref["sklearn.roc_auc_score"]), abs=1e-12, nan_ok=True)
+    assert cm.auroc(confidence, correct) == auroc
+    assert cm.smooth_calibration_error(confidence, correct) == pytest.approx(ref["relplot.smECE"], abs=1e-9)
+    names = ("miscalibration", "discrimination", "uncertainty")
+    assert [corp[f"corp_{n}"] for n in names] == pytest.approx(list(own["corp_brier"].values()), abs=1e-12)
+    theirs = ref["model_diagnostics.decompose(SquaredError)"]
+    if name != "one_row":  # where model-diagnostics fails
+        assert [corp[f"corp_{n}"] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-12)
+    if name not in ON_EDGES:
+        float32 = pytest.approx(ref[TORCHMETRICS("l1", "float32")], abs=1e-6)
+        assert cm.expected_calibration_error(confidence, correct) == float32
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_the_recorded_own_debiased_errors_are_those_of_right_closed_bins_and_ours_differ_only_on_edges(name):
+    confidence, correct = vector(name)
+    n, own = len(confidence), ARRAYS[name]["own"]
+    debiased, theirs = (
+        cm.debiased_calibration_error(confidence, correct),
+        bins_by_hand(confidence, correct, right_closed),
+    )
+    recorded = own["l2_20"]["debiased_squared_skip_singletons"]
+    assert debiased_by_hand(theirs, n, singletons=True) == pytest.approx(recorded, abs=1e-12)
+    by_hand = debiased_by_hand(bins_by_hand(confidence, correct, our_rule), n, singletons=True)
+    assert debiased == pytest.approx(by_hand, abs=1e-12)
+    assert (abs(debiased - recorded) > 1e-3) == (name in OTHER_BINS["uncertainty"])
+    ours = cm.expected_calibration_error(confidence, correct), cm.maximum_calibration_error(confidence, correct)
+    assert ours == pytest.approx((own["ece20_left_closed"], own["mce20_left_closed"]), abs=1e-12)
+
+
+# Bins
+
+
+def test_wholly_wrong_certainty_has_an_ece_of_1():
+    for confidence, correct in [([1, 1, 1, 1], [0, 0, 0, 0]), ([0, 0, 0, 0], [1, 1, 1, 1])]:
+        assert cm.expected_calibration_error(confidence, correct) == 1
+        assert cm.maximum_calibration_error(confidence, correct) == 1
+        assert cm.expected_calibration_error(confidence, [not y for y in correct]) == 0
+
+
+@pytest.mark.parametrize("n_bins", [1, 2, 3, 7, 10, 20, 100])
+def test_a_confidence_on_an_edge_is_in_the_bin_above_it(n_bins):
+    for k in range(n_bins + 1):
+        count = cm.bins_of([float(Fraction(k, n_bins))], [1], n_bins).count
+        assert count.tolist() == [int(b == min(k, n_bins - 1)) for b in range(n_bins)]
+        if k:
+            assert cm.bins_of([math.nextafter(k / n_bins, 0)], [1], n_bins).count[k - 1] == 1
+
+
+@settings(deadline=None)
+@given(rows=ROWS, n_bins=st.integers(1, 30), random=st.randoms())
+@example(rows=[(0.3, True)] * 3, n_bins=20, random=None)
+def test_bins_are_those_of_a_loop_over_rows_in_any_order(rows, n_bins, random):
+    confidence, correct = arrays(rows)
+    copies = confidence.copy(), correct.copy()
+    by_hand = bins_by_hand(*copies, lambda c: max(i for i in range(n_bins) if i / n_bins <= c))
+    bins = cm.bins_of(confidence, correct, n_bins)
+    full = bins.count > 0
+    assert bins.count.sum() == len(rows) and len(bins.count) == n_bins
+    found = np.array([bins.count[full], bins.confidence[full], bins.accuracy[full]]).T
+    np.testing.assert_allclose(found, by_hand, rtol=0, atol=1e-12)
+    assert np.isnan(bins.gap[~full]).all()
+    ece = cm.expected_calibration_error(confidence, correct, n_bins)
+    assert ece == pytest.approx(error_by_hand(by_hand, len(rows)), abs=1e-12)
+    np.testing.assert_array_equal(copies, (confidence, correct))
+    if random:
+        random.shuffle(rows)
+    assert cm.expected_calibration_error(*zip(*rows, strict=True), n_bins) == pytest.approx(ece, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(rows=ROWS, n_bins=st.integers(1, 30))
+def test_equal_mass_bins_keep_ties_together_and_differ_by_one_row_without_ties(rows, n_bins):
+    confidence, correct = arrays(rows)
+    bins = cm.equal_mass_bins(confidence, correct, n_bins)
+    assert bins.count.sum() == len(rows) and (bins.count > 0).all() and len(bins.count) <= n_bins
+    filled = [(confidence >= low) & (confidence < high) for low, high in pairwise(bins.edges)]
+    assert [f.sum() for f in filled] == bins.count.tolist()  # so a value, and all its ties, is in one bin
+    np.testing.assert_allclose(bins.accuracy, [correct[f].mean() for f in filled])
+    if len(set(confidence)) == len(rows):
+        assert len(bins.count) == min(n_bins, len(rows)) and np.ptp(bins.count) <= 1
+
+
+def test_equal_mass_bins_are_at_most_20_of_about_50_rows():
+    for n, expected in [(1, 1), (99, 1), (100, 2), (500, 10), (1000, 20), (5000, 20)]:
+        assert len(cm.equal_mass_bins(np.linspace(0, 1, n), np.ones(n)).count) == expected
+    assert cm.equal_mass_bins([1.0] * 990 + [0.5] * 10, [1] * 1000).count.tolist() == [10, 990]
+
+
+def test_mce_looks_only_at_bins_with_enough_rows():
+    confidence, correct = [0.9] * 40 + [0.1], [1] * 41
+    assert cm.maximum_calibration_error(confidence, correct) == pytest.approx(0.9)
+    assert cm.maximum_calibration_error(confidence, correct, min_count=2) == pytest.approx(0.1)
+    assert cm.maximum_calibration_error(confidence, correct, min_count=40) == pytest.approx(0.1)
+    assert math.isnan(cm.maximum_calibration_error(confidence, correct, min_count=41))
+
+
+def test_lists_tuples_series_and_small_types_mean_the_same_as_arrays():
+    confidence, series = [0.25, 0.5, 0.75, 0.75], pandas.Series([0.25, 0.5, 0.75, 0.75], index=[9, 8, 7, 6])
+    for c in (confidence, tuple(confidence), series, np.array(confidence, np.float32)):
+        for y in ([True, False, True, True], (1, 0, 1, 1), [1.0, 0.0, 1.0, 1.0], np.array([1, 0, 1, 1], np.uint8)):
+            assert cm.expected_calibration_error(c, y) == 1.75 / 4
+            assert cm.debiased_calibration_error(c, y) == (0.75**2 + 0.5**2 + 2 * 0.25**2) / 4
+
+
+def test_a_million_rows_neither_overflow_nor_lose_precision():
+    confidence = np.repeat(np.arange(0.025, 1, 0.05), 50_000)
+    correct = np.arange(len(confidence)) % 1000 < np.repeat(np.arange(25, 1000, 50), 50_000)
+    assert cm.expected_calibration_error(confidence, correct) < 1e-12
+    assert cm.auroc(confidence, correct) == pytest.approx(sklearn_metrics.roc_auc_score(correct, confidence), abs=1e-12)
+
+
+BAD = {
+    "1-D": ([[0.5]], [1]),
+    "1-D, they are 1-D and 2-D": ([0.5], [[1]]),
+    "2 confidences, but 1 values of correct": ([0.5, 0.5], [1]),
+    "confidence is empty": ([], []),
+    "confidence is NaN in 1 of 2": ([0.5, math.nan], [1, 0]),
+    "NaN in 2 of 2": ([None, None], [1, 0]),
+    r"from 0.5 to 1.5, outside \[0, 1\]": ([0.5, 1.5], [1, 0]),
+    "from -0.5 to 1": ([1, -0.5], [1, 0]),
+    "to inf": ([1, math.inf], [1, 0]),
+    r"to 1\.0000000000000002, outside": ([0.5, 1 + 2**-52], [1, 0]),
+    "confidence must hold a number for each row": (["high", 0.5], [1, 0]),
+    "confidence must hold a number": ([[0.5], [0.5, 0.5]], [1, 0]),
+    "correct must be true or false": ([1, 1], [1, 2]),
+    "correct must be true or false .*every row": ([1, 1], [1, math.nan]),
+    "correct must be": ([1, 1], ["yes", "no"]),
+    "or false": ([1, 1], [True, None]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arrays_are_one_line_that_says_which(message):
+    functions = [cm.expected_calibration_error, cm.maximum_calibration_error, cm.debiased_calibration_error]
+    functions += [cm.smooth_calibration_error, cm.equal_mass_bins, cm.calibration_metrics, cm.plot_reliability_diagram]
+    for function in functions:
+        with pytest.raises(ValueError, match=message) as error:
+            function(*BAD[message])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("n_bins", [0, -1])
+@pytest.mark.parametrize("call", [cm.bins_of, cm.calibration_metrics, cm.equal_mass_bins, "one argument"])
+def test_fewer_than_one_bin_is_an_error(call, n_bins):
+    for function in [cm.noise_floor, cm.consistency_resampling] if call == "one argument" else [call]:
+        with pytest.raises(ValueError, match=f"n_bins is {n_bins}"):
+            function([0.5], *[[1]] * (call != "one argument"), n_bins=n_bins)
+
+
+# Noise
+
+
+def own_null(confidence, n_draws, seed):
+    """ECE of n_draws models whose confidences are true, a matrix product with the rows' bins."""
+    member = np.array([our_rule(c) for c in confidence]) == np.arange(20)[:, None]
+    right = np.random.default_rng(seed).random((n_draws, len(confidence))) < confidence
+    return np.abs((right - confidence) @ member.T).sum(axis=1) / len(confidence)
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(1, 1, 2000), (5, 1, 1000), (0.5, 0.5, 4000)])
+def test_the_noise_floor_is_the_ece_that_calibrated_models_show(a, b, n):
+    confidence = np.random.default_rng(5).beta(a, b, n)
+    truth = own_null(confidence, 500, seed=6)
+    assert cm.noise_floor(confidence) == pytest.approx(truth.mean(), rel=0.03)
+    ours = cm.consistency_resampling(confidence, n_draws=500, seed=7)
+    assert ours.mean() == pytest.approx(truth.mean(), rel=0.03)
+    assert np.quantile(ours, 0.95) == pytest.approx(np.quantile(truth, 0.95), rel=0.06)
+
+
+def test_the_noise_floor_of_one_bin_is_worked_out_by_hand():
+    assert cm.noise_floor([0.5] * 4) == pytest.approx(math.sqrt(2 / math.pi) * math.sqrt(4 * 0.25) / 4)
+    assert cm.noise_floor([0.5, 0.75], 1) == pytest.approx(math.sqrt(2 / math.pi) * math.sqrt(0.25 + 0.1875) / 2)
+    assert cm.noise_floor([0.0, 1.0, 1.0]) == 0
+
+
+def test_resampled_eces_of_four_coin_flips_are_binomial():
+    errors = cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=1)
+    counts = [np.isclose(errors, value).sum() for value in (0, 0.25, 0.5)]
+    assert sum(counts) == 4000 and chisquare(counts, np.array([6, 8, 2]) * 250).pvalue > 0.001
+    np.testing.assert_array_equal(errors, cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=1))
+    assert (errors != cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=2)).any()
+
+
+def test_p_values_are_uniform_for_calibrated_confidences_and_tiny_for_others():
+    draw, found = np.random.default_rng(3), {0: [], 0.2: []}
+    for number in range(200):
+        confidence = draw.uniform(0.5, 1, 200)
+        for shift, p_values in found.items():
+            ece = cm.expected_calibration_error(confidence, draw.random(200) < confidence - shift)
+            null = cm.consistency_resampling(confidence, n_draws=199, seed=number)
+            p_values.append((1 + np.count_nonzero(null >= ece)) / 200)
+    assert kstest(found[0], "uniform").pvalue > 0.01
+    assert np.mean(np.array(found[0.2]) <= 0.01) > 0.98
+
+
+@pytest.mark.parametrize(
+    ("confidence", "n", "right"),  # the last three have draws that equal the data but for the last bit
+    [(0.5, 16, 4), (0.75, 16, 9), (0.75, 16, 12), (0.99, 50, 49), (0.95, 50, 47), (0.8, 10, 7)],
+)
+def test_the_p_value_of_one_confidence_is_the_exact_binomial_one(confidence, n, right):
+    k = np.arange(n + 1)
+    as_far = np.abs(k - n * confidence) > abs(right - n * confidence) - 1e-6
+    exact = binom.pmf(k[as_far], n, confidence).sum()
+    p_value = cm.calibration_metrics([confidence] * n, np.arange(n) < right)["ece_p_value"]
+    assert p_value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 1000) + 0.002)
+
+
+@pytest.mark.parametrize("shares", [{0.325: 0.325, 0.625: 0.625, 0.925: 0.925}, {0.325: 0.6, 0.625: 0.55, 0.925: 0.8}])
+def test_the_debiased_error_is_unbiased_and_the_plain_square_is_not(shares):
+    draw, confidence = np.random.default_rng(11), np.repeat(list(shares), [8, 20, 30])
+    share = np.array([shares[c] for c in confidence])
+    truth = np.mean((confidence - share) ** 2)  # a bin holds one confidence, so this is the squared error of bins
+    samples = [draw.random(len(share)) < share for _ in range(2000)]
+    debiased = np.array([cm.debiased_calibration_error(confidence, correct) for correct in samples])
+    plain = [error_by_hand(bins_by_hand(confidence, correct, our_rule), len(share), 2) for correct in samples[:500]]
+    standard_error = debiased.std() / math.sqrt(len(debiased))
+    assert abs(debiased.mean() - truth) < 3 * standard_error
+    assert np.mean(plain) - truth > 6 * standard_error
+
+
+# Intervals
+
+
+@pytest.mark.parametrize("case", VECTORS["intervals"], ids=lambda case: f"{case['k']} of {case['n']}")
+def test_exact_intervals_are_the_recorded_ones(case):
+    assert cm.exact_interval(case["k"], case["n"]) == pytest.approx(case["clopper_pearson_95"], abs=1e-9)
+    assert cm.exact_interval(case["k"], case["n"], 0.9) == pytest.approx(case["clopper_pearson_90"], abs=1e-9)
+
+
+@pytest.mark.parametrize("groups", [["b", "a", "b", "c", "c", "c"], (7, 3, 7, 900, 900, 900)])
+def test_the_bootstrap_draws_whole_groups_as_many_as_there_are(groups):
+    drawn = [np.bincount(rows, minlength=6) for rows in cm.resamples(groups, 3000, seed=2)]
+    for times in drawn:
+        assert times[0] == times[2] and times[3] == times[4] == times[5]
+        assert times[0] + times[1] + times[3] == 3
+    found, counts = np.unique([times[[1, 0, 3]] for times in drawn], axis=0, return_counts=True)
+    multinomial = [6 / math.prod(map(math.factorial, times)) / 27 * 3000 for times in found.tolist()]
+    assert len(found) == 10 and chisquare(counts, multinomial).pvalue > 0.001
+    again, other = (list(cm.resamples(groups, 9, seed=seed)) for seed in (2, 3))
+    assert [np.bincount(rows, minlength=6).tolist() for rows in again] == [times.tolist() for times in drawn[:9]]
+    assert any(a.tolist() != b.tolist() for a, b in zip(again, other, strict=True))
+
+
+def test_bootstrap_intervals_are_percentiles_and_nan_where_never_defined():
+    seen = []
+
+    def statistics(rows):
+        seen.append(len(rows))
+        return [len(seen), math.nan, math.nan if len(seen) % 2 else 5.0]
+
+    found = cm.bootstrap_interval(statistics, [1, 1, 2], n_resamples=101)
+    assert found[0].tolist() == pytest.approx([3.5, 98.5]) and np.isnan(found[1]).all() and found[2].tolist() == [5, 5]
+    assert set(seen) == {2, 3, 4}
+    seen.clear()
+    assert cm.bootstrap_interval(statistics, [1, 1, 2], 101, level=0.5)[0].tolist() == pytest.approx([26, 76])
+
+
+def test_intervals_of_clustered_rows_cover_the_truth_where_row_wise_ones_fail():
+    draw, covered = np.random.default_rng(8), {"groups": 0, "rows": 0}
+    groups = np.repeat(np.arange(40), 10)
+    for number in range(100):
+        correct = np.repeat(draw.random(40) < 0.7, 10)  # ten copies of each text
+        for kind, of in [("groups", groups), ("rows", np.arange(400))]:
+            ((low, high),) = cm.bootstrap_interval(lambda rows, y=correct: [y[rows].mean()], of, 200, seed=number)
+            covered[kind] += low <= 0.7 <= high
+    assert covered["groups"] >= 0.86 * 100 and covered["rows"] <= 0.65 * 100
+
+
+# Scores
+
+
+@settings(deadline=None)
+@given(rows=ROWS, clip=st.sampled_from([cm.EPSILON, 1e-3, 0.1]))
+@example(rows=[(0.0, True), (1.0, False), (1.0, True), (0.0, False)], clip=cm.EPSILON)
+def test_proper_scores_and_auroc_are_scikit_learn_s(rows, clip):
+    confidence, correct = arrays(rows)
+    clipped = np.clip(confidence, clip, 1 - clip)
+    expected = sklearn_metrics.log_loss(correct, clipped, labels=[False, True])
+    assert cm.log_loss(confidence, correct, clip) == pytest.approx(expected, rel=1e-9)
+    expected = sklearn_metrics.brier_score_loss(correct, confidence, pos_label=True)
+    assert cm.brier_score(confidence, correct) == pytest.approx(expected, abs=1e-12)
+    if 0 < correct.sum() < len(correct):
+        expected = sklearn_metrics.roc_auc_score(correct, confidence)
+        assert cm.auroc(confidence, correct) == pytest.approx(expected, abs=1e-12)
+    else:
+        assert math.isnan(cm.auroc(confidence, correct))
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(st.tuples(st.sampled_from([0.0, 0.5, 0.9, 1.0]), st.booleans()), min_size=1, max_size=6))
+def test_aurc_is_the_mean_over_all_orders_of_ties(rows):
+    orders = [order for order in permutations(rows) if all(a[0] >= b[0] for a, b in pairwise(order))]
+    risks = [sum(not y for _, y in order[:k]) / k for order in orders for k in range(1, len(rows) + 1)]
+    assert cm.area_under_risk_coverage(*arrays(rows)) == pytest.approx(math.fsum(risks) / len(risks), abs=1e-12)
+
+
+@pytest.mark.parametrize("function", [cm.auroc, cm.area_under_risk_coverage])
+def test_zeros_and_ones_rank_as_false_and_true_do(function):
+    confidence, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, 0])
+    expected = {cm.auroc: 0.75, cm.area_under_risk_coverage: (1 / 2 + 1 / 3 + 2 / 4) / 4}[function]
+    for y in (correct, correct == 1, correct.astype(float), correct.tolist()):
+        assert function(confidence, y) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(rows=ROWS)
+def test_corp_is_that_of_pooled_adjacent_violators(rows):
+    confidence, correct = arrays(rows)
+    blocks = []  # [sum, rows, largest confidence]
+    for c in sorted(set(confidence)):
+        blocks.append([correct[confidence == c].sum(), np.sum(confidence == c), c])
+        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] >= blocks[-1][0] * blocks[-2][1]:
+            right, n, last = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + right, blocks[-1][1] + n, last]
+    recalibrated = np.array([next(right / n for right, n, last in blocks if c <= last) for c in confidence])
+    brier = [np.mean((p - correct) ** 2) for p in (confidence, recalibrated, correct.mean())]
+    found = cm.corp_decomposition(confidence, correct)
+    expected = {"miscalibration": brier[0] - brier[1], "discrimination": brier[2] - brier[1], "uncertainty": brier[2]}
+    assert found == pytest.approx({f"corp_{name}": value for name, value in expected.items()}, abs=1e-12)
+
+
+def test_the_refinement_split_adds_up_to_the_log_loss_of_the_raw_confidence():
+    split = cm.refinement_split(np.array([0.8, 0.8]), np.array([0.5, 0.25]), np.array([True, False]))
+    assert split["refinement"] == pytest.approx(-(math.log(0.5) + math.log(0.75)) / 2)
+    assert sum(split.values()) == pytest.approx(-(math.log(0.8) + math.log(0.2)) / 2)
+
+
+# The report row
+
+WITH_INTERVAL = ["accuracy", "mean_confidence", "gap", "brier", "log_loss", "log_loss_clipped", "auroc", "aurc"]
+KEYS = {"n", "groups", "protocol", "ece", "mce", "mce_count", "mce_30", "mce_30_count", *WITH_INTERVAL}
+KEYS |= {f"ece_{name}" for name in ["noise_floor", "noise_95", "p_value", "equal_mass", "debiased", "smooth"]}
+KEYS |= {f"corp_{name}" for name in ["miscalibration", "discrimination", "uncertainty"]}
+KEYS |= {f"{name}_{end}" for name in WITH_INTERVAL for end in ("low", "high")}
+
+
+def overconfident(n, seed=0):
+    draw = np.random.default_rng(seed)
+    confidence = draw.uniform(0.5, 1, n)
+    return confidence, draw.random(n) < confidence - 0.15
+
+
+def test_the_report_row_holds_every_number_under_its_name():
+    confidence, correct = overconfident(300)
+    found, bins = cm.calibration_metrics(confidence, correct), bins_by_hand(confidence, correct, our_rule)
+    assert found.keys() == KEYS and None not in found.values()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["n"], found["groups"], found["protocol"]) == (300, 300, "nothing fitted")
+    clipped, wrong = np.clip(confidence, 0.001, 0.999), ~correct[np.argsort(-confidence)]
+    widest, counted = (max((abs(a - c), m) for m, c, a in bins if m >= least) for least in (1, 30))
+    null, thirds = own_null(confidence, 1000, seed=9), np.array_split(np.argsort(confidence), 6)
+    expected = {
+        "accuracy": correct.mean(),
+        "mean_confidence": confidence.mean(),
+        "gap": confidence.mean() - correct.mean(),
+        "brier": sklearn_metrics.brier_score_loss(correct, confidence),
+        "log_loss": sklearn_metrics.log_loss(correct, confidence),
+        "log_loss_clipped": sklearn_metrics.log_loss(correct, clipped),
+        "auroc": sklearn_metrics.roc_auc_score(correct, confidence),
+        "aurc": (wrong.cumsum() / np.arange(1, 301)).mean(),
+        "ece": error_by_hand(bins, 300),
+        "ece_equal_mass": sum(abs(correct[third].mean() - confidence[third].mean()) for third in thirds) / 6,
+        "ece_debiased": debiased_by_hand(bins, 300, singletons=True) ** 0.5,
+        "ece_smooth": relplot.smECE(confidence, correct.astype(float)),
+        **{"mce": widest[0], "mce_count": widest[1], "mce_30": counted[0], "mce_30_count": counted[1]},
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    parts = found["corp_miscalibration"] - found["corp_discrimination"] + found["corp_uncertainty"]
+    assert parts == pytest.approx(found["brier"], abs=1e-12)
+    assert found["ece_noise_floor"] == pytest.approx(null.mean(), rel=0.05)
+    assert found["ece_noise_95"] == pytest.approx(np.quantile(null, 0.95), rel=0.08)
+    assert found["ece_p_value"] == pytest.approx((1 + (null >= found["ece"]).sum()) / 1001, abs=0.006)
+    right = correct.sum()
+    exact = beta.ppf([0.025, 0.975], [right, right + 1], [301 - right, 300 - right])
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(exact, abs=1e-9)
+    for name, values in [("gap", confidence - correct), ("brier", (confidence - correct) ** 2)]:
+        half = 1.96 * values.std() / math.sqrt(300)
+        ends = pytest.approx((values.mean() - half, values.mean() + half), abs=half / 5)
+        assert (found[f"{name}_low"], found[f"{name}_high"]) == ends
+    assert all(found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] for name in WITH_INTERVAL)
+
+
+def test_the_report_row_passes_its_protocol_on_and_repeats_itself():
+    data = overconfident(50)
+    in_one_bin = cm.calibration_metrics(*data, n_bins=1)
+    assert in_one_bin["ece"] == in_one_bin["mce"] == pytest.approx(abs(in_one_bin["gap"]))
+    spread = math.sqrt((data[0] * (1 - data[0])).sum()) / 50
+    assert in_one_bin["ece_noise_floor"] == pytest.approx(math.sqrt(2 / math.pi) * spread, rel=0.1)
+    one, two, other = (cm.calibration_metrics(*data, protocol="out-of-fold", seed=seed) for seed in (4, 4, 5))
+    assert one == two and one["protocol"] == "out-of-fold"
+    changed = {name for name in one if one[name] != other[name]}
+    assert {"ece_noise_floor", "brier_low", "aurc_high"} <= changed
+    random = {f"{name}_{end}" for name in WITH_INTERVAL[1:] for end in ("low", "high")}
+    assert changed <= random | {"ece_noise_floor", "ece_noise_95", "ece_p_value"}
+
+
+def test_copies_of_rows_in_one_group_make_no_interval_narrower():
+    confidence, correct = overconfident(40)
+    once = cm.calibration_metrics(confidence, correct)
+    tenfold = cm.calibration_metrics(np.repeat(confidence, 10), np.repeat(correct, 10), groups=np.arange(400) // 10)
+    assert (tenfold["n"], tenfold["groups"]) == (400, 40)
+    half = 1.96 * correct.std() / math.sqrt(40)
+    ends = pytest.approx((correct.mean() - half, correct.mean() + half), abs=half / 5)
+    assert (tenfold["accuracy_low"], tenfold["accuracy_high"]) == ends
+    for name in WITH_INTERVAL[1:-1]:  # of 400 rows the AURC has more steps
+        ends = [tuple(m[f"{name}_{end}"] for end in ("low", "high")) for m in (once, tenfold)]
+        assert ends[0] == pytest.approx(ends[1], abs=1e-9), name
+    assert cm.calibration_metrics([0.5] * 5, [1] * 5, groups=[1, "1", None, (1, 2), None])["groups"] == 4
+    with pytest.raises(ValueError, match="40 confidences, but 39 groups"):
+        cm.calibration_metrics(confidence, correct, groups=np.arange(39))
+
+
+def test_one_repeated_text_does_not_make_a_few_right_rows_certain():
+    found = cm.calibration_metrics([0.9] * 10, [1] * 10, groups=[0, 0, *range(1, 9)])
+    assert found["accuracy_low"] < 0.75  # nine of nine alone: 0.664; ten of ten: 0.692
+
+
+@pytest.mark.parametrize("confidence", [[0.83], [1.0] * 5, [0.0, 0.5, 0.95, 1.0]])
+@pytest.mark.parametrize("right", [True, False])
+def test_what_is_undefined_on_one_row_or_one_class_is_none(confidence, right):
+    found = cm.calibration_metrics(confidence, [right] * len(confidence))
+    undefined = {"auroc", "auroc_low", "auroc_high", "mce_30", "mce_30_count"}
+    assert found.keys() == KEYS and {name for name in found if found[name] is None} == undefined
+    json.dumps(found, allow_nan=False)
+    assert found["accuracy"] == right and (found["accuracy_low"], found["accuracy_high"])[right] == right
+    assert found["corp_uncertainty"] == found["corp_discrimination"] == 0
+    if confidence == [1.0] * 5:  # certain, so that no draw has an error
+        assert (found["ece_noise_95"], found["ece_p_value"]) == (0, 1 if right else 1 / 1001)
+
+
+COMMON = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "3f9c2a71"}
+WORDS = ["alder", "birch", "cedar", "dogwood", "elm", "fir", "hazel", "ivy", "juniper", "larch", "maple", "oak"]
+
+
+def rows_of(n, seed=0, **extras):
+    """Scored rows without near-duplicates; the last one failed."""
+    rows = []
+    for i, (c, y) in enumerate(zip(*overconfident(n, seed), strict=True)):
+        label = ("negative", "positive")[i % 3 > 0]
+        other = "positive" if label == "negative" else "negative"
+        text = f"{WORDS[i % 12]} {i} {WORDS[i // 12]} {i * i}"
+        rows.append(predictions.scored(f"r{i}", text, label if y else other, {label: c, other: 1 - c}, 0.9, **COMMON))
+    rows = [replace(row, extras={name: value(i) for name, value in extras.items()}) for i, row in enumerate(rows)]
+    return [*rows, predictions.failed("last", "", "positive", "the text is empty", **COMMON)]
+
+
+def test_each_predicted_label_has_its_own_line():
+    rows = rows_of(9, calibrated_confidence=lambda i: 0.25 + i / 100)
+    found = cm.by_predicted_label(rows)
+    assert list(found) == ["negative", "positive"]
+    for label, three in found.items():
+        mine = [row for row in rows if row.prediction == label]
+        assert three["n"] == len(mine) == {"negative": 3, "positive": 6}[label]
+        assert three["right"] == sum(row.label == label for row in mine)
+        assert three["mean_confidence"] == pytest.approx(sum(row.confidence for row in mine) / len(mine))
+    calibrated = cm.by_predicted_label(rows, "calibrated_confidence")
+    assert calibrated["negative"]["mean_confidence"] == pytest.approx(0.25 + 0.03)
+
+
+# Figures
+
+
+def test_a_reliability_diagram_has_a_dot_and_an_interval_for_each_bin_with_rows():
+    from matplotlib.figure import Figure
+
+    confidence, correct = [0.1, 0.52, 0.54, 0.95, 0.96, 0.99, 1.0], [0, 0, 1, 1, 1, 0, 1]
+    axis, middles = Figure().subplots(), [0.1, 0.53, 0.975]
+    assert cm.plot_reliability_diagram(confidence, correct, ax=axis, label="raw") is axis
+    spokes, dots = axis.collections
+    np.testing.assert_allclose(dots.get_offsets(), np.transpose([middles, [0, 0.5, 0.75]]))
+    assert dots.get_label() == "raw" and len(set(dots.get_sizes())) == 3 and np.argmax(dots.get_sizes()) == 2
+    ends = [(0, 0.975), *(beta.ppf([0.025, 0.975], [k, k + 1], [n - k + 1, n - k]) for k, n in [(1, 2), (3, 4)])]
+    np.testing.assert_allclose([segment[:, 1] for segment in spokes.get_segments()], ends, atol=1e-9)
+    np.testing.assert_allclose([segment[:, 0] for segment in spokes.get_segments()], np.transpose([middles] * 2))
+    assert [text.get_text() for text in axis.texts] == ["1", "2", "4"]
+    assert any(np.array_equal(line.get_xydata(), [[0, 0], [1, 1]]) for line in axis.lines)
+    alone = cm.plot_reliability_diagram(confidence, correct, n_bins=1, counts=False)
+    np.testing.assert_allclose(alone.collections[1].get_offsets(), [[5.06 / 7, 4 / 7]])
+    assert alone.figure is not axis.figure and not alone.texts
+
+
+def test_the_same_data_give_the_same_png_and_a_failed_one_none(tmp_path):
+    from matplotlib import image, rcParams
+
+    before = dict(rcParams)
+    for name, caption in [("a", "n = 12"), ("b", "n = 12"), ("c", "n = 13")]:
+        with plotting.figure(tmp_path / "new" / f"{name}.png", caption, columns=2, rows=3, height=1) as axes:
+            assert axes.shape == (3, 2)
+            cm.plot_reliability_diagram(*overconfident(40), ax=axes[0, 1])
+    a, b, c = ((tmp_path / "new" / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c and b"matplotlib" not in a.lower()
+    assert image.imread(tmp_path / "new" / "a.png").shape[:2] == (450, 1260)
+    with pytest.raises(ZeroDivisionError), plotting.figure(tmp_path / "d.png", "never"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "d.png").exists() and dict(rcParams) == before
+
+
+# Command line
+
+TABLE = """accuracy=accuracy/3 mean confidence=mean_confidence/3 overconfidence=gap/3 log loss (nats)=log_loss/3
+clipped at 0.001=log_loss_clipped/3 Brier score=brier/4 miscalibration, in-sample=corp_miscalibration/4
+discrimination, in-sample=corp_discrimination/4 uncertainty=corp_uncertainty/4
+AUROC of confidence for correctness=auroc/3 AURC, area under risk-coverage=aurc/4 ECE=ece/4
+noise floor, if calibrated=ece_noise_floor/4 its 95 % point=ece_noise_95/4 p of calibrated=ece_p_value/3
+equal-mass bins=ece_equal_mass/4 debiased (root of squares)=ece_debiased/4 smooth ECE=ece_smooth/4 MCE=mce/3
+rows in its bin=mce_count/0 MCE of bins with 30 rows or more=mce_30/3 rows in its bin=mce_30_count/0"""
+
+
+def write(path, rows):
+    path.write_bytes(b"".join(map(predictions.to_line, rows)))
+    return path
+
+
+def fails(capsys, *arguments):
+    """The one line of an error, without a process of its own."""
+    with pytest.raises(SystemExit) as stop:
+        predictions.run(lambda: cm.main([str(a) for a in arguments]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and re.fullmatch(r"error: [ -~]+\n", error), error
+    return error
+
+
+def test_the_command_line_prints_the_functions_numbers_and_draws(run, tmp_path):
+    one, two = rows_of(60), rows_of(90, seed=1)
+    two[1] = replace(two[1], text=two[0].text)
+    files = [write(tmp_path / "base.jsonl", one), write(tmp_path / "tuned.jsonl", two)]
+    done = run("calibration_metrics.py", *files, "--n-bins", 5, "--seed", 3, "--figure", tmp_path / "x" / "y.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "x" / "y.png").read_bytes().startswith(b"\x89PNG")
+    head, _, rest = done.stdout.partition("\n\n")
+    assert rest.endswith(f"\n{tmp_path / 'x' / 'y.png'}\n")
+    for path, rows in zip(files, (one, two), strict=True):
+        assert f"{path}: {len(rows) - 1} of {len(rows)} rows scored\n" in head
+        mine = [row for row in rows if row.prediction == "negative"]
+        right = sum(row.label == "negative" for row in mine)
+        low, high = cm.exact_interval(right, len(mine))
+        mean = sum(row.confidence for row in mine) / len(mine)
+        numbers = f"mean confidence {mean:.3f}, accuracy {right / len(mine):.3f} [{low:.3f}, {high:.3f}]"
+        assert f"  predicted negative: {len(mine)} rows, {numbers}" in head
+    lines = [re.split(r"\s{2,}", line.strip()) for line in rest.splitlines()[:-1]]
+    groups = [range(60), [0, 0, *range(2, 90)]]
+    metrics = [
+        cm.calibration_metrics(*predictions.confidence_and_correct(rows), 5, list(of), seed=3)
+        for rows, of in zip((one, two), groups, strict=True)
+    ]
+    assert lines[0] == [str(path) for path in files]
+    assert lines[1:3] == [["rows", "60", "90"], ["groups (bootstrap)", "60", "89"]]
+    assert lines[3] == ["protocol", "nothing fitted", "nothing fitted"]
+    expected = []
+    for text, name, digits in re.findall(r"([^=]+)=(\w+)/(\d)\s?", TABLE):
+        cells = ["-" if m[name] is None else f"{m[name]:.{digits}f}" for m in metrics]
+        if name in WITH_INTERVAL:
+            ends = [f" [{m[f'{name}_low']:.{digits}f}, {m[f'{name}_high']:.{digits}f}]" for m in metrics]
+            cells = [cell + end for cell, end in zip(cells, ends, strict=True)]
+        expected.append([text, *cells])
+    assert lines[4:] == expected
+
+
+def test_calibrated_confidences_of_other_rows_are_held_out_and_groups_come_from_a_table(capsys, tmp_path):
+    path = write(tmp_path / "a.jsonl", rows_of(8, calibrated_confidence=lambda i: 0.6 + i % 2 / 5))
+    (tmp_path / "g.csv").write_text("group,id\n" + "".join(f"g{i % 3},r{i}\n" for i in range(8)))
+    cm.main([str(path), str(path), "--score", "calibrated_confidence", "--groups", str(tmp_path / "g.csv")])
+    out = capsys.readouterr().out
+    for text in [r"protocol +held-out", r"groups \(bootstrap\) +3", r"mean confidence +0\.700 \[", "or more +-\n"]:
+        assert re.search(text, out), text
+    assert out.count("rows scored") == 1  # a file named twice is one column
+
+
+def test_help_names_every_flag_and_imports_nothing_heavy(run):
+    done = run("-X", "importtime", "calibration_metrics.py", "--help")
+    assert done.returncode == 0 and "noise floor" in done.stdout
+    assert all(flag in done.stdout for flag in ["--score", "--n-bins", "--groups", "--seed", "--figure"])
+    assert not re.search(r"\| +(torch|sklearn|matplotlib|scipy|relplot|pandas)$", done.stderr, re.MULTILINE)
+
+
+def changed(path, number, **fields):
+    """A predictions file of eight rows with raw fields of one line replaced, whether they make sense or not."""
+    lines = [json.loads(line) for line in map(predictions.to_line, rows_of(8, calibrated_confidence=lambda i: 0.5))]
+    lines[number] |= fields
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+CALIBRATED = ["--score", "calibrated_confidence"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "flags", "message"),
+    [
+        ({"label": None}, [], "a.jsonl: 1 of 8 scored rows have no label"),
+        ({"confidence": math.nan}, [], "a.jsonl line 3 is not a prediction"),
+        ({"confidence": 1.5, "probabilities": {"positive": 1.5, "negative": -0.5}}, [], "line 3 is not a prediction"),
+        ({"calibrated_confidence": None}, CALIBRATED, "a.jsonl: 1 of 8 rows have no calibrated_confidence"),
+        ({"calibrated_confidence": 1.5}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is 1.5, not a number"),
+        ({"calibrated_confidence": "0.5"}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is '0.5', not"),
+        ({"calibrated_confidence": {"a": 1}}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is {'a': 1}"),
+        ({"calibrated_confidence": math.nan}, CALIBRATED, "a.jsonl line 3 .* NaN is no number"),
+        ({"text": None}, [], "a.jsonl line 3 is not a prediction: .*text"),
+        ({"fingerprint": "00000000"}, [], "a.jsonl: it mixes the fingerprints"),
+        ({"fitted_on": "yes"}, CALIBRATED, "a.jsonl: 1 of 8 rows .*fitted on"),
+        ({"fitted_on": True}, CALIBRATED, "a.jsonl: 1 of 8 rows .*fitted on.*in-sample"),
+        ({}, ["--n-bins", "0"], "--n-bins 0: at least one"),
+        ({}, ["--n-bins", "many"], "--n-bins"),
+        ({}, ["--score", "certainty"], "--score"),
+        ({}, ["--groups", "no\x1b.csv"], r"no such file: no\\x1b.csv"),
+        ({}, ["--figure", "a.jsonl/under.png"], "a.jsonl"),
+        ({}, ["--figure", "folder.png"], "folder.png"),
+        ({}, ["--figure", "plot"], "--figure plot: a file name that ends in .png"),
+        ({}, ["--seed", "-1"], "--seed"),
+        ({"id": "\x1b[2J\n\u202e", "text": "\x1b[31m\x00"}, ["--groups", "g.csv"], r"g.csv names no .*\\x1b\[2J"),
+        ({}, ["--groups", "columns.csv"], "columns.csv line 2: --groups needs the columns id and group"),
+        ({}, ["--groups", "null.jsonl"], "null.jsonl line 1: the group is None"),
+        ({}, ["--groups", "list.jsonl"], r"list.jsonl line 1: the group is \[1, 'a'\]"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, fields, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name, group in [("null", [None, "a"]), ("list", [[1, "a"]])]:
+        groups = [{"id": f"r{i}", "group": group[i % len(group)]} for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in groups))
+    (tmp_path / "g.csv").write_text("id,group\n" + "".join(f"r{i},1\n" for i in range(8)))
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "columns.csv").write_text("id,grp\nr0,1\n")
+    assert re.search(message, fails(capsys, changed(Path("a.jsonl"), 2, **fields), *flags))
+
+
+def test_a_missing_an_empty_and_an_unscored_file_are_one_line_and_exit_code_2(run, capsys, tmp_path):
+    done = run("calibration_metrics.py", tmp_path / "no\x1b[31m.jsonl")
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert re.fullmatch(r"error: [ -~]*no\\x1b\[31m.jsonl: No such file or directory\n", done.stderr)
+    assert "holds no predictions" in fails(capsys, write(tmp_path / "empty.jsonl", []))
+    assert "no row was scored" in fails(capsys, write(tmp_path / "failed.jsonl", rows_of(1)[1:]))
+    assert "PREDICTIONS" in fails(capsys)
+
+
+def test_a_hostile_label_does_not_reach_the_terminal(capsys, tmp_path):
+    hostile = "\x1b[31mred\n"
+    sure = {"confidence": 0.75, "probabilities": {hostile: 0.75, "other": 0.25}}
+    cm.main([str(changed(tmp_path / "a.jsonl", 2, prediction=hostile, **sure))])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"predicted \x1b[31mred\n: 1 rows" in out
