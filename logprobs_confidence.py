@@ -6,6 +6,7 @@
     python logprobs_confidence.py "I absolutely love this amazing movie!" "Not bad"
     python logprobs_confidence.py --raw-prompt "Knock knock."
     python logprobs_confidence.py --input reviews.csv --output predictions.jsonl
+    python logprobs_confidence.py --calibrator calibrator.json "Not bad"      # with calibrated confidence and decision
 
 Single texts are explained: the ranked token table with the label each token counts for, the sums, the verdict
 (`--json`: one object a line). A table of texts becomes a predictions file (predictions.py), in input order; repeating
@@ -18,11 +19,13 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +35,9 @@ from llama import SLOT, Frame, Llama, load_from, load_llama
 from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from task import Answer, Example, Task
+
+if TYPE_CHECKING:
+    from calibration import FittedCalibrator
 
 TOP_TOKENS = 20
 NO_LABEL = "the model gives no label any probability"
@@ -157,7 +163,11 @@ def print_explanation(row: dict) -> None:
     print()
     print_answer_sums(row)
     confidence, total = 100 * row["confidence"], 100 * row["total_probability"]
-    print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)\n")
+    print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)")
+    if "decision" in row:
+        seen = "; the calibrator was fitted on this very text" if row.get("fitted_on") else ""
+        print(f"  Calibrated confidence {100 * row['calibrated_confidence']:.2f} %: {row['decision']}{seen}")
+    print()
 
 
 # A table of texts
@@ -242,13 +252,34 @@ def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Pa
                 continue
             p = tasks.debias(np.array([[row.probabilities[label] for label in labels]]), sums / count)[0]
             by_label = dict(zip(labels, p.tolist(), strict=True))
-            yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=row.extras)
+            extras = {k: v for k, v in row.extras.items() if k not in predictions.CALIBRATED}
+            yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=extras)
 
     with predictions.open_output(path) as file:
         expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
         done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
     if done < total:
         predictions.replace(path, corrected())
+
+
+def write_calibrated(path: Path, calibrator: FittedCalibrator, threshold: float | None) -> str:
+    """Add calibrated confidence and decision to every row of a finished predictions file; returns what to say of it."""
+
+    def applied() -> Iterator[Prediction]:
+        rows = predictions.iterate(path)
+        while chunk := list(islice(rows, 4096)):
+            yield from calibrator.apply(chunk, threshold)
+
+    decisions, changed = Counter(), False
+    for row, before in zip(applied(), predictions.iterate(path), strict=True):
+        decisions[row.extras.get("decision", "not scored")] += 1
+        changed = changed or row != before
+    if changed:
+        predictions.replace(path, applied())
+    counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(decisions.items()))
+    value = calibrator.threshold and calibrator.threshold["value"] if threshold is None else threshold
+    rule = "the calibrator promises nothing, so nothing is automated; --threshold sets a threshold of yours"
+    return f"  calibrated: {counts} ({rule if value is None else f'automated from {value:.4f} on'})"
 
 
 def report(path: Path) -> str:
@@ -295,6 +326,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     predictions.add_arguments(parser)
     add_model_arguments(parser)
     add("--batch-size", type=int, metavar="N", help="rows run together (default: by length and device)")
+    add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
+    add(
+        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
+    )
     args = parser.parse_args(argv)
     if bool(args.text) == bool(args.input):
         parser.error("give either texts or a table (--input FILE)")
@@ -304,6 +339,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
     if (args.raw_prompt or args.json) and args.input:
         parser.error("--raw-prompt and --json are for texts; a table becomes a predictions file, which is JSON Lines")
+    if args.calibrator == "":
+        parser.error("--calibrator needs a file name")
+    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
+        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
+    if args.calibrator and args.raw_prompt:
+        parser.error("--raw-prompt gives no label, so there is nothing to calibrate")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args
@@ -322,8 +363,11 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
     for number, text in enumerate(args.text, 1):
         if not text.strip():
             raise ValueError(f"text {number} is empty")
+    calibrator = read_calibrator(args)
     llama = load_from(args, task.settings())
     scorer = None if args.raw_prompt else prepare(llama, task, args.truncate)
+    if calibrator:
+        calibrator.check(scorer.fingerprint, llama.name, task.name, list(task.labels))
     for text in args.text:
         if args.raw_prompt:
             before, inner, after = text.partition(text.strip())  # as it stands: the outer white space too
@@ -332,6 +376,10 @@ def explain_texts(args: argparse.Namespace, task: Task) -> None:
             row = {"text": text, "prompt_token_ids": ids, "top_tokens": tokens}
         else:
             row = explain(text, scorer)
+        if calibrator:
+            common = {"method": "logprobs", "task": task.name} | {key: row[key] for key in ("model", "fingerprint")}
+            record = predictions.scored("", text, None, row["probabilities"], row["label_mass"], **common)
+            row |= calibrator.apply([record], args.threshold)[0].extras
         if args.json:
             print(json.dumps(row))
         elif args.raw_prompt:
@@ -348,17 +396,34 @@ def run_table(args: argparse.Namespace, task: Task) -> None:
     raw = output.with_suffix(".raw.jsonl") if args.debias else output
     for path in {output, raw}:
         predictions.check_output(path, args.input)
+        predictions.check_output(path, args.calibrator)
     total = tasks.check_examples(tasks.examples_from(args), task, args.input)
+    calibrator = read_calibrator(args)
     llama = load_from(args, task.settings())
+    scorer = prepare(llama, task, args.truncate)
+    final = prepare(llama, task, args.truncate, debias=args.debias) if args.debias else scorer
+    if calibrator:
+        calibrator.check(final.fingerprint, llama.name, task.name, list(task.labels))
     started = time.monotonic()
-    count = score_table(args, prepare(llama, task, args.truncate), raw, total)
+    count = score_table(args, scorer, raw, total)
     if count:
         seconds = time.monotonic() - started
         print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
     print(report(raw))
     if args.debias:
-        write_debiased(args, prepare(llama, task, args.truncate, debias=args.debias), raw, output)
+        write_debiased(args, final, raw, output)
         print(report(output))
+    if calibrator:
+        print(write_calibrated(output, calibrator, args.threshold))
+
+
+def read_calibrator(args: argparse.Namespace) -> FittedCalibrator | None:
+    """The calibrator file that --calibrator names."""
+    if not args.calibrator:
+        return None
+    from calibration import load_calibrator
+
+    return load_calibrator(args.calibrator)
 
 
 if __name__ == "__main__":

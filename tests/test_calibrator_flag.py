@@ -1,0 +1,420 @@
+"""logprobs_confidence.py --calibrator and --threshold: what they add to a file and to a text, and what they refuse.
+
+Calibrators are made by hand for the tiny model, so the sigmoid says what every calibrated confidence must be; unbroken
+runs say what a broken one must end with. The model is loaded once for the whole file, and nothing here depends on what
+it says.
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import logprobs_confidence
+import predictions
+from calibration import (
+    ClassAware,
+    FittedCalibrator,
+    PlattScalingCalibrator,
+    Recipe,
+    load_calibrator,
+    save_calibrator,
+    text_key,
+)
+from logprobs_confidence import main, parse_arguments, prepare, write_calibrated
+from task import TASKS
+
+ADDED = {"calibrated_confidence", "decision", "fitted_on"}
+WORDS = ["a", "film", "that", "is", "not", "good", "bad", "long", "funny", "dull", "and", "never", "quite"]
+TEXTS = [" ".join(random.Random(i).choices(WORDS, k=1 + i)) for i in range(12)]
+TEXTS[4:6] = ["Not BAD", " "]  # a text that the calibrators have seen in another case, and one that is an error
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_folder):
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield logprobs_confidence.load_from(parse_arguments(["x", "--model", str(tiny_folder), "--device", "cpu"]))
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def prints(llama):
+    """The fingerprints of plain predictions and of debiased ones."""
+    return prepare(llama, TASKS["sentiment"]).fingerprint, prepare(
+        llama, TASKS["sentiment"], debias="batch"
+    ).fingerprint
+
+
+@pytest.fixture
+def call(capsys, llama, tmp_path, monkeypatch):
+    """Run the script in this process and in an empty folder: -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logprobs_confidence, "load_from", lambda args, task: llama)
+    table = [{"id": f"r{i}", "text": text, "label": "positive"} for i, text in enumerate(TEXTS)]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table), encoding="utf-8")
+
+    def run_main(command, *more):
+        capsys.readouterr()
+        code = 0
+        try:
+            predictions.run(lambda: main([*command.split(), *more]))
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+@pytest.fixture
+def no_scoring(monkeypatch):
+    """From here on it is a fault to run the model."""
+
+    def forbid():
+        for name in ("score", "explain"):
+            monkeypatch.setattr(logprobs_confidence, name, lambda *_, **__: pytest.fail("the model ran"))
+
+    return forbid
+
+
+def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="tiny", seen=("not  bad", "x")):
+    """A calibrator file with logit P = slope logit(c) - 1/2."""
+    platt, keys = PlattScalingCalibrator(), frozenset(map(text_key, seen))
+    platt.slope_, platt.intercept_ = slope, -0.5
+    estimator = ClassAware(platt) if class_aware else platt
+    if class_aware:
+        estimator.calibrators_ = {"all": platt}
+    promise = None if threshold is None else {"value": threshold}
+    labels, identity = ("negative", "positive"), (fingerprint, model, "sentiment", 100, 90)
+    save_calibrator(
+        path, FittedCalibrator(Recipe("platt", class_aware), estimator, labels, *identity, keys, {}, promise)
+    )
+    return path
+
+
+def platt(p, slope=2.0):
+    return 1 / (1 + math.exp(0.5 - slope * (math.log(p) - math.log1p(-p))))
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def listing():
+    return sorted(path.name for path in Path().iterdir())
+
+
+PLAIN, RUN = "--input t.jsonl --output plain.jsonl", "--input t.jsonl --output p.jsonl"
+
+
+# A table
+
+
+@pytest.mark.parametrize("class_aware", [False, True])
+def test_every_scored_row_gets_its_calibrated_confidence_and_the_right_decision(class_aware, call, prints):
+    assert call(PLAIN)[0] == 0
+    plain = records("plain.jsonl")
+    truth = {}
+    for row in plain:
+        if "error" not in row:
+            second = platt(row["probabilities"]["positive"])
+            aware = second if row["prediction"] == "positive" else 1 - second
+            truth[row["id"]] = aware if class_aware else platt(row["confidence"])
+    save("k.json", prints[0], class_aware=class_aware, threshold=None)
+    fitted = load_calibrator("k.json")
+    own = fitted.calibrate([row for row in predictions.read("plain.jsonl") if row.error is None])
+    limit = sorted(own.tolist())[5]  # a row that stands exactly on the threshold is automated
+    code, out, _ = call(RUN, "--calibrator", save("k.json", prints[0], class_aware=class_aware, threshold=limit))
+    rows = records("p.jsonl")
+    scored = [row for row in rows if "error" not in row]
+    assert code == 0 and len(scored) == len(truth) == 11 and len({row["prediction"] for row in scored}) == 2
+    assert [row["calibrated_confidence"] for row in scored] == own.tolist()
+    assert own.tolist() == pytest.approx([truth[row["id"]] for row in scored], abs=1e-12)
+    assert [row["decision"] for row in scored] == ["automate" if c >= limit else "review" for c in own]
+    assert [row["id"] for row in rows if "fitted_on" in row] == ["r4"] and rows[4]["fitted_on"] is True
+    # Nothing else changed: without what was added, each line is that of a run without the flag.
+    stripped = [json.dumps({k: v for k, v in row.items() if k not in ADDED}, ensure_ascii=False) for row in rows]
+    assert stripped == Path("plain.jsonl").read_text(encoding="utf-8").splitlines() and "error" in rows[5]
+    assert f"  calibrated: automate 6, not scored 1, review 5 (automated from {limit:.4f} on)" in out.splitlines()
+
+
+def test_a_table_of_errors_alone_has_nothing_to_calibrate(call, prints):
+    Path("e.jsonl").write_text('{"text": " "}\n{"text": ""}\n', encoding="utf-8")
+    code, out, _ = call("--input e.jsonl --output p.jsonl", "--calibrator", save("k.json", prints[0]))
+    assert code == 0 and "calibrated: not scored 2" in out and not any(ADDED & row.keys() for row in records("p.jsonl"))
+
+
+def test_a_long_file_is_calibrated_in_pieces_as_a_whole(tmp_path):
+    draw = np.random.default_rng(0)
+    common = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "0123abcd", "label": None}
+    rows = []
+    for i, p in enumerate(draw.uniform(0.01, 0.99, 5000).tolist()):
+        extras, by_label = {"truncated": True} if i % 1000 == 0 else {}, {"negative": 1 - p, "positive": p}
+        rows.append(
+            predictions.scored(str(i), f"text {i}", probabilities=by_label, label_mass=0.5, extras=extras, **common)
+        )
+    predictions.replace(tmp_path / "p.jsonl", rows)
+    seen = [f"Text {i}" for i in (0, 4095, 4096, 4999)]
+    fitted = load_calibrator(save(tmp_path / "k.json", "0123abcd", threshold=0.9, seen=seen))
+    said = write_calibrated(tmp_path / "p.jsonl", fitted, None)
+    written = records(tmp_path / "p.jsonl")
+    truth = [platt(row.confidence) for row in rows]
+    assert [row["calibrated_confidence"] for row in written] == pytest.approx(truth, abs=1e-12)
+    assert [row["id"] for row in written if "fitted_on" in row] == ["0", "4095", "4096", "4999"]
+    assert [row["id"] for row in written if "truncated" in row] == ["0", "1000", "2000", "3000", "4000"]
+    assert f"automate {sum(c >= 0.9 for c in truth):,}, review {sum(c < 0.9 for c in truth):,} " in said
+
+
+def test_a_threshold_of_ours_goes_before_that_of_the_file_and_none_promises_nothing(call, prints):
+    save("k.json", prints[0], threshold=0.99), save("none.json", prints[0], threshold=None)
+    assert call(RUN, "--calibrator", "k.json")[0] == 0
+    values = [row["calibrated_confidence"] for row in records("p.jsonl") if "error" not in row]
+    middle = sorted(values)[5]
+    cases = [
+        ("k.json", 0, 0),
+        ("k.json", 1, 1),
+        ("k.json", middle, middle),
+        ("none.json", 0.5, 0.5),
+        ("none.json", None, 2),
+    ]
+    for name, threshold, limit in cases:
+        flags = [] if threshold is None else ["--threshold", str(threshold)]
+        code, out, err = call(RUN, "--calibrator", name, *flags)
+        rows = [row for row in records("p.jsonl") if "error" not in row]
+        assert (code, err) == (0, "") and [row["calibrated_confidence"] for row in rows] == values
+        assert [row["decision"] for row in rows] == ["automate" if c >= limit else "review" for c in values]
+        said = "the calibrator promises nothing" if limit == 2 else f"automated from {limit:.4f} on"
+        assert said in out
+
+
+# Running it again
+
+
+def stamp(*paths):
+    return [(Path(p).read_bytes(), Path(p).stat().st_mtime_ns, Path(p).stat().st_ino) for p in paths]
+
+
+def test_a_repeated_run_and_one_without_the_flag_leave_the_file_as_it_is(call, prints, no_scoring):
+    first = call(RUN, "--calibrator", save("k.json", prints[0]))
+    before = stamp("p.jsonl")
+    no_scoring()
+    for flags in (["--calibrator", "k.json"], ["--calibrator", "k.json", "--overwrite"], []):
+        code, out, err = call(RUN, *flags)
+        assert (code, err) == (0, "") and stamp("p.jsonl") == before
+        assert out == first[1] if flags else "calibrated" not in out
+    assert listing() == ["k.json", "p.jsonl", "t.jsonl"]
+
+
+def test_another_calibrator_or_threshold_replaces_the_decisions_without_scoring_again(call, prints, no_scoring):
+    save("k.json", prints[0]), save("other.json", prints[0], slope=3.0, threshold=0.9, seen=[TEXTS[0]])
+    for name, flags in (("fresh", ["--calibrator", "other.json"]), ("p", ["--calibrator", "k.json"])):
+        assert call(f"--input t.jsonl --output {name}.jsonl", *flags)[0] == 0
+    fresh = Path("fresh.jsonl").read_bytes()
+    assert Path("p.jsonl").read_bytes() != fresh
+    no_scoring()
+    code, _, err = call(RUN, "--calibrator", "other.json")
+    assert (code, err) == (0, "") and Path("p.jsonl").read_bytes() == fresh
+    assert [row["id"] for row in records("p.jsonl") if "fitted_on" in row] == ["r0"]
+    assert call(RUN, "--calibrator", "other.json", "--threshold", "0")[0] == 0
+    assert {row.get("decision") for row in records("p.jsonl")} == {"automate", None}
+    assert call(RUN, "--calibrator", "other.json")[0] == 0 and Path("p.jsonl").read_bytes() == fresh
+
+
+def test_a_run_killed_at_any_byte_ends_with_the_bytes_of_an_unbroken_one(call, prints, monkeypatch):
+    monkeypatch.setattr(logprobs_confidence, "ROWS_PER_WINDOW", {"cpu": 4})
+    save("k.json", prints[0])
+    assert call(PLAIN)[0] == 0 and call(RUN, "--calibrator", "k.json")[0] == 0
+    plain, whole = Path("plain.jsonl").read_bytes(), Path("p.jsonl").read_bytes()
+    draw = random.Random(0)
+    for left in [plain[: draw.randrange(len(plain))] for _ in range(4)] + [plain, plain[:-1], whole[:-9], whole[:2000]]:
+        Path("p.jsonl").write_bytes(left)
+        Path("p.jsonl.part").write_bytes(whole[:100])  # what a kill in the midst of calibrating leaves beside it
+        assert call(RUN, "--calibrator", "k.json")[0] == 0 and Path("p.jsonl").read_bytes() == whole, len(left)
+        assert not Path("p.jsonl.part").exists()
+    # A table that grew by whole windows since its first rows were calibrated is such a run too.
+    Path("p.jsonl").unlink()
+    assert call(RUN, "--calibrator", "k.json", "--limit", "8")[0] == 0 and len(records("p.jsonl")) == 8
+    assert call(RUN, "--calibrator", "k.json")[0] == 0 and Path("p.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (OSError("the disk is full"), 2)])
+def test_a_run_stopped_while_it_calibrates_keeps_every_score(stop, code, call, prints, monkeypatch):
+    save("k.json", prints[0])
+    assert call(PLAIN)[0] == 0
+    plain, to_line, calls = Path("plain.jsonl").read_bytes(), predictions.to_line, []
+
+    def interrupted(row):
+        calls.append(row)
+        if len(calls) > 6:
+            raise stop
+        return to_line(row)
+
+    Path("p.jsonl").write_bytes(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(predictions, "to_line", interrupted)
+        assert call(RUN, "--calibrator", "k.json")[0] == code and len(calls) == 7
+    assert Path("p.jsonl").read_bytes() == plain and not Path("p.jsonl.part").exists()
+    code, _, err = call(RUN, "--calibrator", "k.json")
+    assert (code, err) == (0, "") and "decision" in records("p.jsonl")[-1]
+
+
+def test_an_output_that_is_a_link_is_written_through(call, prints):
+    Path("there").mkdir()
+    Path("p.jsonl").symlink_to("there/real.jsonl")
+    assert call(RUN, "--calibrator", save("k.json", prints[0]))[0] == 0
+    assert Path("p.jsonl").is_symlink() and "decision" in records("there/real.jsonl")[0]
+
+
+# Single texts
+
+
+def test_a_single_text_is_shown_with_its_calibrated_confidence_and_decision(call, prints):
+    assert call(RUN, "--calibrator", save("k.json", prints[0], threshold=None))[0] == 0
+    table = {row["text"]: row for row in records("p.jsonl")}
+    shown = [TEXTS[0], "Not BAD", TEXTS[7]]
+    limit = sorted(table[text]["calibrated_confidence"] for text in shown)[1] - 1e-4
+    save("k.json", prints[0], threshold=limit)
+    code, out, err = call("--json", *shown)
+    plain = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and not any(ADDED & row.keys() for row in plain)
+    code, out, err = call("--json --calibrator k.json", *shown)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and sorted(row["decision"] for row in rows) == ["automate", "automate", "review"]
+    for row, before, text in zip(rows, plain, shown, strict=True):
+        added = {key: row.pop(key) for key in list(row) if key in ADDED}
+        assert row == before and row["text"] == text
+        assert added["calibrated_confidence"] == pytest.approx(platt(row["confidence"]), abs=1e-12)
+        assert added["calibrated_confidence"] == pytest.approx(table[text]["calibrated_confidence"], abs=1e-4)
+        assert added["decision"] == ("automate" if added["calibrated_confidence"] >= limit else "review")
+        assert added.get("fitted_on") is (True if text == "Not BAD" else None)
+        row |= added
+    code, out, _ = call("--calibrator k.json", *shown)
+    lines = [line for line in out.splitlines() if line.startswith("  Calibrated confidence ")]
+    ends = ["", "; the calibrator was fitted on this very text", ""]
+    expected = [f"{100 * row['calibrated_confidence']:.2f} %: {row['decision']}" for row in rows]
+    assert lines == [f"  Calibrated confidence {a}{b}" for a, b in zip(expected, ends, strict=True)]
+    verdicts = [i for i, line in enumerate(out.splitlines()) if "Verdict" in line]
+    assert [out.splitlines()[i + 1] for i in verdicts] == lines
+    for threshold, decision in (("0", "automate"), ("1", "review")):
+        assert f"%: {decision}" in call(f"--calibrator k.json --threshold {threshold}", "Fine")[1]
+    assert "Calibrated" not in call("Fine")[1]
+
+
+# With --debias batch
+
+
+DEBIASED = RUN + " --debias batch"
+
+
+def test_a_debiased_file_is_calibrated_by_its_own_calibrator_and_the_raw_one_by_none(call, prints, no_scoring):
+    save("k.json", prints[1])
+    assert call(PLAIN)[0] == 0 and call(DEBIASED)[0] == 0
+    corrected = Path("p.jsonl").read_bytes()
+    code, out, err = call(DEBIASED, "--calibrator", "k.json")
+    assert (code, err) == (0, "") and Path("p.raw.jsonl").read_bytes() == Path("plain.jsonl").read_bytes()
+    rows = records("p.jsonl")
+    stripped = [json.dumps({k: v for k, v in row.items() if k not in ADDED}, ensure_ascii=False) for row in rows]
+    assert stripped == corrected.decode().splitlines() and "calibrated: " in out
+    for row in rows[:5] + rows[6:]:
+        assert row["fingerprint"] == prints[1]
+        assert row["calibrated_confidence"] == pytest.approx(platt(row["confidence"]), abs=1e-12)
+    before = stamp("p.jsonl", "p.raw.jsonl")
+    no_scoring()
+    for flags in (["--calibrator", "k.json"], []):
+        assert call(DEBIASED, *flags)[0] == 0 and stamp("p.jsonl", "p.raw.jsonl") == before
+
+
+def test_a_calibrator_of_the_other_fingerprint_is_refused_before_any_scoring(call, prints, no_scoring):
+    save("raw.json", prints[0]), save("debiased.json", prints[1])
+    no_scoring()
+    for command, name, wanted, given in ((DEBIASED, "raw", *prints), (RUN, "debiased", *prints[::-1])):
+        code, out, err = call(command, "--calibrator", f"{name}.json")
+        assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: the calibrator is for tiny")
+        assert err.index(wanted) < err.index(given) and listing() == ["debiased.json", "raw.json", "t.jsonl"]
+
+
+def test_decisions_about_raw_confidences_are_not_carried_over_to_debiased_ones(call, prints):
+    assert call("--input t.jsonl --output p.raw.jsonl", "--calibrator", save("k.json", prints[0]))[0] == 0
+    assert call(DEBIASED)[0] == 0 and not any(ADDED & row.keys() for row in records("p.jsonl"))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_a_calibrator_for_something_else_is_refused_and_the_output_left_alone(overwrite, call, prints, no_scoring):
+    hostile = "a\x1b[2J\nb"
+    save("k.json", prints[0]), save("wrong.json", "ffffffff", model=hostile)
+    assert call(RUN, "--calibrator", "k.json")[0] == 0
+    before = stamp("p.jsonl")
+    no_scoring()
+    new = "--input t.jsonl --output new.jsonl"
+    for command in (RUN, new, RUN + " --task sentiment-yes-no", "One text"):
+        name = "k.json" if "task" in command else "wrong.json"
+        code, out, err = call(command, "--calibrator", name, *(overwrite if "--" in command else []))
+        assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: the calibrator is for ")
+        assert "fit a calibrator on predictions like these" in err and "\x1b" not in err
+        assert stamp("p.jsonl") == before and not Path("new.jsonl").exists()
+
+
+BROKEN = {
+    "text.json": "not JSON",
+    "empty.json": "",
+    "list.json": "[]",
+    "nan.json": '{"format": NaN}',
+    "old.json": '{"format": "version 0"}',
+}
+EDITED = {
+    "slope.json": {"parameters": {"slope_": "steep", "intercept_": 0}},
+    "parameters.json": {"parameters": {"slope_": 1}},
+    "method.json": {"method": "magic"},
+    "threshold.json": {"threshold": {"value": 1.5}},
+    "keys.json": {"fitted_on": ["zz"]},
+    "labels.json": {"labels": ["positive", "negative"]},
+}
+REFUSED = {
+    "--calibrator missing.json": "missing.json: No such file",
+    "--calibrator .": "Is a directory",
+    "--calibrator ": "--calibrator",
+    "--threshold 0.9": "needs --calibrator",
+    "--calibrator k.json --threshold 1.5": "between 0 and 1",
+    "--calibrator k.json --threshold -0.1": "between 0 and 1",
+    "--calibrator k.json --threshold nan": "between 0 and 1",
+    "--calibrator k.json --threshold high": "--threshold",
+    "--calibrator k.json --raw-prompt": "--raw-prompt",
+}
+REFUSED |= {f"--calibrator {name}": f"{name} is not a calibrator file" for name in BROKEN}
+REFUSED |= {f"--calibrator {name}": f"{name}: damaged or edited by hand" for name in EDITED}
+REFUSED["--calibrator labels.json"] = "positive, negative"
+
+
+@pytest.mark.parametrize(("flags", "named"), REFUSED.items())
+def test_a_bad_flag_is_one_line_and_exit_code_2_before_any_scoring(flags, named, call, prints, no_scoring):
+    record = json.loads(save("k.json", prints[0]) and Path("k.json").read_text(encoding="utf-8"))
+    for name, changes in EDITED.items():
+        Path(name).write_text(json.dumps(record | changes), encoding="utf-8")
+    for name, content in BROKEN.items():
+        Path(name).write_text(content, encoding="utf-8")
+    files = listing()
+    no_scoring()
+    for command in (["--input", "t.jsonl", "--output", "p.jsonl"], ["A text"]):
+        code, out, err = call("", *command, *flags.split(" "))
+        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and named in err, err
+        assert listing() == files
+
+
+def test_the_calibrator_is_not_taken_for_an_output(call, prints):
+    before = Path(save("k.json", prints[0])).read_bytes()
+    code, _, err = call("--input t.jsonl --output k.json --calibrator k.json")
+    assert code == 2 and err.count("\n") == 1 and Path("k.json").read_bytes() == before
+
+
+def test_the_calibrator_is_not_overwritten_by_its_own_run(call, prints):
+    before = Path(save("k.json", prints[0])).read_bytes()
+    assert call("--input t.jsonl --output k.json --calibrator k.json --overwrite")[0] == 2
+    assert Path("k.json").read_bytes() == before
