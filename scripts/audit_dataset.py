@@ -10,8 +10,8 @@ they leak: what was learned by heart is counted as understood. So does a group t
 
 The baseline is a logistic regression on a bag of words, trained on the first split and tested on the last (with one
 split: cross-validated, near-duplicates kept in one fold). Where it does well, the label needs no understanding.
-Without domain words: without the words at least twice as frequent in one domain as in the others, among texts of the
-same label. Intervals of accuracy are exact binomial ones and take the rows as independent.
+Without domain words: without those of three rows or more that are at least twice as frequent in one domain as in the
+others, among texts of the same label. Intervals of accuracy are exact binomial ones and take the rows as independent.
 
 Prints tables and writes nothing. Exit code: 0 clean, 1 the splits leak, 2 bad input.
 """
