@@ -159,20 +159,13 @@ def smooth_calibration_error(confidence: Sequence[float], correct: Sequence[bool
 # Noise
 
 
-def noise_floor(confidence: Sequence[float], n_bins: int = N_BINS) -> float:
-    """About the ECE of a perfectly calibrated model: sqrt(2 / pi) / n * sum_b sqrt(sum_{i in b} c_i (1 - c_i))."""
-    confidence, _ = checked(confidence, np.zeros(len(confidence)))
-    index = _bin_index(confidence, _edges(n_bins))
-    variance = np.bincount(index, confidence * (1 - confidence))
-    return float(np.sqrt(2 / np.pi) * np.sqrt(variance).sum() / len(confidence))
-
-
 def consistency_resampling(
     confidence: Sequence[float], n_bins: int = N_BINS, n_draws: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i).
+    """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i). Their mean is the noise floor.
 
-    Broecker and Smith, "Increasing the reliability of reliability diagrams", 2007.
+    Broecker and Smith, "Increasing the reliability of reliability diagrams", 2007. Rows are drawn independently; where
+    the errors of a group come together, true noise is larger than this and the p-value too small.
     """
     confidence, _ = checked(confidence, np.zeros(len(confidence)))
     index = _bin_index(confidence, _edges(n_bins))
@@ -311,23 +304,43 @@ def calibration_metrics(
     groups = np.arange(n) if groups is None else group_numbers(groups)
     if len(groups) != n:
         raise ValueError(f"{n} confidences, but {len(groups)} groups")
-    bins = bins_of(confidence, correct, n_bins)
-    ece, null = _mean_gap(bins), consistency_resampling(confidence, n_bins, seed=seed)
-    mce, worst = _largest_gap(bins, 1)
-    mce_counted, worst_counted = _largest_gap(bins, MIN_COUNT)
-    squared = debiased_calibration_error(confidence, correct, n_bins)
-    metrics = {
-        "n": n,
-        "groups": len(np.unique(groups)),
-        "protocol": protocol,
-        "accuracy": float(correct.mean()),
-        "mean_confidence": float(confidence.mean()),
-        "gap": float(confidence.mean() - correct.mean()),
+    n_groups, point = len(np.unique(groups)), _scores(confidence, correct)
+    resampled = bootstrap_interval(lambda rows: [*_scores(confidence[rows], correct[rows]).values()], groups, seed=seed)
+    intervals = dict(zip(point, resampled.tolist(), strict=True))
+    ends = [exact_interval(correct.sum(), n)]
+    if n_groups < n:  # the exact interval takes rows for independent; the bootstrap of all right is a point
+        ends.append(intervals["accuracy"])
+    intervals["accuracy"] = min(low for low, _ in ends), max(high for _, high in ends)
+    metrics = {"n": n, "groups": n_groups, "protocol": protocol, **point}
+    metrics |= _errors(confidence, correct, n_bins, seed) | corp_decomposition(confidence, correct)
+    for name, (low, high) in intervals.items():
+        metrics |= {f"{name}_low": low, f"{name}_high": high}
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in metrics.items()}
+
+
+def _scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
+    """The numbers that get a bootstrap interval."""
+    mean, accuracy = float(confidence.mean()), float(correct.mean())
+    return {
+        "accuracy": accuracy,
+        "mean_confidence": mean,
+        "gap": mean - accuracy,
         "brier": brier_score(confidence, correct),
         "log_loss": log_loss(confidence, correct),
         "log_loss_clipped": log_loss(confidence, correct, clip=1e-3),
         "auroc": auroc(confidence, correct),
         "aurc": area_under_risk_coverage(confidence, correct),
+    }
+
+
+def _errors(confidence: np.ndarray, correct: np.ndarray, n_bins: int, seed: int) -> dict[str, float | int | None]:
+    """The calibration errors, which get their noise instead: resampling would only add to it."""
+    bins = bins_of(confidence, correct, n_bins)
+    ece, null = _mean_gap(bins), consistency_resampling(confidence, n_bins, seed=seed)
+    mce, worst = _largest_gap(bins, 1)
+    mce_counted, worst_counted = _largest_gap(bins, MIN_COUNT)
+    squared = debiased_calibration_error(confidence, correct, n_bins)
+    return {
         "ece": ece,
         "ece_noise_floor": float(null.mean()),
         "ece_noise_95": float(np.quantile(null, 0.95)),
@@ -339,23 +352,7 @@ def calibration_metrics(
         "mce_count": int(bins.count[worst]),
         f"mce_{MIN_COUNT}": mce_counted,
         f"mce_{MIN_COUNT}_count": None if worst_counted is None else int(bins.count[worst_counted]),
-    } | corp_decomposition(confidence, correct)
-    names = ("accuracy", "mean_confidence", "gap", "brier", "log_loss", "log_loss_clipped", "auroc", "aurc")
-    intervals = bootstrap_interval(lambda rows: _resampled(confidence[rows], correct[rows]), groups, seed=seed)
-    intervals = dict(zip(names, intervals.tolist(), strict=True))
-    ends = [exact_interval(correct.sum(), n)]
-    if metrics["groups"] < n:  # the exact interval takes rows for independent; the bootstrap of all right is a point
-        ends.append(intervals["accuracy"])
-    intervals["accuracy"] = min(low for low, _ in ends), max(high for _, high in ends)
-    for name, (low, high) in intervals.items():
-        metrics |= {f"{name}_low": low, f"{name}_high": high}
-    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in metrics.items()}
-
-
-def _resampled(confidence: np.ndarray, correct: np.ndarray) -> list[float]:
-    mean, accuracy = float(confidence.mean()), float(correct.mean())
-    losses = (brier_score, log_loss, lambda c, y: log_loss(c, y, 1e-3), auroc, area_under_risk_coverage)
-    return [accuracy, mean, mean - accuracy, *(loss(confidence, correct) for loss in losses)]
+    }
 
 
 def by_predicted_label(rows: Sequence[predictions.Prediction], score: str = "confidence") -> dict[str, dict]:
@@ -495,7 +492,8 @@ def draw(arrays: dict[str, tuple], columns: dict[str, dict], args: argparse.Name
     protocol = next(iter(columns.values()))["protocol"]
     caption = (
         f"Reliability of the {args.score.replace('_', ' ')}, n = {sizes}, {protocol}. "
-        f"A dot is one of {args.n_bins} equal bins, with its exact 95 % interval; its rows stand at the bottom."
+        f"A dot is one of {args.n_bins} equal bins, with the exact 95 % interval of as many independent rows; "
+        "its rows stand at the bottom."
     )
     height = max(4.6, 7.6 / len(arrays))
     with plotting.figure(args.figure, caption, columns=len(arrays), height=height, sharey=True) as axes:

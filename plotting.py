@@ -31,7 +31,6 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#F0E442",
 )
 GREY, INK = "#8a8f98", "#1f2430"
-CYCLE = [BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY]
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 12,

@@ -307,7 +307,7 @@ def test_bad_arrays_are_one_line_that_says_which(message):
 @pytest.mark.parametrize("n_bins", [0, -1])
 @pytest.mark.parametrize("call", [cm.bins_of, cm.calibration_metrics, cm.equal_mass_bins, "one argument"])
 def test_fewer_than_one_bin_is_an_error(call, n_bins):
-    for function in [cm.noise_floor, cm.consistency_resampling] if call == "one argument" else [call]:
+    for function in [cm.consistency_resampling] if call == "one argument" else [call]:
         with pytest.raises(ValueError, match=f"n_bins is {n_bins}"):
             function([0.5], *[[1]] * (call != "one argument"), n_bins=n_bins)
 
@@ -326,16 +326,17 @@ def own_null(confidence, n_draws, seed):
 def test_the_noise_floor_is_the_ece_that_calibrated_models_show(a, b, n):
     confidence = np.random.default_rng(5).beta(a, b, n)
     truth = own_null(confidence, 500, seed=6)
-    assert cm.noise_floor(confidence) == pytest.approx(truth.mean(), rel=0.03)
     ours = cm.consistency_resampling(confidence, n_draws=500, seed=7)
     assert ours.mean() == pytest.approx(truth.mean(), rel=0.03)
     assert np.quantile(ours, 0.95) == pytest.approx(np.quantile(truth, 0.95), rel=0.06)
+    spread = [math.sqrt(sum(c * (1 - c) for c in confidence[bins])) for bins in members(confidence)]
+    assert ours.mean() == pytest.approx(math.sqrt(2 / math.pi) * math.fsum(spread) / n, rel=0.03)  # statistics by hand
 
 
-def test_the_noise_floor_of_one_bin_is_worked_out_by_hand():
-    assert cm.noise_floor([0.5] * 4) == pytest.approx(math.sqrt(2 / math.pi) * math.sqrt(4 * 0.25) / 4)
-    assert cm.noise_floor([0.5, 0.75], 1) == pytest.approx(math.sqrt(2 / math.pi) * math.sqrt(0.25 + 0.1875) / 2)
-    assert cm.noise_floor([0.0, 1.0, 1.0]) == 0
+def members(confidence):
+    """The rows of each of 20 bins."""
+    index = np.array([our_rule(c) for c in confidence])
+    return [index == b for b in range(20)]
 
 
 def test_resampled_eces_of_four_coin_flips_are_binomial():
