@@ -427,4 +427,4 @@ def read_calibrator(args: argparse.Namespace) -> FittedCalibrator | None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    predictions.run(main, resumes=True)

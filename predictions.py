@@ -331,7 +331,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Rows of cells in columns as wide as they need be, the first to the left, the others to the right."""
+    """Rows of cells in columns as wide as they need be, the first to the left, the others to the right; printable."""
+    rows = [list(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join(indent + "  ".join(line).rstrip() for line in lines)
@@ -360,7 +361,7 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], resumes: bool = False) -> None:
     """Run a script: bad input is one line and exit code 2, Ctrl-C is 130, a closed pipe is no error.
 
     Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
@@ -379,7 +380,10 @@ def run(main: Callable[[], None]) -> None:
         print("error: " + printable(" ".join(message.split())), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; repeat the same command to continue where it was", file=sys.stderr)
+        then = (
+            "repeat the same command to continue where it was" if resumes else "repeat the same command to begin again"
+        )
+        print(f"\nstopped; {then}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -148,9 +148,7 @@ def print_drift(reference: list[Prediction], current: list[Prediction]) -> None:
     table.append(["the same, Kolmogorov-Smirnov", "", "", f"{ks.statistic:.4f}", f"{ks.pvalue:.3g}"])
     if len(labels) > 1:
         index, p = population_stability_index(*named)
-        shares = [
-            ", ".join(f"{c[label] / c.total():.1%} {predictions.printable(label)}" for label in labels) for c in counted
-        ]
+        shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in labels) for c in counted]
         table.append(["predicted labels, PSI", *shares, f"{index:.4f}", f"{p:.3g}"])
     masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in (reference, current)]
     table.append(["mean label mass", *masses, "", ""])

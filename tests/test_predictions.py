@@ -306,7 +306,6 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
         (FileNotFoundError(2, "No such file or directory", "x.toml"), 2, "error: x.toml: No such file or directory\n"),
         (MemoryError("the GPU is out of memory"), 2, "error: the GPU is out of memory\n"),
         (ValueError("a column \x1b[31mred"), 2, "error: a column \\x1b[31mred\n"),
-        (KeyboardInterrupt(), 130, "\nstopped; repeat the same command to continue where it was\n"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -317,6 +316,19 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(raised, code, printed
     with pytest.raises(SystemExit) as caught:
         predictions.run(main)
     assert caught.value.code == code and capsys.readouterr().err == printed
+
+
+def test_a_stopped_script_says_whether_it_can_be_continued(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    for resumes, then in (
+        (True, "repeat the same command to continue where it was"),
+        (False, "repeat the same command to begin again"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            predictions.run(main, resumes)
+        assert caught.value.code == 130 and capsys.readouterr().err == f"\nstopped; {then}\n"
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
