@@ -65,6 +65,13 @@ class Study:
     related: int = 0  # test rows with a near-duplicate among the calibration rows
 
     @property
+    def where(self) -> str:
+        """What every table and figure says of its numbers: n, groups if rows belong together, and the protocol."""
+        n, groups = len(self.rows), len(np.unique(self.groups))
+        related = f" in {groups:,} groups" if groups < n else ""
+        return f"n = {n:,}{related}, {self.protocol}"
+
+    @property
     def chosen(self) -> np.ndarray:
         """The chosen calibrator's confidences."""
         return self.calibrated[self.fitted.recipe]
@@ -253,7 +260,13 @@ def related(known: list[str], asked: list[str]) -> int:
 
 def measure(study: Study, args: argparse.Namespace) -> dict:
     """Every number of the report."""
-    from calibration_metrics import by_predicted_label, calibration_metrics, log_loss, refinement_split
+    from calibration_metrics import (
+        bootstrap_interval,
+        by_predicted_label,
+        calibration_metrics,
+        log_loss,
+        refinement_split,
+    )
     from decisions import automation, buckets, cost_optimal_threshold, costs, dollars_a_day
 
     test, fitted = study.test, study.fitted
@@ -263,6 +276,11 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
         name: calibration_metrics(confidence, test.correct, groups=study.groups, protocol=protocol, seed=args.seed)
         for name, (confidence, protocol) in named.items()
     }
+
+    def gain(rows: np.ndarray) -> list[float]:  # paired: both losses of the same rows
+        raw, calibrated = (log_loss(c[rows], test.correct[rows]) for c in (test.confidence, study.chosen))
+        return [raw - calibrated]
+
     losses = {str(r): [log_loss(c, study.fit.correct) for c in oof] for r, oof in study.choosing.items()}
     chow = cost_optimal_threshold(args.review_cost, args.error_cost)
     cost = {
@@ -288,6 +306,10 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
         "candidates": {name: {"log_loss": np.mean(v), "sd_over_seeds": np.std(v)} for name, v in losses.items()},
         "chosen": str(fitted.recipe),
         "metrics": metrics,
+        "log_loss_gain": [
+            *gain(np.arange(len(study.rows))),
+            *bootstrap_interval(gain, study.groups, seed=args.seed)[0],
+        ],
         "refinement": refinement_split(test.confidence, study.chosen, test.correct),
         "by_predicted_label": by_predicted_label(study.rows),
         "threshold": dict(fitted.threshold),
@@ -349,7 +371,7 @@ def spreadsheet_safe(cell: str) -> str:
 def render(study: Study, report: dict) -> str:
     """What a person reads: which calibrator and why, what it does to the numbers, what it allows."""
     shown = predictions.printable
-    held_out, n = study.protocol == "held-out", f"n = {len(study.rows):,}, {study.protocol}"
+    held_out, n = study.protocol == "held-out", study.where
     where = shown(report["tested_on"]) if held_out else "the same rows, each by a calibrator that did not see its group"
     unscored = f"; {report['unscored']:,} rows had no score" if report["unscored"] else ""
     related = report["near_duplicates_of_calibration_rows"]
@@ -362,7 +384,7 @@ def render(study: Study, report: dict) -> str:
         "Candidates by log loss on the calibration rows, out-of-fold, mean and sd of 5 seeds:\n" + candidates(report),
         f"{n}, lowest log loss first; brackets are 95 % intervals:\n" + measurements(report),
         findings(report),
-        f"Promises with {100 * (1 - settings['delta']):g}% certainty, cross-fitted, from one row of each group; "
+        f"Promises, each with {100 * (1 - settings['delta']):g}% certainty, cross-fitted, from one row of each group; "
         "naive is the lowest threshold that met the target there:\n" + promises(report),
         f"Zones, {n}:\n" + zones(report),
         f"A day of {settings['volume']:,} predictions at ${settings['review_cost']:g} a review and "
@@ -397,14 +419,23 @@ def findings(report: dict) -> str:
     """What the numbers say, in words, good or bad."""
     shown = predictions.printable
     raw, chosen = report["metrics"]["raw"], report["metrics"][report["chosen"]]
-    better = "below" if chosen["log_loss"] < raw["log_loss"] else "NOT below"
+    gain, low, high = report["log_loss_gain"]
+    better = "below" if gain > 0 else "NOT below"
     within = "within" if chosen["ece"] <= chosen["ece_noise_95"] else "NOT within"
     lines = [
         f"accuracy {raw['accuracy']:.3f} [{raw['accuracy_low']:.3f}, {raw['accuracy_high']:.3f}]; "
         "calibration does not change it",
-        f"the chosen calibrator's log loss is {better} the raw one's; its ECE is {within} what a perfectly calibrated "
-        f"model shows on so many rows (95 % point {chosen['ece_noise_95']:.3f})",
+        f"the chosen calibrator's log loss is {better} the raw one's: the paired gain is {gain:.3f} "
+        f"[{low:.3f}, {high:.3f}]",
+        f"its ECE is {within} what a perfectly calibrated model shows on so many rows (95 % point "
+        f"{chosen['ece_noise_95']:.3f})",
     ]
+    if report["protocol"] == "out-of-fold":
+        lines.append("the chosen one was chosen by these very losses, so its own are a little too good")
+    if report["metrics"]["raw"]["groups"] < report["metrics"]["raw"]["n"]:
+        lines.append(
+            "noise floors, p and the exact intervals of counts below take rows for independent; rows of a group are not"
+        )
     for label, found in report["by_predicted_label"].items():
         accuracy, confidence = found["right"] / found["n"], found["mean_confidence"]
         lines.append(
@@ -483,7 +514,7 @@ def gates(report: dict) -> str:
 
 def draw(study: Study, report: dict, args: argparse.Namespace, folder: Path) -> None:
     """The eight figures."""
-    where = f"n = {len(study.rows):,}, {study.protocol}"
+    where = study.where
     drawn = subsamples(study, args.seed)
     draw_histogram(study, folder / "raw_confidence_histogram.png")
     draw_methods(study, report, where, folder / "reliability_by_method.png")
@@ -538,7 +569,8 @@ def draw_methods(study: Study, report: dict, where: str, path: Path) -> None:
         str(r): c for m in ("platt", "isotonic", "temperature") for r, c in study.calibrated.items() if r.method == m
     }
     caption = (
-        f"Reliability, {where}. A dot is one of 20 equal bins with its exact 95 % interval; its rows stand at the "
+        f"Reliability, {where}. A dot is one of 20 equal bins with the exact 95 % interval of as many "
+        "independent rows; its rows stand at the "
         "bottom. On the diagonal the confidence is true."
     )
     with plotting.figure(path, caption, 2, 2, height=4.2, sharex=True, sharey=True) as axes:
@@ -611,7 +643,7 @@ def draw_gates(report: dict, where: str, path: Path) -> None:
     """What a threshold automates (bars) and how right that is (line), raw and calibrated."""
     caption = (
         f"Automation and accuracy by confidence threshold, {where}. Bars: share of rows at or above it. Line: accuracy "
-        f"among them where they are {FEW} or more, with exact 95 % intervals."
+        f"among them where they are {FEW} or more, with the exact 95 % interval of as many independent rows."
     )
     with plotting.figure(path, caption, columns=2, height=4.2, sharey=True) as axes:
         for axis, (name, rows), color in zip(
@@ -733,11 +765,13 @@ def subsamples(study: Study, seed: int) -> Subsamples:
     """Fit the chosen calibrator on groups of 50 to 1,000 labels, many times, and apply it to fixed other rows."""
     from sklearn.model_selection import GroupShuffleSplit
 
-    pool, groups, test = study.fit, study.fit_groups, study.test
+    pool, groups, test, protocol = study.fit, study.fit_groups, study.test, "held-out"
     if study.protocol == "out-of-fold":  # one file: half of its groups are test rows
         halves = GroupShuffleSplit(1, test_size=0.5, random_state=seed).split(groups, groups=groups)
         train, rest = next(halves)
         pool, groups, test = pool[train], groups[train], study.test[rest]
+        protocol = "held-out but for the choice of the method, which saw all rows"
+    protocol = f"test n = {len(test.correct):,}, {protocol}"
     draw, calibrated, recipe = np.random.default_rng(seed), {}, study.fitted.recipe
     for size in [size for size in LABEL_COUNTS if size <= len(pool.correct)] or [len(pool.correct)]:
         answers = []
@@ -748,7 +782,7 @@ def subsamples(study: Study, seed: int) -> Subsamples:
                 answers.append(fitted.predict(recipe.inputs(test)[0]))
         if answers:
             calibrated[size] = np.array(answers)
-    return Subsamples(recipe, test.correct, calibrated, f"test n = {len(test.correct):,}, held-out")
+    return Subsamples(recipe, test.correct, calibrated, protocol)
 
 
 def some_groups(groups: np.ndarray, size: int, draw: np.random.Generator) -> np.ndarray:

@@ -372,7 +372,7 @@ def test_the_printed_report_shows_the_recounted_numbers(held_out):
             f"${5000 * (~taken).mean() + 25e3 * wrong:,.0f}",
         )
     value, accepted, _ = slow_promise(held_out.oof.mean(axis=0)[:260], arrays(held_out.cal)[3][:260], 0.8)
-    line = cells(out[out.index("Promises with 95% certainty") :], "80.0%")
+    line = cells(out[out.index("Promises, each with 95% certainty") :], "80.0%")
     assert line[1:3] == [f"{value:.3f}", f"{accepted} of 260"]
     assert line[4].startswith(f"{correct[calibrated >= value].mean():.3f} [")
     assert f"Cost-optimal threshold 0.80. A row costs there: raw ${held_out.report['cost_per_row']['raw']:.2f}" in out
@@ -403,7 +403,8 @@ def test_a_calibrator_that_makes_it_worse_is_said_to(relabelled):
     calibrated = by_hand(relabelled.record, p)
     assert log_loss(correct, calibrated) > log_loss(correct, raw)
     assert slow_ece(calibrated, correct) > relabelled.report["metrics"][CHOSEN]["ece_noise_95"]
-    assert "log loss is NOT below the raw one's; its ECE is NOT within what" in relabelled.run.out
+    assert "log loss is NOT below the raw one's: the paired gain is -" in relabelled.run.out
+    assert "its ECE is NOT within what" in relabelled.run.out
 
 
 def test_nothing_is_fitted_or_chosen_on_test_rows(held_out, relabelled):
@@ -626,12 +627,31 @@ def test_a_method_that_is_only_shown_does_not_end_the_run(rows, no_figures, tmp_
 # Names that are not ours, and what is said of the run
 
 
+def test_the_gain_in_log_loss_is_the_paired_difference_with_its_interval(held_out):
+    p, _, raw, correct = arrays(held_out.test)
+    calibrated = by_hand(held_out.record, p)
+    gain, low, high = held_out.report["log_loss_gain"]
+    assert gain == pytest.approx(log_loss(correct, raw) - log_loss(correct, calibrated), abs=1e-9)
+    each = [np.log(np.where(correct, c, 1 - c)) for c in (calibrated, raw)]
+    half = 1.96 * np.std(each[0] - each[1]) / np.sqrt(len(correct))  # of a mean of independent rows
+    assert (low, high) == pytest.approx((gain - half, gain + half), abs=0.25 * half)
+    assert f"the paired gain is {gain:.3f} [{low:.3f}, {high:.3f}]" in held_out.run.out
+
+
+def test_what_flatters_or_depends_on_independence_is_said_so(one_file, held_out):
+    for run, chosen_here, related in ((one_file, True, True), (held_out, False, False)):
+        assert ("was chosen by these very losses" in run.run.out) == chosen_here
+        assert ("take rows for independent; rows of a group are not" in run.run.out) == related
+
+
 def test_a_name_with_dollars_and_percents_breaks_no_caption_and_each_says_its_n_and_protocol(one_file):
     assert one_file.run.code == 0 and one_file.report["model"] == HOSTILE == one_file.record["model"]
     assert one_file.record["labels"] == ["no", "maybe", "yes\x1b[2J"]
     assert len(one_file.captions) == 8 and "m$\\frac{$ 100%" in one_file.captions[0]
     for caption in one_file.captions:
-        assert "n = 80, " in caption or re.search(r"test n = \d+, held-out", caption)
+        choice = ", held-out but for the choice of the method, which saw all rows"
+        own = ("n = 80, nothing fitted" in caption, "n = 80 in 60 groups, out-of-fold" in caption, choice in caption)
+        assert sum(own) == 1 and (not own[2] or re.search(rf"test n = \d+{choice}", caption)), caption
         assert any(protocol in caption for protocol in ("out-of-fold", "held-out", "nothing fitted"))
 
 
@@ -651,7 +671,7 @@ def test_only_what_was_written_is_said_to_be(no_figures, tmp_path):
 
 
 def test_a_certainty_below_one_is_not_printed_as_100_percent(no_figures, tmp_path):
-    assert "Promises with 99.6% certainty" in tried(tmp_path, CAL, "--delta", "0.004").out
+    assert "Promises, each with 99.6% certainty" in tried(tmp_path, CAL, "--delta", "0.004").out
 
 
 def test_a_panel_without_enough_rows_keeps_its_name(monkeypatch, tmp_path):
