@@ -446,12 +446,8 @@ def _parquet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
 
 def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The rows of one split: the columns of splits.csv, the text it points to, and the two parts of the category."""
-    wanted, index, mend = (
-        source.removeprefix("data:"),
-        DATASET / "splits.csv",
-        "python scripts/build_dataset.py mends it",
-    )
-    rows, texts, seen = list(read_rows(index)), {}, set()
+    wanted, mend = source.removeprefix("data:"), "python scripts/build_dataset.py mends it"
+    rows, texts, seen = list(read_rows(DATASET / "splits.csv")), {}, set()
     for where, row in rows:
         if not {"id", "category", "line", "domain", "group", "split"} <= row.keys():
             raise ValueError(f"{where}: a column is missing; {mend}")
@@ -602,4 +598,4 @@ def examples_from(args: argparse.Namespace, source: str | None = None) -> Iterat
         raise ValueError(f"--label-map {wrong[0]}: write it as OLD=NEW")
     label_map = {old: new for old, _, new in pairs}
     columns = (args.text_column, args.label_column, args.id_column)
-    return read_examples(source or args.input, *columns, not args.no_header, label_map, args.limit)
+    return read_examples(args.input if source is None else source, *columns, not args.no_header, label_map, args.limit)

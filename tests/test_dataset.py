@@ -436,6 +436,7 @@ def test_tables_without_labels_are_audited_for_leaks_alone(tmp_path, capsys):
     ("arguments", "named"),
     [
         (["nowhere.csv"], "no such file: nowhere.csv"),
+        ([""], "is not a table"),
         (["data:tset"], "data:tset: no such split"),
         (["data:test", "data:test"], "given twice"),
         (["data:test", "--threshold", "0"], "--threshold 0.0"),
