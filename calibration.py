@@ -23,8 +23,10 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -351,22 +353,32 @@ def cross_fit(
     For `ClassAware`, `confidence` is probabilities [n, labels] and `correct` the number of the true label [n].
     Raises ValueError when the rows are too few for the folds.
     """
+    confidence, correct = np.asarray(confidence), np.asarray(correct)
+    answers = np.empty(len(correct))
+    for train, test in grouped_folds(confidence, correct, groups, n_splits, seed):
+        answers[test] = clone(calibrator).fit(confidence[train], correct[train]).predict(confidence[test])
+    return answers
+
+
+def grouped_folds(
+    confidence: np.ndarray,
+    correct: np.ndarray,
+    groups: Sequence[object] | None = None,
+    n_splits: int = 5,
+    seed: int = 0,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Row numbers (train, test) of each fold: whole groups, and as many of each value of `correct` as can be."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    confidence, correct = np.asarray(confidence), np.asarray(correct)
     groups = np.arange(len(correct)) if groups is None else group_numbers(groups)
     if not len(confidence) == len(correct) == len(groups):
         raise ValueError(f"{len(confidence)} confidences, {len(correct)} values of correct and {len(groups)} groups")
     if len(np.unique(groups)) < n_splits or np.bincount(correct.astype(int)).max() < n_splits:
         raise ValueError(f"{len(correct)} rows in {len(np.unique(groups))} groups are too few for {n_splits} folds")
-    answers = np.empty(len(correct))
     folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
     with warnings.catch_warnings():  # a label with fewer rows than folds is absent from some; that is no fault
         warnings.simplefilter("ignore", UserWarning)
-        splits = list(folds.split(confidence, correct, groups))
-    for train, test in splits:
-        answers[test] = clone(calibrator).fit(confidence[train], correct[train]).predict(confidence[test])
-    return answers
+        return list(folds.split(confidence, correct, groups))
 
 
 @dataclass(frozen=True)
@@ -385,7 +397,8 @@ class Recipe:
 
     def inputs(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         """What `fit` takes."""
-        return (scores.probabilities, scores.truth) if self.class_aware else (scores.confidence, scores.correct)
+        probabilities = scores.probabilities
+        return (probabilities, scores.truth) if self.class_aware else (probabilities.max(axis=1), scores.correct)
 
 
 @dataclass(frozen=True)
@@ -393,7 +406,7 @@ class Scores:
     """A labelled predictions file as arrays."""
 
     labels: tuple[str, ...]
-    probabilities: np.ndarray  # [n, labels]
+    probabilities: np.ndarray  # [n, labels], votes smoothed: what calibrators are given
     truth: np.ndarray  # number of the true label [n]
     confidence: np.ndarray  # [n]
     correct: np.ndarray  # [n]
@@ -412,7 +425,7 @@ def scores_of(rows: Sequence[predictions.Prediction]) -> Scores:
     for row in scored:
         if tuple(row.probabilities) != labels or row.label not in labels:
             raise ValueError(f"row {row.id!r}: its labels are not {', '.join(labels)}, as the first row's")
-    probabilities = np.array([[row.probabilities[label] for label in labels] for row in scored])
+    probabilities = np.array([[*predictions.smoothed(row).values()] for row in scored])
     truth = np.array([labels.index(row.label) for row in scored])
     return Scores(labels, probabilities, truth, confidence, correct)
 
@@ -493,9 +506,8 @@ class FittedCalibrator:
         """Calibrated confidence [n] of scored rows; ValueError when they are another model's, task's or method's."""
         for row in rows:
             self.check(row.fingerprint, row.model, row.task, tuple(row.probabilities))
-        if self.recipe.class_aware:
-            return self.estimator.predict(np.array([[*row.probabilities.values()] for row in rows]))
-        return self.estimator.predict(np.array([row.confidence for row in rows]))
+        probabilities = np.array([[*predictions.smoothed(row).values()] for row in rows])
+        return self.estimator.predict(probabilities if self.recipe.class_aware else probabilities.max(axis=1))
 
     def apply(
         self, rows: Sequence[predictions.Prediction], threshold: float | None = None
@@ -523,6 +535,26 @@ class FittedCalibrator:
                 row = replace(row, extras=extras)
             applied.append(row)
         return applied
+
+
+def calibrate_file(path: str | Path, calibrator: FittedCalibrator, threshold: float | None = None) -> str:
+    """Add calibrated confidence and decision to every row of a finished predictions file; returns what to say of it."""
+
+    def applied() -> Iterator[predictions.Prediction]:
+        rows = predictions.iterate(path)
+        while chunk := list(islice(rows, 4096)):
+            yield from calibrator.apply(chunk, threshold)
+
+    decisions, changed = Counter(), False
+    for row, before in zip(applied(), predictions.iterate(path), strict=True):
+        decisions[row.extras.get("decision", "not scored")] += 1
+        changed = changed or row != before
+    if changed:
+        predictions.replace(path, applied())
+    counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(decisions.items()))
+    value = calibrator.threshold and calibrator.threshold["value"] if threshold is None else threshold
+    rule = "the calibrator promises nothing, so nothing is automated; --threshold sets a threshold of yours"
+    return f"  calibrated: {counts} ({rule if value is None else f'automated from {value:.4f} on'})"
 
 
 def text_key(text: str) -> str:

@@ -206,10 +206,10 @@ def fit_file(
     one division into folds.
     """
     from calibration import FittedCalibrator, text_key
-    from calibration_metrics import calibration_metrics
+    from calibration_metrics import calibration_metrics, one_of_each
     from decisions import choose_threshold
 
-    alone = independent(groups)
+    alone = one_of_each(groups)
     threshold = choose_threshold(
         out_of_fold.mean(axis=0)[alone], scores.correct[alone], args.target_accuracy, args.delta
     )
@@ -226,11 +226,6 @@ def fit_file(
         calibration_metrics(out_of_fold[0], scores.correct, groups=groups, protocol="out-of-fold", seed=args.seed),
         threshold.record() | {"protocol": "cross-fitted"},
     )
-
-
-def independent(groups: np.ndarray) -> np.ndarray:
-    """The numbers of the first row of each group: an exact test takes rows that do not depend on each other."""
-    return np.sort(np.unique(groups, return_index=True)[1])
 
 
 def check_apart(fitted: FittedCalibrator, rows: list[predictions.Prediction], args: argparse.Namespace) -> None:
@@ -331,9 +326,10 @@ def promise(study: Study, target: float, delta: float) -> dict:
 
     With one file the test rows are those that chose the threshold, so that measurement is in-sample.
     """
+    from calibration_metrics import one_of_each
     from decisions import automation, choose_threshold
 
-    alone, correct = independent(study.fit_groups), study.fit.correct
+    alone, correct = one_of_each(study.fit_groups), study.fit.correct
     threshold = choose_threshold(study.cross_fitted[alone], correct[alone], target, delta)
     measured = None
     if threshold.value is not None:
@@ -715,37 +711,16 @@ def draw_costs(study: Study, report: dict, args: argparse.Namespace, where: str,
 
 def draw_risk_coverage(study: Study, where: str, path: Path) -> None:
     """Error rate among the most confident rows, by how many are taken."""
-    from calibration_metrics import area_under_risk_coverage
+    from calibration_metrics import plot_risk_coverage
 
     caption = (
         f"Errors among the most confident share of rows, {where}. A calibrator of the confidence cannot move this "
         "curve; knowing which label was predicted can."
     )
     with plotting.figure(path, caption, height=4.2) as axes:
-        axis, correct = axes[0, 0], study.test.correct
-        for name, confidence, color in (
-            ("raw", study.test.confidence, plotting.RED),
-            (str(study.fitted.recipe), study.chosen, plotting.BLUE),
-        ):
-            order = np.argsort(-confidence, kind="stable")
-            coverage = np.arange(1, len(order) + 1) / len(order)
-            risk = np.cumsum(~correct[order]) / np.arange(1, len(order) + 1)
-            start = len(order) // 100  # the first few rows are noise
-            axis.plot(
-                coverage[start:],
-                risk[start:],
-                color=color,
-                label=f"{name}, area {area_under_risk_coverage(confidence, correct):.3f}",
-            )
-        axis.set(
-            xlim=(0, 1),
-            ylim=(0, None),
-            xlabel="share of rows automated",
-            ylabel="error rate among them",
-            title="Risk and coverage",
-        )
-        plotting.percent(axis)
-        axis.legend(loc="upper left")
+        curves = {"raw": (study.test.confidence, study.test.correct, plotting.RED)}
+        curves[str(study.fitted.recipe)] = study.chosen, study.test.correct, plotting.BLUE
+        plot_risk_coverage(axes[0, 0], curves)
 
 
 # How many labels

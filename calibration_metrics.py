@@ -192,6 +192,11 @@ def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
 
 
+def one_of_each(groups: Sequence[Hashable]) -> np.ndarray:
+    """The numbers of the first row of each group: an exact test takes rows that do not depend on each other."""
+    return np.unique(group_numbers(groups), return_index=True)[1]
+
+
 def resamples(groups: Sequence[object], n_resamples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
     """Row numbers of bootstrap samples that draw whole groups, as many as there are (cluster bootstrap)."""
     index = group_numbers(groups)
@@ -243,14 +248,16 @@ def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float((ranks - right * (right + 1) / 2) / (right * (len(correct) - right)))
 
 
-def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """AURC: the error rate among the k most confident rows, averaged over k; equal confidences count as their mean.
-
-    Geifman and El-Yaniv, NeurIPS 2017.
-    """
+def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """The error rate among the k most confident rows, for k = 1 to n [n]; equal confidences count as their mean."""
     _, index = np.unique(-np.asarray(confidence), return_inverse=True)
     errors = np.bincount(index, ~np.asarray(correct, dtype=bool)) / np.bincount(index)
-    return float(np.mean(np.cumsum(errors[np.sort(index)]) / np.arange(1, len(confidence) + 1)))
+    return np.cumsum(errors[np.sort(index)]) / np.arange(1, len(confidence) + 1)
+
+
+def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """AURC: `risk_coverage` averaged over k. Geifman and El-Yaniv, NeurIPS 2017."""
+    return float(np.mean(risk_coverage(confidence, correct)))
 
 
 def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
@@ -397,6 +404,19 @@ def plot_reliability_diagram(
     ax.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.08), xlabel="confidence", ylabel="accuracy")
     plotting.percent(ax)
     return ax
+
+
+def plot_risk_coverage(ax: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray, str]]) -> None:
+    """The error rate among the most confident rows against their share; name -> (confidence, correct, colour)."""
+    for name, (confidence, correct, color) in curves.items():
+        risk = risk_coverage(confidence, correct)
+        start = len(risk) // 100  # the first few rows are noise
+        coverage = np.arange(1, len(risk) + 1) / len(risk)
+        ax.plot(coverage[start:], risk[start:], color=color, label=f"{name}, area {risk.mean():.3f}")
+    ax.set(xlim=(0, 1), ylim=(0, None), title="Risk and coverage")
+    ax.set(xlabel="share of rows automated", ylabel="error rate among them")
+    plotting.percent(ax)
+    ax.legend(loc="upper left")
 
 
 # Command line

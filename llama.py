@@ -5,6 +5,7 @@
     ids = llama.encode(frame, text)                      # the ids of the whole prompt
     llama.next_token_log_probs(ids)                      # [vocabulary], one plain forward pass
     llama.answer_log_probs(rows_of_ids, answers)         # [n, answers], in batches
+    llama.sample(rows_of_ids, seeds)                     # answers drawn from the model, one for each seed of a row
 
 In batches, the rows' common beginning runs through the model once and its key-value cache is reused; rows are sorted
 by length and padded on the right, where a causal model never looks; the vocabulary head is computed for the last real
@@ -31,7 +32,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ CONVERSION = 1  # raised when `_convert` changes, so that every cache remakes it
 
 # Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
 TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
+# Sampling, by device: prompts in a batch, and positions in its caches if no two of its answers began alike.
+SAMPLED = {"cpu": (32, 1 << 16), "mps": (64, 1 << 16), "cuda": (256, 1 << 17)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,9 @@ class Llama:
 
     @property
     def context_length(self) -> int | None:
-        """The most tokens that the model reads, None when it has no limit."""
+        """The most tokens that the model reads, None when it has no limit or no weights are loaded."""
+        if self.model is None:
+            return None
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     # From a prompt to token ids
@@ -99,6 +104,10 @@ class Llama:
             raise ValueError(f"the chat template of {self.name} does not show the text exactly once")
         before, after = prompt.split(SLOT)
         return Frame(before, after, () if self._ids(before)[: len(start)] == start else tuple(start))
+
+    def frame_of(self, task: object) -> Frame:
+        """The rendered prompt of a task.Task around the place of its text."""
+        return self.frame(task.prompt(SLOT))
 
     def _render_chat(self, messages: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
@@ -208,6 +217,131 @@ class Llama:
                 advance(len(batch))
         return result
 
+    def sample(
+        self,
+        rows: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        temperature: float = 1.0,
+        max_tokens: int = 10,
+        stop: str = "\n",
+        batch_size: int | None = None,
+    ) -> list[list[str]]:
+        """Sampled continuations of each prompt (ids), one for each of its seeds: text up to `stop` or `max_tokens`.
+
+        Every token is drawn from the whole softmax(logits / temperature): no top-k, no top-p, no penalty, whatever the
+        model's generation settings say. A prompt runs once, however many its seeds, unless its cache can not be shared:
+        then it runs again for every token. A continuation depends on its prompt and its seed alone, not on other rows
+        or on `batch_size`, but for rounding, which in about one of 700 moves a draw to a neighbouring rare token.
+        """
+        texts: list[list[str]] = [[] for _ in rows]
+        with _inference():
+            # Two copies of a single row share all of it but the last token.
+            prefix, cache = self._shared_prefix(rows if len(rows) > 1 else [*rows, *rows])
+            most, positions = SAMPLED.get(self.device, SAMPLED["cpu"])
+            longest = max(1, *map(len, seeds)) * max(map(len, rows)) if rows else 1
+            size = batch_size or max(1, min(most, positions // longest))
+            exact = not (self.shares_prefix and self._continues_padded)
+            for batch in self._batches([len(row) - len(prefix) for row in rows], size, exact):
+                tails = [list(rows[i][len(prefix) :]) for i in batch]
+                drawn = self._draw(tails, cache, [seeds[i] for i in batch], temperature, max_tokens, stop)
+                for i, continuations in zip(batch, drawn, strict=True):
+                    texts[i] = continuations
+        return texts
+
+    def _draw(
+        self,
+        tails: list[list[int]],
+        cache: object,
+        seeds: list[Sequence[int]],
+        temperature: float,
+        max_tokens: int,
+        stop: str,
+    ) -> list[list[str]]:
+        """The continuations [rows][seeds] of tails after a shared cache. Those that begin alike run as one."""
+        import torch
+
+        owner = [row for row, of_row in enumerate(seeds) for _ in of_row]
+        draws = [np.random.default_rng(seed) for of_row in seeds for seed in of_row]
+        log_probs, grown = self._forward(tails, cache, keep_cache=self.shares_prefix is True)
+        real = self._real_positions(tails, grown) if self.shares_prefix else None
+        ids: list[list[int]] = [[] for _ in owner]
+        live, at = list(range(len(owner))), owner  # the draws that go on, and the rows of log_probs they draw from
+        for left in reversed(range(max_tokens)):
+            tokens = _inverse_cdf(log_probs, temperature, at, [draws[i].random() for i in live])
+            for i, token in zip(live, tokens, strict=True):
+                ids[i].append(token)
+            going = [(i, row) for i, row in zip(live, at, strict=True) if not self._ends(ids[i], stop)]
+            if not going or not left:
+                break
+            begun: dict[tuple, int] = {}  # each beginning once, with the row of log_probs that it goes on from
+            for i, row in going:
+                begun.setdefault((owner[i], *ids[i]), row)
+            place = {beginning: number for number, beginning in enumerate(begun)}
+            live, at = [i for i, _ in going], [place[(owner[i], *ids[i])] for i, _ in going]
+            if self.shares_prefix:
+                chosen = torch.tensor([*begun.values()], device=log_probs.device)
+                grown.batch_select_indices(chosen)
+                log_probs, real = self._step([beginning[-1] for beginning in begun], grown, real[chosen])
+            else:  # a cache that can not be cut to rows: the rows run again
+                log_probs, _ = self._forward([tails[row] + said for row, *said in begun], cache)
+        texts: list[list[str]] = [[] for _ in seeds]
+        for i, row in enumerate(owner):
+            kept = [token for token in ids[i] if token not in self._end_ids]
+            text = self.tokenizer.decode(kept)
+            texts[row].append(text.partition(stop)[0] if stop else text)
+        return texts
+
+    def _real_positions(self, tails: list[list[int]], cache: object):
+        """Which positions of a cache, grown by tails padded on the right, are a row's own; bool [rows, width]."""
+        import torch
+
+        width = max(map(len, tails))
+        padding = torch.tensor([width - len(tail) for tail in tails], device=self.model.device)
+        places = torch.arange(cache.get_seq_length(), device=self.model.device)
+        return places < cache.get_seq_length() - padding[:, None]
+
+    def _step(self, tokens: list[int], cache: object, real) -> tuple:
+        """Log-softmax after one more token of each row, whose own cache grows in place, and `real` grown by it."""
+        import torch
+
+        options = {"past_key_values": cache, "use_cache": True}
+        grown = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
+        if not real.all():  # padding lies before the new token, which must not see it
+            options |= {"attention_mask": grown.long(), "position_ids": real.sum(dim=1)[:, None]}
+        with _out_of_memory_advice():
+            ids = torch.tensor(tokens, device=self.model.device)[:, None]
+            return _log_softmax(self.model(input_ids=ids, **options).logits[:, -1]), grown
+
+    @cached_property
+    def _continues_padded(self) -> bool:
+        """Whether rows of several lengths can go on together, padding masked and positions told; it is tried."""
+        import torch
+        from transformers.cache_utils import DynamicLayer
+
+        if not {"attention_mask", "position_ids"} <= self._parameters:
+            return False
+        with _inference():
+            rows = [[5, 6, 7], [8]]
+            _, cache = self._forward(rows, keep_cache=True)
+            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window would count the padding
+                return False
+            padded, _ = self._step([9, 9], cache, self._real_positions(rows, cache))
+            plain, _ = self._forward([[8, 9]])
+            return bool(torch.allclose(padded[1].exp(), plain[0].exp(), atol=self._tolerance))
+
+    def _ends(self, ids: list[int], stop: str) -> bool:
+        return ids[-1] in self._end_ids or bool(stop and stop in self.tokenizer.decode(ids[-1:]))
+
+    @cached_property
+    def _end_ids(self) -> set[int]:
+        """The tokens that end an answer."""
+        settings = getattr(self.model, "generation_config", None)
+        ends = getattr(settings, "eos_token_id", None)
+        return {
+            *self.tokenizer.all_special_ids,
+            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
+        }
+
     def _batches(self, lengths: Sequence[int], batch_size: int | None, exact: bool) -> Iterator[list[int]]:
         """Row numbers, longest first, in batches of bounded padded size; `exact`: of one length, so without padding."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -256,8 +390,12 @@ class Llama:
             return False
         cached, _ = self._forward([row[length:]] * 2, cache)
         plain, _ = self._forward([row])
-        tolerance = 1e-4 if self.identity.get("precision") == "float32" else 0.05
-        return bool((cached[0].exp() - plain[0].exp()).abs().max() < tolerance)
+        return bool((cached[0].exp() - plain[0].exp()).abs().max() < self._tolerance)
+
+    @property
+    def _tolerance(self) -> float:
+        """How far two ways to the same probability may differ by rounding."""
+        return 1e-4 if self.identity.get("precision") == "float32" else 0.05
 
     def _forward(self, rows: list[list[int]], cache=None, keep_cache: bool = False) -> tuple:
         """Log-softmax at the last token of each row (float32 [rows, vocabulary]), and the grown cache if asked for.
@@ -291,8 +429,13 @@ class Llama:
     @cached_property
     def _head_selects(self) -> bool:
         """Whether the model can compute its vocabulary head for chosen positions only."""
+        return "logits_to_keep" in self._parameters
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        """What the model's forward pass takes."""
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return "logits_to_keep" in inspect.signature(base.forward).parameters
+        return set(inspect.signature(base.forward).parameters)
 
     def _continuation(self, tails: list[list[int]], cache, grown, answer: Sequence[int]) -> np.ndarray:
         """Log-probability of an answer's tokens after its first, given rows of one length; float64 [rows]."""
@@ -317,6 +460,23 @@ def _log_softmax(logits):
     """In float32, from raw logits. Over 49,152 tokens torch's own log_softmax on a CPU is wrong by 1e-5."""
     logits = logits.float()
     return logits - logits.logsumexp(dim=-1, keepdim=True)
+
+
+def _inverse_cdf(log_probs, temperature: float, rows: Sequence[int], points: Sequence[float]) -> list[int]:
+    """A token for each point in [0, 1): of softmax(log_probs [some rows, vocabulary] / temperature) in its row.
+
+    In float64, which Apple's devices do not have and in which no temperature is too near to 0.
+    """
+    import torch
+
+    log_probs = (log_probs.cpu() if log_probs.device.type == "mps" else log_probs).double()
+    cumulative = torch.softmax(log_probs / temperature, dim=-1).cumsum(dim=-1)
+    rows, points = (torch.tensor(x, device=cumulative.device) for x in (rows, np.array(points, dtype=np.float64)))
+    tokens = torch.empty_like(rows)
+    for row in rows.unique():
+        here = rows == row
+        tokens[here] = torch.searchsorted(cumulative[row], points[here] * cumulative[row, -1], right=True)
+    return tokens.clamp(max=log_probs.shape[-1] - 1).tolist()  # a point that rounds up to the end
 
 
 @contextlib.contextmanager
@@ -390,6 +550,22 @@ def load_llama(
         network = _with_adapter(network, adapter_path)
         identity["adapter"] = _folder_hash(adapter_path)
     return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity)
+
+
+def load_reader(model: str) -> Llama:
+    """The tokenizer alone of what `--model` names, as a Llama without weights: it turns prompts into ids."""
+    from transformers import AutoTokenizer
+
+    name, path, _ = _locate(model)
+    with _loading(f"the tokenizer in {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return Llama(None, tokenizer, name, path, {})
+
+
+@lru_cache(maxsize=1)
+def default_llama(task_settings: str) -> Llama:
+    """The embedded model with the adapter that fits a task's settings (as JSON), loaded once."""
+    return load_llama(adapter="auto", task=json.loads(task_settings))
 
 
 def _locate(model: str) -> tuple[str, Path, str]:

@@ -7,31 +7,38 @@
     python logprobs_confidence.py --raw-prompt "Knock knock."
     python logprobs_confidence.py --input reviews.csv --output predictions.jsonl
     python logprobs_confidence.py --calibrator calibrator.json "Not bad"      # with calibrated confidence and decision
+    python logprobs_confidence.py --endpoint http://127.0.0.1:8000/v1 "Not bad"          # a model behind a server
 
 Single texts are explained: the ranked token table with the label each token counts for, the sums, the verdict
 (`--json`: one object a line). A table of texts becomes a predictions file (predictions.py), in input order; repeating
 the command continues a run that was killed. With labels in the table it ends with a short report.
+
+A server lists only its most probable tokens, so the label mass is an interval there: `label_mass` is what is listed,
+`label_mass_high` adds all that is not. A label that is not listed is `missing` and counts with the most it can have.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+import endpoint
 import predictions
 import task as tasks
-from llama import SLOT, Frame, Llama, load_from, load_llama
+from endpoint import Endpoint, Listing, PassingError, Prompt
+from llama import SLOT, Frame, Llama, default_llama, load_from, load_reader
 from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from task import Answer, Example, Task
@@ -64,11 +71,41 @@ class Scorer:
 
 def prepare(llama: Llama, task: Task, truncate: bool = False, **settings: object) -> Scorer:
     """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer."""
-    frame = llama.frame(task.prompt(SLOT))
+    frame = llama.frame_of(task)
     answers = tasks.find_answers(task, llama.tokenizer, frame.render("text"))
     settings = {"truncate": True} | settings if truncate else settings
     fingerprint = predictions.fingerprint(**llama.identity, task=task.settings(), method="logprobs", settings=settings)
     return Scorer(llama, task, frame, tuple(answers), truncate, fingerprint)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A server and a task, and what follows from the two: how a text is sent, the answer ids, the fingerprint."""
+
+    server: Endpoint
+    task: Task
+    ask: Callable[[str], Prompt]
+    ids: tuple[int, ...]  # of the answers, where we have the tokenizer
+    fingerprint: str
+
+    async def listing(self, text: str) -> Listing:
+        return await self.server.first_token(self.ask(text), self.ids)
+
+
+def prepare_remote(server: Endpoint, task: Task, **settings: object) -> Remote:
+    """Join a server and a task, with one request to see that it gives log-probabilities; ValueError if it does not."""
+    if server.is_anthropic:
+        raise ValueError(endpoint.NO_LOGPROBS.format(server.name))
+    if task.scoring != "first-token":
+        raise ValueError('a server lists first tokens; scoring = "sequence" needs a model loaded here')
+    ask, ids = server.question(task), ()
+    if server.reader:
+        rendered = server.reader.frame_of(task).render("text")
+        ids = tuple(answer.ids[0] for answer in tasks.find_answers(task, server.reader.tokenizer, rendered))
+    server.probe(lambda: server.first_token(ask("A text."), ids))
+    settings |= {"sent": server.sent(temperature=1.0), "listed": "ids" if server.by_id else server.top_tokens}
+    fingerprint = predictions.fingerprint(**server.identity, task=task.settings(), method="logprobs", settings=settings)
+    return Remote(server, task, ask, ids, fingerprint)
 
 
 def get_confidence(text: str, llama: Llama | None = None, task: Task | None = None) -> tuple[str, float]:
@@ -77,13 +114,8 @@ def get_confidence(text: str, llama: Llama | None = None, task: Task | None = No
     Raises ValueError for an empty text and for one too long for the model.
     """
     task = task or tasks.TASKS["sentiment"]
-    row = explain(text, prepare(llama or _default_llama(json.dumps(task.settings())), task))
+    row = explain(text, prepare(llama or default_llama(json.dumps(task.settings())), task))
     return row["prediction"], row["confidence"]
-
-
-@lru_cache(maxsize=1)
-def _default_llama(task_settings: str) -> Llama:
-    return load_llama(adapter="auto", task=json.loads(task_settings))
 
 
 # One text, explained
@@ -128,6 +160,39 @@ def explain(text: str, scorer: Scorer) -> dict:
     }
 
 
+def explain_remote(text: str, remote: Remote) -> dict:
+    """As `explain`, from what the server lists; what only a model loaded here knows is None."""
+    task, prompt = remote.task, remote.ask(text)
+    listing = remote.server.wait(remote.listing(text))
+    by_label, mass, extras = tasks.listed_probabilities(listing.tokens, task, listing.complete)
+    prediction = max(by_label, key=by_label.__getitem__)
+    tokens = [{"token": t, "id": None, "logprob": p, "label": task.label_of(t)} for t, p in listing.tokens]
+    is_ids = bool(remote.server.reader)
+    return {
+        "text": text,
+        "prompt": remote.server.reader.frame_of(task).render(text) if is_ids else prompt,
+        "prompt_token_ids": prompt if is_ids else None,
+        "model": remote.server.name,
+        "model_path": None,
+        "top_tokens": tokens[:TOP_TOKENS],
+        "answer_tokens": {
+            label: [
+                {"token": entry["token"], "ids": None, "probability": math.exp(entry["logprob"])}
+                for entry in tokens
+                if entry["label"] == label
+            ]
+            for label in task.labels
+        },
+        "probabilities": by_label,
+        "label_mass": mass,
+        "total_probability": by_label[prediction] * (extras["label_mass_high"] if extras.get("missing") else mass),
+        "prediction": prediction,
+        "confidence": by_label[prediction],
+        **extras,
+        "fingerprint": remote.fingerprint,
+    }
+
+
 def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: dict[tuple[int, ...], str]) -> list[dict]:
     """The most probable next tokens, best first, each under its own id, with the label it counts for or None."""
     order = np.argsort(-log_probs, kind="stable")[:TOP_TOKENS].tolist()
@@ -148,12 +213,20 @@ def print_token_table(tokens: list[dict], rows: int = 12) -> None:
 def print_answer_sums(row: dict) -> None:
     """Per label: its probability, as the sum it is; then the label mass."""
     width = max(map(len, [*row["probabilities"], "label mass"])) + 3
+    shared = row["label_mass_high" if row.get("missing") else "label_mass"]  # what the probabilities are shares of
     for label, entries in row["answer_tokens"].items():
-        total = 100 * row["probabilities"][label] * row["label_mass"]
+        if label in row.get("missing", ()):
+            print(
+                f"  {f'P({label})':{width}}          not listed; it counts with all that is not, the most it can have"
+            )
+            continue
+        total = 100 * row["probabilities"][label] * shared
         parts = [f'{100 * e["probability"]:.2f} "{predictions.printable(e["token"])}"' for e in entries[:4]]
         rest = f" + {len(entries) - 4} more" if len(entries) > 4 else ""
         print(f"  {f'P({label})':{width}} {total:6.2f} %  = {' + '.join(parts)}{rest}")
-    print(f"  {'label mass':{width}} {100 * row['label_mass']:6.2f} %  of the distribution names a label")
+    high = row.get("label_mass_high", row["label_mass"])
+    more = f", up to {100 * high:.2f} % with what is not listed" if high > row["label_mass"] else ""
+    print(f"  {'label mass':{width}} {100 * row['label_mass']:6.2f} %  of the distribution names a label{more}")
 
 
 def print_explanation(row: dict) -> None:
@@ -164,9 +237,7 @@ def print_explanation(row: dict) -> None:
     print_answer_sums(row)
     confidence, total = 100 * row["confidence"], 100 * row["total_probability"]
     print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)")
-    if "decision" in row:
-        seen = "; the calibrator was fitted on this very text" if row.get("fitted_on") else ""
-        print(f"  Calibrated confidence {100 * row['calibrated_confidence']:.2f} %: {row['decision']}{seen}")
+    predictions.print_decision(row)
     print()
 
 
@@ -201,41 +272,54 @@ def score(
             continue
         by_label = dict(zip(task.labels, probabilities[at].tolist(), strict=True))
         extras = {"truncated": True} if shown != examples[i].text else {}
-        record = *_identity(examples[i], task), by_label, float(mass[at])
+        record = *task.identify(examples[i]), by_label, float(mass[at])
         result[i] = predictions.scored(*record, **common, extras=extras)
     for i, message in errors.items():
-        result[i] = predictions.failed(*_identity(examples[i], task), message, **common)
+        result[i] = predictions.failed(*task.identify(examples[i]), message, **common)
     return [result[i] for i in range(len(examples))]
 
 
-def _identity(example: Example, task: Task) -> tuple[str, str, str | None]:
-    """What a record repeats of its example: id, text and the label in the task's spelling."""
-    label = None if example.label is None else task.canonical_label(example.label)
-    if label is None and example.label is not None:
-        raise ValueError(f"row {example.id!r}: {example.label!r} is not a label of task {task.name!r}")
-    return example.id, example.text, label
+def score_remote(examples: Iterator[Example], advance: Callable[[int], None], remote: Remote) -> Iterator[Prediction]:
+    """Score examples by a server, several at a time, in their order; one that fails gets its error and no number."""
+    server, task = remote.server, remote.task
+    common = {"method": "logprobs", "model": server.name, "task": task.name, "fingerprint": remote.fingerprint}
+
+    async def score_one(example: Example) -> Prediction:
+        record = task.identify(example)
+        try:
+            listing = await remote.listing(example.text)
+            by_label, mass, extras = tasks.listed_probabilities(listing.tokens, task, listing.complete)
+        except ValueError as error:
+            extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
+            return predictions.failed(*record, str(error), **common, extras=extras)
+        return predictions.scored(*record, by_label, mass, **common, extras=extras)
+
+    for row in server.in_order(score_one, examples):
+        advance(1)
+        yield row
 
 
-def score_table(args: argparse.Namespace, scorer: Scorer, path: Path, total: int) -> int:
+def score_windows(
+    examples: Iterator[Example], advance: Callable[[int], None], scorer: Scorer, batch_size: int | None, size: int
+) -> Iterator[Prediction]:
+    """Score examples by the model loaded here, a window of rows at a time."""
+    while window := list(islice(examples, size)):
+        yield from score(window, scorer, batch_size, advance)
+
+
+def score_table(args: argparse.Namespace, scorer: Scorer | Remote, path: Path, total: int) -> int:
     """Write or continue the predictions file of a whole table; returns how many rows were scored now."""
-    with predictions.open_output(path) as file:
-        expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
-        done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
-        if done == total:
-            return 0
-        # Windows start at fixed rows, so a continued run makes the same batches and numbers as an unbroken one.
-        size = ROWS_PER_WINDOW.get(scorer.llama.device, 256)
-        start = done - done % size
-        examples = islice(tasks.examples_from(args), start, None)
-        with predictions.progress(total, start) as advance:
-            while window := list(islice(examples, size)):
-                rows = score(window, scorer, args.batch_size, advance)
-                predictions.append(file, rows[max(0, done - start) :])
-                start += len(rows)
-    return total - done
+    size = 1 if args.endpoint else ROWS_PER_WINDOW.get(scorer.llama.device, 256)
+    score_rows = partial(score_remote, remote=scorer)
+    if not args.endpoint:
+        score_rows = partial(score_windows, scorer=scorer, batch_size=args.batch_size, size=size)
+    examples, identify = partial(tasks.examples_from, args), scorer.task.identify
+    return predictions.write_table(
+        path, examples, identify, score_rows, scorer.fingerprint, total, size, args.overwrite
+    )
 
 
-def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Path) -> None:
+def write_debiased(args: argparse.Namespace, scorer: Scorer | Remote, raw: Path, path: Path) -> None:
     """Batch calibration of a finished predictions file by the labels' mean over all its rows; see task.debias."""
     labels = list(scorer.task.labels)
     sums, count, total = np.zeros(len(labels)), 0, 0
@@ -256,59 +340,10 @@ def write_debiased(args: argparse.Namespace, scorer: Scorer, raw: Path, path: Pa
             yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=extras)
 
     with predictions.open_output(path) as file:
-        expected = (_identity(example, scorer.task) for example in tasks.examples_from(args))
+        expected = (scorer.task.identify(example) for example in tasks.examples_from(args))
         done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
     if done < total:
         predictions.replace(path, corrected())
-
-
-def write_calibrated(path: Path, calibrator: FittedCalibrator, threshold: float | None) -> str:
-    """Add calibrated confidence and decision to every row of a finished predictions file; returns what to say of it."""
-
-    def applied() -> Iterator[Prediction]:
-        rows = predictions.iterate(path)
-        while chunk := list(islice(rows, 4096)):
-            yield from calibrator.apply(chunk, threshold)
-
-    decisions, changed = Counter(), False
-    for row, before in zip(applied(), predictions.iterate(path), strict=True):
-        decisions[row.extras.get("decision", "not scored")] += 1
-        changed = changed or row != before
-    if changed:
-        predictions.replace(path, applied())
-    counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(decisions.items()))
-    value = calibrator.threshold and calibrator.threshold["value"] if threshold is None else threshold
-    rule = "the calibrator promises nothing, so nothing is automated; --threshold sets a threshold of yours"
-    return f"  calibrated: {counts} ({rule if value is None else f'automated from {value:.4f} on'})"
-
-
-def report(path: Path) -> str:
-    """Counts, label mass and confidence of a predictions file; with labels, accuracy and its exact interval."""
-    total, rows = 0, []
-    for row in predictions.iterate(path):
-        total += 1
-        if row.error is None:
-            last, probability = list(row.probabilities.items())[-1]
-            right, is_last = row.label and row.prediction == row.label, last == row.label
-            rows.append((row.confidence, row.label_mass, right, probability, is_last))
-            labels = list(row.probabilities)
-    lines = [f"{path}: {len(rows):,} of {total:,} rows scored, {total - len(rows):,} with an error"]
-    if rows:
-        confidence, mass, _, _, _ = zip(*rows, strict=True)
-        lines.append(
-            f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(mass):.3f} (lowest {min(mass):.3f})"
-        )
-    if labelled := [row[2:] for row in rows if row[2] is not None]:
-        from scipy.stats import binomtest, mannwhitneyu
-
-        right, probability, is_last = map(np.array, zip(*labelled, strict=True))
-        n, k = len(right), int(right.sum())
-        low, high = binomtest(k, n).proportion_ci(0.95, "exact")
-        lines.append(f"  accuracy {k / n:.3f}, 95 % exact interval {low:.3f} to {high:.3f}, n = {n:,} labelled rows")
-        if len(labels) == 2 and 0 < is_last.sum() < n:
-            u = mannwhitneyu(probability[is_last], probability[~is_last]).statistic
-            lines.append(f"  AUC of P({last}) {u / (is_last.sum() * (~is_last).sum()):.3f}")
-    return "\n".join(lines)
 
 
 # Command line
@@ -318,33 +353,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = predictions.ArgumentParser(__doc__)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
-    add("--json", action="store_true", help="print each explanation as one JSON object a line")
     add("--raw-prompt", action="store_true", help="no task: show the next token after each TEXT as it stands")
     tasks.add_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
     add("--debias", choices=["batch"], help="divide by the labels' mean over the table; for balanced labels only")
     predictions.add_arguments(parser)
     add_model_arguments(parser)
+    endpoint.add_arguments(parser)
     add("--batch-size", type=int, metavar="N", help="rows run together (default: by length and device)")
-    add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
-    add(
-        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
-    )
     args = parser.parse_args(argv)
-    if bool(args.text) == bool(args.input):
-        parser.error("give either texts or a table (--input FILE)")
-    if bool(args.input) != bool(args.output):
-        parser.error("--input and --output go together")
+    predictions.check_arguments(parser, args)
+    endpoint.check_arguments(parser, args)
     if args.debias and not args.input:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
-    if (args.raw_prompt or args.json) and args.input:
-        parser.error("--raw-prompt and --json are for texts; a table becomes a predictions file, which is JSON Lines")
-    if args.calibrator == "":
-        parser.error("--calibrator needs a file name")
-    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
-        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
-    if args.calibrator and args.raw_prompt:
-        parser.error("--raw-prompt gives no label, so there is nothing to calibrate")
+    if args.raw_prompt and (args.input or args.calibrator or args.endpoint):
+        parser.error("--raw-prompt shows the next token after texts, of a model loaded here; it gives no label")
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args
@@ -353,77 +376,95 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = tasks.read_task(args.task)
-    if args.text:
-        explain_texts(args, task)
-    else:
-        run_table(args, task)
+    total = 0 if args.text else check_table(args, task)
+    calibrator = None
+    if args.calibrator:
+        from calibration import load_calibrator
 
-
-def explain_texts(args: argparse.Namespace, task: Task) -> None:
-    for number, text in enumerate(args.text, 1):
-        if not text.strip():
-            raise ValueError(f"text {number} is empty")
-    calibrator = read_calibrator(args)
-    llama = load_from(args, task.settings())
-    scorer = None if args.raw_prompt else prepare(llama, task, args.truncate)
-    if calibrator:
-        calibrator.check(scorer.fingerprint, llama.name, task.name, list(task.labels))
-    for text in args.text:
-        if args.raw_prompt:
-            before, inner, after = text.partition(text.strip())  # as it stands: the outer white space too
-            ids, _ = llama.encode_within(Frame(before, after, llama.frame(SLOT).start), inner)
-            tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
-            row = {"text": text, "prompt_token_ids": ids, "top_tokens": tokens}
+        calibrator = load_calibrator(args.calibrator)
+    with ExitStack() as stack:
+        if args.endpoint:
+            server = stack.enter_context(endpoint.connect_from(args, args.tokenizer and load_reader(args.tokenizer)))
+            model, join = server, prepare_remote
         else:
-            row = explain(text, scorer)
+            model, join = load_from(args, task.settings()), partial(prepare, truncate=args.truncate)
+        if args.raw_prompt:
+            show_next_tokens(args, model)
+            return
+        scorer = join(model, task)
+        final = join(model, task, debias=args.debias) if args.debias else scorer
         if calibrator:
-            common = {"method": "logprobs", "task": task.name} | {key: row[key] for key in ("model", "fingerprint")}
+            calibrator.check(final.fingerprint, model.name, task.name, list(task.labels))
+        if args.text:
+            explain_texts(args, scorer, calibrator)
+        else:
+            run_table(args, scorer, final, total, calibrator)
+
+
+def show_next_tokens(args: argparse.Namespace, llama: Llama) -> None:
+    """The next token after each text as it stands, its outer white space too."""
+    for text in args.text:
+        before, inner, after = text.partition(text.strip())
+        ids, _ = llama.encode_within(Frame(before, after, llama.frame(SLOT).start), inner)
+        tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
+        if args.json:
+            print(json.dumps({"text": text, "prompt_token_ids": ids, "top_tokens": tokens}))
+            continue
+        print(f"After: {predictions.printable(text)}\n")
+        print_token_table(tokens)
+        print()
+
+
+def explain_texts(args: argparse.Namespace, scorer: Scorer | Remote, calibrator: FittedCalibrator | None) -> None:
+    for text in args.text:
+        row = explain_remote(text, scorer) if args.endpoint else explain(text, scorer)
+        if calibrator:
+            common = {"method": "logprobs", "task": scorer.task.name, "model": row["model"]}
+            common["fingerprint"] = row["fingerprint"]
             record = predictions.scored("", text, None, row["probabilities"], row["label_mass"], **common)
             row |= calibrator.apply([record], args.threshold)[0].extras
         if args.json:
             print(json.dumps(row))
-        elif args.raw_prompt:
-            print(f"After: {predictions.printable(text)}\n")
-            print_token_table(row["top_tokens"])
-            print()
         else:
             print_explanation(row)
 
 
-def run_table(args: argparse.Namespace, task: Task) -> None:
-    """Check everything that can be checked without the model, then score; report what the file now holds."""
-    output = Path(args.output)
-    raw = output.with_suffix(".raw.jsonl") if args.debias else output
-    for path in {output, raw}:
+def check_table(args: argparse.Namespace, task: Task) -> int:
+    """Check everything about a table that can be checked without the model; returns its rows."""
+    for path in outputs(args):
         predictions.check_output(path, args.input)
         predictions.check_output(path, args.calibrator)
-    total = tasks.check_examples(tasks.examples_from(args), task, args.input)
-    calibrator = read_calibrator(args)
-    llama = load_from(args, task.settings())
-    scorer = prepare(llama, task, args.truncate)
-    final = prepare(llama, task, args.truncate, debias=args.debias) if args.debias else scorer
-    if calibrator:
-        calibrator.check(final.fingerprint, llama.name, task.name, list(task.labels))
+    return tasks.check_examples(tasks.examples_from(args), task, args.input)
+
+
+def outputs(args: argparse.Namespace) -> list[Path]:
+    """The file of the model's own predictions, and with --debias that of the corrected ones."""
+    output = Path(args.output)
+    return [output.with_suffix(".raw.jsonl"), output] if args.debias else [output]
+
+
+def run_table(
+    args: argparse.Namespace,
+    scorer: Scorer | Remote,
+    final: Scorer | Remote,
+    total: int,
+    calibrator: FittedCalibrator | None,
+) -> None:
+    """Score a table; report what the file now holds."""
+    raw, output = outputs(args)[0], outputs(args)[-1]
     started = time.monotonic()
     count = score_table(args, scorer, raw, total)
     if count:
         seconds = time.monotonic() - started
         print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
-    print(report(raw))
+    print(predictions.report(raw))
     if args.debias:
         write_debiased(args, final, raw, output)
-        print(report(output))
+        print(predictions.report(output))
     if calibrator:
-        print(write_calibrated(output, calibrator, args.threshold))
+        from calibration import calibrate_file
 
-
-def read_calibrator(args: argparse.Namespace) -> FittedCalibrator | None:
-    """The calibrator file that --calibrator names."""
-    if not args.calibrator:
-        return None
-    from calibration import load_calibrator
-
-    return load_calibrator(args.calibrator)
+        print(calibrate_file(output, calibrator, args.threshold))
 
 
 if __name__ == "__main__":

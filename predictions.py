@@ -21,9 +21,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -100,6 +101,7 @@ FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "ex
 
 
 CALIBRATED = ("calibrated_confidence", "decision", "fitted_on")  # extras that a calibrator adds
+RETRY = "retry"  # the extra of a row that failed for a passing reason
 
 
 def fingerprint(**settings: object) -> str:
@@ -203,6 +205,26 @@ def confidence_and_correct(rows: Iterable[Prediction], score: str = "confidence"
         )
     values = np.array([score_of(row, score) for row in scored], dtype=np.float64)
     return values, np.array([row.prediction == row.label for row in scored], dtype=bool)
+
+
+def smoothed(row: Prediction) -> Mapping[str, float]:
+    """The probabilities of a scored row as a calibrator should see them: votes as (v + 1/L) / (n + 1), others as is.
+
+    Ten of ten answers are no certainty, and the logit of 1 would outweigh all other rows. This is the posterior mean
+    under Perks' prior, of two labels that of Jeffreys. Raises ValueError for votes that are no counts or not the row's.
+    """
+    votes = row.extras.get("votes")
+    if votes is None:
+        return row.probabilities
+    if not (
+        isinstance(votes, Mapping)
+        and [*votes] == [*row.probabilities]
+        and all(type(count) is int and count >= 0 for count in votes.values())
+        and 0 < votes[row.prediction] == max(votes.values())
+    ):
+        raise ValueError(f"row {row.id!r}: its votes are {votes!r}, not a count for each label, most for the predicted")
+    total = sum(votes.values()) + 1
+    return {label: (count + 1 / len(votes)) / total for label, count in votes.items()}
 
 
 def score_of(row: Prediction, score: str = "confidence") -> float:
@@ -321,13 +343,116 @@ def append(file: BinaryIO, rows: Iterable[Prediction]) -> None:
         ) from None
 
 
+def write_table(
+    path: str | os.PathLike,
+    examples: Callable[[], Iterator[object]],
+    identify: Callable[[object], tuple[str, str, str | None]],
+    score: Callable[[Iterator[object], Callable[[int], None]], Iterable[Prediction]],
+    fingerprint: str,
+    total: int,
+    window: int = 1,
+    overwrite: bool = False,
+) -> int:
+    """Write or continue the predictions file of a whole table; returns how many rows were scored now.
+
+    `examples()` reads the table anew, `identify` gives an example's (id, text, label), and `score(examples, advance)`
+    yields a prediction for each in order, calling `advance(n)` after every n. Scoring starts at a multiple of `window`
+    rows, so that a continued run makes the same batches and numbers as an unbroken one. Rows that failed for a passing
+    reason (RETRY among their extras: a server's error, a lost connection) are asked again, once, at the end.
+    """
+    with open_output(path) as file:
+        done = resume(file, map(identify, examples()), fingerprint, overwrite)
+        start = done - done % window
+        with progress(total, start) as advance:
+            if done < total:
+                rows = score(islice(examples(), start, None), advance)
+                for row in islice(rows, done - start, None):
+                    append(file, [row])
+        again = {number for number, row in enumerate(iterate(path)) if row.extras.get(RETRY)}
+        if again:
+            print(f"asking again for {len(again):,} rows that failed for a passing reason", file=sys.stderr)
+            chosen = (example for number, example in enumerate(examples()) if number in again)
+            fresh = dict(zip(sorted(again), score(chosen, lambda n: None), strict=True))
+            replace(path, (fresh.get(number, row) for number, row in enumerate(iterate(path))))
+    return total - done + sum(number < done for number in again)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that writes predictions."""
-    parser.add_argument("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an output made with other settings or input")
+    add = parser.add_argument
+    add("--json", action="store_true", help="print each explanation as one JSON object a line")
+    add("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
+    add("--overwrite", action="store_true", help="replace an output made with other settings or input")
+    add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
+    add(
+        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what never goes together: `args` has the flags above, the texts `text` and the table `input`."""
+    if bool(args.text) == bool(args.input):
+        parser.error("give either texts or a table (--input FILE)")
+    if bool(args.input) != bool(args.output):
+        parser.error("--input and --output go together")
+    if args.json and args.input:
+        parser.error("--json is for texts; a table becomes a predictions file, which is JSON Lines")
+    check_calibrator_arguments(parser, args)
+    if number := next((number for number, text in enumerate(args.text, 1) if not text.strip()), None):
+        parser.error(f"text {number} is empty")
+
+
+def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.calibrator == "":
+        parser.error("--calibrator needs a file name")
+    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
+        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
+
+
+def allow_only(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Collection[str], why: str) -> None:
+    """Refuse every flag or text that was given and is not among `names`, rather than ignore it."""
+    given = [name for name, value in vars(args).items() if value and value != parser.get_default(name)]
+    if other := [name.replace("_", "-") for name in given if name not in names]:
+        parser.error(f"{why}; --{other[0]} has no part in it".replace("--text", "a text"))
+
+
+def report(path: str | os.PathLike) -> str:
+    """Counts, label mass and confidence of a predictions file; with labels, accuracy and its exact interval."""
+    total, rows = 0, []
+    for row in iterate(path):
+        total += 1
+        if row.error is None:
+            last, probability = list(row.probabilities.items())[-1]
+            right, is_last = row.label and row.prediction == row.label, last == row.label
+            rows.append((row.confidence, row.label_mass, right, probability, is_last))
+            labels = list(row.probabilities)
+    lines = [f"{path}: {len(rows):,} of {total:,} rows scored, {total - len(rows):,} with an error"]
+    if rows:
+        confidence, mass, _, _, _ = zip(*rows, strict=True)
+        lines.append(
+            f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(mass):.3f} (lowest {min(mass):.3f})"
+        )
+    if labelled := [row[2:] for row in rows if row[2] is not None]:
+        from scipy.stats import binomtest, mannwhitneyu
+
+        right, probability, is_last = map(np.array, zip(*labelled, strict=True))
+        n, k = len(right), int(right.sum())
+        low, high = binomtest(k, n).proportion_ci(0.95, "exact")
+        lines.append(f"  accuracy {k / n:.3f}, 95 % exact interval {low:.3f} to {high:.3f}, n = {n:,} labelled rows")
+        if len(labels) == 2 and 0 < is_last.sum() < n:
+            u = mannwhitneyu(probability[is_last], probability[~is_last]).statistic
+            lines.append(f"  AUC of P({last}) {u / (is_last.sum() * (~is_last).sum()):.3f}")
+    return "\n".join(lines)
 
 
 # The habits of every command line
+
+
+def print_decision(row: Mapping[str, object]) -> None:
+    """What a calibrator added to an explained text, if one did."""
+    if "decision" in row:
+        seen = "; the calibrator was fitted on this very text" if row.get("fitted_on") else ""
+        print(f"  Calibrated confidence {100 * row['calibrated_confidence']:.2f} %: {row['decision']}{seen}")
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:

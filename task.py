@@ -18,7 +18,8 @@ models of real size). Your own is a TOML file, `--task tickets.toml`:
     label = "billing"
 
 Optional: instruction = "..." (stands first), format = "chat" (the model's chat template; default "completion"),
-scoring = "sequence" (whole answers, for labels that are not single tokens; default "first-token").
+scoring = "sequence" (whole answers, for labels that are not single tokens; default "first-token"), paraphrases = [...]
+(other templates for the same question, for `consistency_confidence.py --paraphrase`).
 Nothing here imports torch.
 """
 
@@ -32,7 +33,7 @@ import re
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -60,18 +61,21 @@ class Task:
     examples: tuple[tuple[str, str], ...] = ()  # few-shot (text, label)
     format: str = "completion"
     scoring: str = "first-token"
+    paraphrases: tuple[str, ...] = ()  # other templates for the same question; only `wordings` uses them
 
     def __post_init__(self) -> None:
         words = [word for words in self.labels.values() for word in words]
         foreign = [label for _, label in self.examples if label not in self.labels]
+        templates = (self.template, *self.paraphrases)
         shared = [word for label, words in self.labels.items() for word in words if self.label_of(word) != label]
         problems = {
             "it needs at least two labels": len(self.labels) < 2,
             "every label needs an answer word": not all(self.labels.values()) or not all(w.strip() for w in words),
-            "the template must hold {text} exactly once": self.template.count("{text}") != 1,
-            "the template ends in a space, which would split the answer's token; remove it": self.template.endswith(
-                " "
+            "a template must hold {text} exactly once": any(t.count("{text}") != 1 for t in templates),
+            "a template ends in a space, which would split the answer's token; remove it": any(
+                t.endswith(" ") for t in templates
             ),
+            "two of its templates are the same": len(set(templates)) < len(templates),
             f'format is "completion" or "chat", not {self.format!r}': self.format not in ("completion", "chat"),
             f'scoring is "first-token" or "sequence", not {self.scoring!r}': self.scoring
             not in ("first-token", "sequence"),
@@ -97,6 +101,13 @@ class Task:
         folded = {label.casefold(): label for label in self.labels}
         return folded.get(value.strip().casefold())
 
+    def identify(self, example: Example) -> tuple[str, str, str | None]:
+        """What a record repeats of its example: id, text and the label in the task's spelling."""
+        label = None if example.label is None else self.canonical_label(example.label)
+        if label is None and example.label is not None:
+            raise ValueError(f"row {example.id!r}: {example.label!r} is not a label of task {self.name!r}")
+        return example.id, example.text, label
+
     def show(self, text: str) -> str:
         """The template with the text in it. Outer white space is not part of a text."""
         before, after = self.template.split("{text}")
@@ -117,9 +128,18 @@ class Task:
         turns = [turn for s, word in shown for turn in (("user", s), ("assistant", word))] + [("user", question)]
         return [{"role": role, "content": (instruction if role == "user" else "") + content} for role, content in turns]
 
+    def wordings(self) -> list[Task]:
+        """The task as it stands, then once with each paraphrase in its template's place."""
+        return [replace(self, template=template, paraphrases=()) for template in (self.template, *self.paraphrases)]
+
     def settings(self) -> dict:
-        """Everything that defines the task, as JSON would give it back; labels as pairs, because their order counts."""
-        return json.loads(json.dumps(asdict(self) | {"labels": list(self.labels.items())}))
+        """What defines the question, as JSON would give it back; labels as pairs, because their order counts.
+
+        The paraphrases are other questions: whoever asks them adds their settings.
+        """
+        settings = asdict(self) | {"labels": list(self.labels.items())}
+        del settings["paraphrases"]
+        return json.loads(json.dumps(settings))
 
 
 # The few-shot examples were chosen by measurement on SST-2's development set; README.md has the numbers.
@@ -140,12 +160,24 @@ TASKS = {
                 ("It tries hard to be funny, but it never is.", "negative"),
                 ("The food took a while, but it was worth the wait.", "positive"),
             ),
+            paraphrases=(
+                "{text}\nOverall, this is",
+                "{text}\nThis sounds",
+                "Sentence: {text}\nThe tone of this sentence is",
+                "Someone wrote: {text}\nTheir feeling about it was",
+            ),
         ),
         Task(
             name="sentiment-yes-no",
             labels={"negative": ("no",), "positive": ("yes",)},
             template='Is the sentiment of this text positive? Answer only "yes" or "no".\n\nText: {text}',
             format="chat",
+            paraphrases=(
+                'Text: {text}\n\nDoes this text express a positive opinion? Answer only "yes" or "no".',
+                'Would you call the following positive? One word, "yes" or "no".\n\n{text}',
+                'Is the author of this text pleased? Answer only "yes" or "no".\n\nText: {text}',
+                'Read this: {text}\n\nIs it favourable? Reply with "yes" or "no".',
+            ),
         ),
     )
 }
@@ -172,7 +204,7 @@ def read_task(name: str) -> Task:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _task_from(labels: object, examples: object = (), **strings: object) -> Task:
+def _task_from(labels: object, examples: object = (), paraphrases: object = (), **strings: object) -> Task:
     """A Task from TOML values, whose types nobody has checked yet."""
     if wrong := [key for key, value in strings.items() if not isinstance(value, str)]:
         raise ValueError(f"{wrong[0]} is not a string")
@@ -188,7 +220,10 @@ def _task_from(labels: object, examples: object = (), **strings: object) -> Task
         pairs = ((None, None),)
     if not all(isinstance(part, str) for pair in pairs for part in pair):
         raise ValueError("each of examples needs a text and a label, both strings")
-    return Task(labels={label: tuple(given) for label, given in words.items()}, examples=pairs, **strings)
+    if not isinstance(paraphrases, list | tuple) or not all(isinstance(template, str) for template in paraphrases):
+        raise ValueError("paraphrases is not a list of templates")
+    labels = {label: tuple(given) for label, given in words.items()}
+    return Task(labels=labels, examples=pairs, paraphrases=tuple(paraphrases), **strings)
 
 
 # Answers: the token sequences that count for a label
@@ -282,6 +317,39 @@ def label_probabilities(
         log_totals = np.stack([np.logaddexp.reduce(exclusive[:, group], axis=1) for group in groups], axis=1)
         log_mass = np.logaddexp.reduce(log_totals, axis=1)
         return np.exp(log_totals - log_mass[:, None]), np.minimum(np.exp(log_mass), 1.0)
+
+
+def listed_probabilities(
+    tokens: Sequence[tuple[str, float]], task: Task, complete: bool = False
+) -> tuple[dict[str, float], float, dict]:
+    """P over the labels, label mass and extras from the few next tokens that a server lists, [(text, log-probability)].
+
+    What is not listed, the remainder 1 - sum P(listed), may belong to any label, so label mass is an interval, from the
+    listed mass (`label_mass`) to that and the remainder (`label_mass_high`). A label of which no token is listed is
+    `missing`, and counts with all of the remainder, the most it can have: the confidence is then a lower bound.
+    `complete`: every answer of every label is listed. Raises ValueError when the list does not decide.
+    """
+    known = dict.fromkeys(task.labels, 0.0)
+    for text, logprob in tokens:
+        if label := task.label_of(text):
+            known[label] += math.exp(logprob)
+    mass, listed = sum(known.values()), math.fsum(math.exp(logprob) for _, logprob in tokens)
+    if complete:
+        remainder, missing = 0.0, []
+    else:  # a remainder of nothing is rounding: the unlisted have at most what the last of the list has
+        remainder = max(1 - listed, 0.0) or math.exp(min(logprob for _, logprob in tokens))
+        missing = [label for label in known if not known[label]]
+    if mass == 0:
+        raise ValueError(f"none of the {len(tokens)} tokens listed names a label; they hold {listed:.1%} of the mass")
+    if missing and remainder >= max(known.values()):
+        raise ValueError(
+            f"{' and '.join(missing)} not among the {len(tokens)} tokens listed, and the {remainder:.1%} that is not "
+            "listed could be it; --top-tokens lists more"
+        )
+    extras = {"label_mass_high": min(mass + remainder, 1.0)} | ({"missing": missing} if missing else {})
+    values = known | {label: remainder / len(missing) for label in missing}
+    total = sum(values.values())
+    return {label: value / total for label, value in values.items()}, min(mass, 1.0), extras
 
 
 def debias(probabilities: np.ndarray, mean_probabilities: np.ndarray) -> np.ndarray:

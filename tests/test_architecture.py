@@ -211,12 +211,13 @@ def test_randomness_comes_from_an_explicit_seed():
 
 def test_requirements_are_pinned_and_explained():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for file in ("requirements.txt", "tests/requirements.txt"):
+    for file in ("requirements.txt", "tests/requirements.txt", "tests/requirements-servers.txt"):
         lines = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
         for line in lines:
             if line and not line.startswith(("#", "-r ")):
-                assert re.fullmatch(r"[A-Za-z0-9._-]+==\d[\w.]*", line), f"{file}: {line}"
-                assert re.search(rf"\b{re.escape(line.partition('==')[0])}\b", readme), f"README.md: no word on {line}"
+                assert re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?==\d[\w.]*", line), f"{file}: {line}"
+                name = re.split(r"==|\[", line)[0]
+                assert re.search(rf"\b{re.escape(name)}\b", readme), f"README.md: no word on {line}"
 
 
 def test_the_top_level_holds_only_the_names_of_the_design():

@@ -547,7 +547,7 @@ def test_the_lowest_mean_log_loss_wins_not_the_lowest_ece_nor_the_first_seed(mon
     recipe, found = choose(scores, np.arange(100), seeds=(3, 4))
     assert recipe == Recipe("platt", False) and {v.shape for v in found.values()} == {(2, 100)} and len(found) == 3
     assert [seed for _, _, seed in given["blind"]] == [3, 4]
-    assert given["blind"][0][0] is scores.confidence and given["blind"][0][1] is scores.correct
+    assert np.array_equal(given["blind"][0][0], scores.confidence) and given["blind"][0][1] is scores.correct
     assert given["aware"][0][0] is scores.probabilities and given["t"][0][1] is scores.truth
 
 
@@ -645,11 +645,53 @@ def test_a_predictions_file_becomes_arrays_and_bad_ones_are_refused():
             scores_of(rows)
 
 
+def voted(number, yes, label, n=10):
+    """A row of Method 2: so many of its answers say yes."""
+    votes = {"no": n - yes, "yes": yes}
+    shares, extras = {name: count / n for name, count in votes.items()}, {"votes": votes, "calls": n}
+    return predictions.scored(f"v{number}", f"vote {number}", label, shares, 1.0, **COMMON, extras=extras)
+
+
+# 120 rows whose agreement says how often they are right, 60 of them unanimous of which 6 are wrong.
+VOTED = [voted(i, 10, "yes" if i >= 6 else "no") for i in range(60)]
+VOTED += [voted(60 + i, 7, "yes" if i % 10 < 7 else "no") for i in range(60)]
+
+
+@pytest.mark.parametrize("recipe", [Recipe("platt", False), Recipe("platt", True)], ids=str)
+def test_a_calibrator_of_votes_is_fitted_on_and_applied_to_smoothed_votes(recipe):
+    scores = scores_of(VOTED)
+    yes = np.array([(row.extras["votes"]["yes"] + 0.5) / 11 for row in VOTED])
+    assert scores.probabilities == pytest.approx(np.stack([1 - yes, yes], axis=1), abs=1e-15)
+    assert scores.confidence.tolist() == [row.confidence for row in VOTED]  # what a report of raw numbers shows
+    estimator = recipe.estimator().fit(*recipe.inputs(scores))
+    inputs = np.stack([1 - yes, yes], axis=1) if recipe.class_aware else np.maximum(yes, 1 - yes)
+    truth = np.array([row.label == "yes" for row in VOTED]).astype(int)
+    target = truth if recipe.class_aware else truth == 1  # every row says yes
+    assert np.array_equal(estimator.predict(inputs), recipe.estimator().fit(inputs, target).predict(inputs))
+    calibrator = replace(fitted(recipe), estimator=estimator)
+    assert calibrator.calibrate(VOTED) == pytest.approx(estimator.predict(inputs), abs=1e-15)
+    # Ten of ten is a log odds of 3, not of 14: the six unanimous wrong rows do not flatten the curve of all others.
+    said = dict(zip(yes.round(3).tolist(), calibrator.calibrate(VOTED).tolist(), strict=True))
+    assert said == pytest.approx({0.955: 0.9, 0.682: 0.7}, abs=0.02)
+    raw = np.array([row.confidence for row in VOTED])
+    assert (
+        Platt().fit(raw, truth == 1).predict(np.array([0.9]))[0]
+        < estimator.predict(np.array([[0.1, 0.9]]) if recipe.class_aware else np.array([0.9]))[0] - 0.05
+    )
+
+
+def test_votes_that_are_no_counts_stop_fitting_and_applying():
+    wrong = replace(VOTED[0], id="w", extras={"votes": {"yes": 10, "no": 0}})
+    for call in (lambda: scores_of([*VOTED, wrong]), lambda: fitted(Recipe("platt", False)).calibrate([wrong])):
+        with pytest.raises(ValueError, match=r"^row 'w': its votes are .+, not a count for each label"):
+            call()
+
+
 @pytest.mark.parametrize("recipe", ALL, ids=str)
 def test_applying_adds_the_confidence_the_decision_and_what_was_seen(recipe):
     calibrator = fitted(recipe)
     failed = predictions.failed("x", "text", "yes", "too long", **COMMON)
-    rows = [failed, *(replace(row, text=f"new {row.id}", extras={"votes": 3}) for row in FRESH[2]), ROWS[2][0], failed]
+    rows = [failed, *(replace(row, text=f"new {row.id}", extras={"note": 3}) for row in FRESH[2]), ROWS[2][0], failed]
     applied, scored = calibrator.apply(rows), rows[1:-1]
     assert applied[0] is failed and applied[-1] is failed
     inputs = [row.confidence for row in scored]
@@ -670,9 +712,9 @@ def test_applying_adds_the_confidence_the_decision_and_what_was_seen(recipe):
 
 
 def test_applying_again_replaces_what_another_calibrator_said():
-    stale = {"votes": 3, "calibrated_confidence": 2.0, "decision": "?", "fitted_on": True}
+    stale = {"note": 3, "calibrated_confidence": 2.0, "decision": "?", "fitted_on": True}
     row = replace(FRESH[2][0], text="never seen", extras=stale)
-    assert fitted(ALL[0]).apply([row]) == fitted(ALL[0]).apply([replace(row, extras={"votes": 3})])
+    assert fitted(ALL[0]).apply([row]) == fitted(ALL[0]).apply([replace(row, extras={"note": 3})])
 
 
 def test_another_models_rows_or_labels_are_refused():

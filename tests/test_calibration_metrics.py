@@ -460,6 +460,25 @@ def test_aurc_is_the_mean_over_all_orders_of_ties(rows):
     assert cm.area_under_risk_coverage(*arrays(rows)) == pytest.approx(math.fsum(risks) / len(risks), abs=1e-12)
 
 
+def test_risk_at_each_coverage_counts_equal_confidences_as_their_mean():
+    # By confidence: two rows at .9 of which one is wrong, one right at .8, one wrong at .5; given in another order.
+    confidence, correct = np.array([0.5, 0.9, 0.8, 0.9]), np.array([False, True, True, False])
+    expected = [0.5, 0.5, 1 / 3, 0.5]
+    assert cm.risk_coverage(confidence, correct) == pytest.approx(expected, abs=1e-15)
+    assert cm.risk_coverage(confidence, correct.astype(int)) == pytest.approx(expected, abs=1e-15)
+    assert cm.area_under_risk_coverage(confidence, correct) == pytest.approx(11 / 24, abs=1e-15)
+    constant = cm.risk_coverage(np.full(5, 0.7), np.array([1, 1, 0, 1, 0]))  # which order is nobody's to choose
+    assert constant == pytest.approx([0.4] * 5, abs=1e-15)
+    assert cm.risk_coverage(np.array([1.0]), np.array([False])).tolist() == [1]
+
+
+def test_one_row_of_each_group_is_its_first_whatever_names_the_groups_have():
+    assert cm.one_of_each(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 3]
+    assert cm.one_of_each(np.array([7, 7, 7])).tolist() == [0]
+    assert cm.one_of_each([3, 2, 1, 2]).tolist() == [0, 1, 2]  # in the order of the rows, not of the names
+    assert cm.one_of_each([1, "1", 1, "1", (1, 2), (1, 2)]).tolist() == [0, 1, 4]
+
+
 @pytest.mark.parametrize("function", [cm.auroc, cm.area_under_risk_coverage])
 def test_zeros_and_ones_rank_as_false_and_true_do(function):
     confidence, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, 0])
@@ -643,6 +662,24 @@ def test_a_reliability_diagram_has_a_dot_and_an_interval_for_each_bin_with_rows(
     alone = cm.plot_reliability_diagram(confidence, correct, n_bins=1, counts=False)
     np.testing.assert_allclose(alone.collections[1].get_offsets(), [[5.06 / 7, 4 / 7]])
     assert alone.figure is not axis.figure and not alone.texts
+
+
+def test_risk_is_drawn_against_coverage_from_the_first_percent_on():
+    from matplotlib.figure import Figure
+
+    draw, axis = np.random.default_rng(0), Figure().subplots()
+    curves = {
+        name: (draw.random(300), draw.random(300) < 0.8, color)
+        for name, color in (("raw", "#D55E00"), ("two", "#0072B2"))
+    }
+    cm.plot_risk_coverage(axis, curves)
+    for line, (name, (confidence, correct, color)) in zip(axis.lines, curves.items(), strict=True):
+        order = sorted(range(300), key=lambda i: -confidence[i])
+        risk = [np.mean([not correct[i] for i in order[:k]]) for k in range(1, 301)]
+        assert line.get_xdata() == pytest.approx([k / 300 for k in range(4, 301)])
+        assert line.get_ydata() == pytest.approx(risk[3:])
+        assert line.get_label() == f"{name}, area {np.mean(risk):.3f}" and line.get_color() == color
+    assert axis.get_xlim() == (0, 1) and axis.get_ylim()[0] == 0
 
 
 def test_the_same_data_give_the_same_png_and_a_failed_one_none(tmp_path):

@@ -20,11 +20,12 @@ from calibration import (
     FittedCalibrator,
     PlattScalingCalibrator,
     Recipe,
+    calibrate_file,
     load_calibrator,
     save_calibrator,
     text_key,
 )
-from logprobs_confidence import main, parse_arguments, prepare, write_calibrated
+from logprobs_confidence import main, parse_arguments, prepare
 from task import TASKS
 
 ADDED = {"calibrated_confidence", "decision", "fitted_on"}
@@ -161,7 +162,7 @@ def test_a_long_file_is_calibrated_in_pieces_as_a_whole(tmp_path):
     predictions.replace(tmp_path / "p.jsonl", rows)
     seen = [f"Text {i}" for i in (0, 4095, 4096, 4999)]
     fitted = load_calibrator(save(tmp_path / "k.json", "0123abcd", threshold=0.9, seen=seen))
-    said = write_calibrated(tmp_path / "p.jsonl", fitted, None)
+    said = calibrate_file(tmp_path / "p.jsonl", fitted, None)
     written = records(tmp_path / "p.jsonl")
     truth = [platt(row.confidence) for row in rows]
     assert [row["calibrated_confidence"] for row in written] == pytest.approx(truth, abs=1e-12)

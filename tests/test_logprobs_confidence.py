@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+import llama
 import logprobs_confidence
 import predictions
 from llama import SLOT
@@ -143,7 +144,7 @@ def test_get_confidence_gives_a_label_and_a_number_for_the_article_s_kind_of_tex
         "Not bad",
     )
     label, confidence = get_confidence(love)  # the default model and task
-    logprobs_confidence._default_llama.cache_clear()  # half a gigabyte
+    llama.default_llama.cache_clear()  # half a gigabyte
     assert type(label) is str and type(confidence) is float
     assert (label, get_confidence(terrible, scorer.llama)[0]) == ("positive", "negative")
     rows = [explain(text, scorer) for text in (love, terrible, contradiction, mild)]

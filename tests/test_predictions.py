@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import predictions
-from predictions import Prediction, confidence_and_correct, failed, fingerprint, from_line, scored, to_line
+from predictions import (
+    RETRY,
+    Prediction,
+    confidence_and_correct,
+    failed,
+    fingerprint,
+    from_line,
+    scored,
+    smoothed,
+    to_line,
+    write_table,
+)
 
+VECTORS = json.loads((Path(__file__).parent / "data" / "reference_vectors.json").read_text(encoding="utf-8"))
 COMMON = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "3f9c2a71"}
 # The order of design.md, by which people read the file.
 SCORE = ["prediction", "confidence", "probabilities", "label_mass"]
@@ -158,6 +171,60 @@ def test_confidence_and_correct_leave_out_what_could_not_be_scored():
             confidence_and_correct(nothing)
 
 
+# Votes
+
+
+def voted(*counts):
+    """A row of so many votes for each label."""
+    votes = dict(zip("abcd", counts, strict=False))
+    shares = {label: count / sum(counts) for label, count in votes.items()}
+    return scored("r0", "a text", "a", shares, 1.0, **COMMON, extras={"votes": votes, "calls": sum(counts)})
+
+
+@pytest.mark.parametrize("case", VECTORS["consistency"]["k_of_n"], ids=lambda c: "{k}-of-{n}-{classes}".format(**c))
+def test_votes_are_smoothed_to_the_recorded_posterior_means(case):
+    k, n, classes = case["k"], case["n"], case["classes"]
+    counts = [k, n - k] + [0] * (classes - 2)
+    values = smoothed(voted(*counts))
+    assert values["a"] == pytest.approx(case["perks"], abs=1e-15)
+    if classes == 2:
+        assert values["a"] == pytest.approx(case["jeffreys_binary"], abs=1e-15)
+    assert list(values) == list("abcd"[:classes]) and sum(values.values()) == pytest.approx(1, abs=1e-15)
+    assert [values[label] for label in "abcd"[2:classes]] == [1 / classes / (n + 1)] * (classes - 2)
+
+
+def test_rows_without_votes_are_as_they_are():
+    row = record(positive=1.0)
+    assert smoothed(row) is row.probabilities
+    assert smoothed(record(positive=0.2, note={"a": 1})) == {"negative": 0.8, "positive": 0.2}
+
+
+@pytest.mark.parametrize(
+    "votes",
+    [
+        {"b": 2, "a": 8},
+        {"a": 8},
+        {"a": 8, "b": 2, "c": 0},
+        {"a": 8.0, "b": 2},
+        {"a": True, "b": False},
+        {"a": 8, "b": -1},
+        {"a": "8", "b": 2},
+        {"a": 2, "b": 8},
+        {"a": 0, "b": 0},
+        [8, 2],
+        3,
+        {},
+    ],
+    ids=str,
+)
+def test_votes_that_are_no_counts_or_not_those_of_the_prediction_are_refused(votes):
+    row = scored("r7", "a text", "a", {"a": 0.8, "b": 0.2}, 1.0, **COMMON, extras={"votes": votes})
+    with pytest.raises(
+        ValueError, match=r"^row 'r7': its votes are .+, not a count for each label, most for the predic"
+    ):
+        smoothed(row)
+
+
 # The fingerprint
 
 
@@ -261,6 +328,78 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):
         with pytest.raises(ValueError, match="another run is writing"), predictions.open_output(path):
             pass
     assert predictions.read(path) == [record(0)]
+
+
+class Server:
+    """Scores rows as a server would that is down for some of them at first; it remembers what it was asked."""
+
+    def __init__(self, **down):
+        self.down, self.asked = {f"r{number[1:]}": list(errors) for number, errors in down.items()}, []
+
+    def score(self, examples, advance):
+        self.asked.append([])
+        for row in examples:
+            self.asked[-1].append(row.id)
+            errors = self.down.get(row.id)
+            if errors:
+                error, extras = errors.pop(0)
+                yield failed(row.id, row.text, row.label, error, **COMMON, extras=extras)
+            else:
+                yield row
+            advance(1)
+
+
+PASSING, LASTING = ("the server is down", {RETRY: True}), ("the text is too long", {})
+
+
+def table_of(path, rows, server, **options):
+    """write_table of these rows."""
+    options = {"fingerprint": "3f9c2a71", "total": len(rows)} | options
+    return write_table(path, lambda: iter(rows), lambda row: (row.id, row.text, row.label), server.score, **options)
+
+
+def test_rows_that_failed_for_a_passing_reason_are_asked_again_and_no_others(tmp_path, capsys):
+    rows, path = [record(n, f"text {n}") for n in range(6)], tmp_path / "p.jsonl"
+    server = Server(n1=[PASSING], n3=[PASSING, PASSING, PASSING], n4=[LASTING])
+    assert table_of(path, rows, server) == 6  # a row that is asked twice is still one row
+    assert server.asked == [[f"r{n}" for n in range(6)], ["r1", "r3"]]
+    assert capsys.readouterr().err == "asking again for 2 rows that failed for a passing reason\n"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [lines[n] for n in (0, 1, 2, 5)] == [to_line(rows[n]) for n in (0, 1, 2, 5)]
+    assert [row.error for row in predictions.iterate(path)] == [None, None, None, PASSING[0], LASTING[0], None]
+    # Repeated, the command asks for what is still open; then for nothing, and leaves the file alone.
+    assert table_of(path, rows, server) == 1 and server.asked[2:] == [["r3"]]
+    assert predictions.read(path)[3].error == PASSING[0]
+    assert table_of(path, rows, server) == 1 and predictions.read(path)[3] == rows[3]
+    assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
+    stamp, asked = path.stat().st_mtime_ns, len(server.asked)
+    assert table_of(path, rows, server) == 0 and len(server.asked) == asked and path.stat().st_mtime_ns == stamp
+    assert predictions.read(path)[4].error == LASTING[0] and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("done", "start"), [(0, 0), (3, 0), (4, 4), (7, 4), (10, None)])
+def test_a_continued_table_is_scored_from_the_start_of_a_window(done, start, tmp_path):
+    rows, server = [record(n, f"text {n}") for n in range(10)], Server()
+    path = write(tmp_path / "p.jsonl", rows[:done], b'{"id": "r' if done < 10 else b"")
+    assert table_of(path, rows, server, window=4) == 10 - done
+    assert server.asked == ([] if start is None else [[row.id for row in rows[start:]]])
+    assert predictions.read(path) == rows
+
+
+def test_a_table_whose_second_asking_breaks_off_keeps_every_row(tmp_path):
+    rows, path = [record(n, f"text {n}") for n in range(3)], tmp_path / "p.jsonl"
+    server, calls = Server(n1=[PASSING]), []
+
+    def breaks(examples, advance):
+        calls.append(examples)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return server.score(examples, advance)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_table(path, lambda: iter(rows), lambda r: (r.id, r.text, r.label), breaks, "3f9c2a71", 3)
+    assert [row.error for row in predictions.iterate(path)] == [None, PASSING[0], None]
+    assert table_of(path, rows, server) == 1 and predictions.read(path) == rows
 
 
 def test_outputs_that_can_not_work_are_refused_before_anything_is_made(tmp_path):

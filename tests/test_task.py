@@ -29,6 +29,7 @@ from task import (
     duplicate_groups,
     find_answers,
     label_probabilities,
+    listed_probabilities,
     near_duplicates,
     read_examples,
     read_task,
@@ -309,6 +310,90 @@ def test_batch_calibration_restores_what_a_leaning_prompt_lost_on_balanced_label
     assert corrected.sum(axis=1) == pytest.approx(1)
 
 
+# What a server lists
+
+
+ANSWER = Task("t", TWO["labels"], TWO["template"])
+OF_THREE = Task("t3", {"a": ("yes", "sure"), "b": ("no",), "c": ("maybe",)}, TWO["template"])
+
+
+def listing(**probabilities):
+    """Tokens as a server lists them, from probabilities; _ in a name is a space."""
+    return [(token.replace("_", " "), math.log(p)) for token, p in probabilities.items()]
+
+
+def test_listed_tokens_of_all_labels_sum_and_what_is_not_listed_widens_the_label_mass():
+    tokens = listing(yes=0.4, _Yes=0.15, YES_=0.05, _no=0.2, well=0.1)
+    probabilities, mass, extras = listed_probabilities(tokens, ANSWER)
+    assert probabilities == pytest.approx({"a": 0.75, "b": 0.25}, abs=1e-12) and list(probabilities) == ["a", "b"]
+    assert mass == pytest.approx(0.8, abs=1e-12)
+    assert list(extras) == ["label_mass_high"] and extras["label_mass_high"] == pytest.approx(0.9, abs=1e-12)
+
+
+def test_other_marks_are_other_tokens_and_count_for_no_label():
+    tokens = [*listing(yes=0.5, no=0.1), ("yes!", math.log(0.1)), ("'no", math.log(0.1)), ("ye", math.log(0.1))]
+    tokens += [("\u0120yes", math.log(0.05))]  # a tokenizer's own mark for a space, which a server should not show
+    probabilities, mass, _ = listed_probabilities(tokens, ANSWER)
+    assert probabilities["a"] == pytest.approx(5 / 6, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
+
+
+def test_a_label_that_is_not_listed_has_the_most_it_can_have_so_the_confidence_is_a_lower_bound():
+    probabilities, mass, extras = listed_probabilities(listing(yes=0.6, well=0.3), ANSWER)
+    assert probabilities == pytest.approx({"a": 6 / 7, "b": 1 / 7}, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
+    assert extras["missing"] == ["b"] and extras["label_mass_high"] == pytest.approx(0.7, abs=1e-12)
+    probabilities, _, extras = listed_probabilities(listing(sure=0.3, yes=0.2, well=0.2), OF_THREE)
+    assert probabilities == pytest.approx({"a": 0.625, "b": 0.1875, "c": 0.1875}, abs=1e-12)
+    assert extras["missing"] == ["b", "c"]
+    for of_b in (0, 0.1, 0.3):  # however the unlisted 0.3 are spread, the first label's share is no less
+        for of_c in (0, 0.3 - of_b):
+            assert 0.5 / (0.5 + of_b + of_c) >= probabilities["a"] - 1e-12
+    middle, _, extras = listed_probabilities(listing(no=0.5, yes=0.3, well=0.1), OF_THREE)
+    assert middle == pytest.approx({"a": 1 / 3, "b": 5 / 9, "c": 1 / 9}, abs=1e-12) and extras["missing"] == ["c"]
+
+
+def test_where_what_is_not_listed_could_be_the_winner_there_is_no_answer():
+    with pytest.raises(
+        ValueError,
+        match=r"^b not among the 2 tokens listed, and the 40.0% that is not listed could be it; --top-tokens lists m",
+    ):
+        listed_probabilities(listing(yes=0.3, well=0.3), ANSWER)
+    with pytest.raises(ValueError, match=r"^b and c not among the 1 tokens listed, and the 75.0% "):
+        listed_probabilities([("yes", math.log(0.25))], OF_THREE)
+    with pytest.raises(ValueError, match=r"^b not among"):
+        listed_probabilities([("yes", math.log(0.5))], ANSWER)  # a tie is no answer
+    # With every label listed the larger sum is the answer, however much is not listed.
+    assert listed_probabilities(listing(yes=0.02, no=0.01), ANSWER)[0]["a"] == pytest.approx(2 / 3, abs=1e-12)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_list_that_names_no_label_is_no_answer(complete):
+    with pytest.raises(ValueError, match=r"^none of the 2 tokens listed names a label; they hold 90.0% of the mass$"):
+        listed_probabilities(listing(well=0.6, hm=0.3), ANSWER, complete)
+    with pytest.raises(ValueError, match=r"^none of the 0 tokens listed names a label; they hold 0.0% of the mass$"):
+        listed_probabilities([], ANSWER, complete)
+
+
+def test_a_complete_list_leaves_nothing_to_be_missing():
+    tokens = listing(yes=0.2, no=0.1, well=0.1)
+    probabilities, mass, extras = listed_probabilities(tokens, ANSWER, complete=True)
+    assert probabilities == pytest.approx({"a": 2 / 3, "b": 1 / 3}, abs=1e-12)
+    assert mass == extras["label_mass_high"] == pytest.approx(0.3, abs=1e-12) and "missing" not in extras
+    alone, _, extras = listed_probabilities([("yes", math.log(0.1)), ("no", -9999.0)], ANSWER, complete=True)
+    assert alone == {"a": 1.0, "b": 0.0} and "missing" not in extras
+
+
+def test_a_remainder_that_is_rounding_is_at_most_the_last_token_listed():
+    # The list sums to a little more than 1, so nothing seems to be left; the missing label may have what the last has.
+    tokens = listing(yes=0.9, well=0.06, hm=0.0400001)
+    probabilities, mass, extras = listed_probabilities(tokens, ANSWER)
+    assert probabilities["b"] == pytest.approx(0.0400001 / 0.9400001, abs=1e-9) and extras["missing"] == ["b"]
+    assert mass == pytest.approx(0.9) and extras["label_mass_high"] == pytest.approx(0.9400001, abs=1e-9)
+    certain, mass, extras = listed_probabilities([("yes", 0.0), ("well", -25.0)], ANSWER)
+    assert 0 < certain["b"] < 1e-10 and mass == extras["label_mass_high"] == 1.0
+    over, mass, extras = listed_probabilities(listing(yes=0.7, no=0.3000002), ANSWER)
+    assert mass == extras["label_mass_high"] == 1.0 and sum(over.values()) == pytest.approx(1, abs=1e-12)
+
+
 # Prompts
 
 
@@ -583,6 +668,13 @@ def test_labels_are_checked_and_spelled_as_the_task_does():
         check_examples(table("positive", "5"), SENTIMENT)
     with pytest.raises(ValueError, match=r"row 3: the id '0' stands twice"):
         check_examples(iter([Example("0", "x", None), Example("1", "x", None), Example("0", "y", None)]), SENTIMENT)
+
+
+def test_a_record_repeats_its_example_with_the_label_in_the_task_s_spelling():
+    assert SENTIMENT.identify(Example("7", " A text ", "POSITIVE ")) == ("7", " A text ", "positive")
+    assert SENTIMENT.identify(Example("8", "", None)) == ("8", "", None)
+    with pytest.raises(ValueError, match=r"^row '9': '5' is not a label of task 'sentiment'$"):
+        SENTIMENT.identify(Example("9", "x", "5"))
 
 
 @pytest.mark.parametrize("name", ["broken.csv", "broken.tsv", "broken.jsonl"])
