@@ -1,15 +1,19 @@
 # make demo   install what is missing, fetch the embedded model once, take the guided tour
 # make test   the same, then the tests;   make lint   ruff;   make benchmark   this machine's speed
+# make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-servers lint benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python main.py
 
 test: .venv/installed-tests
 	$(BIN)/python -m pytest
+
+test-servers: .venv/installed-servers
+	$(BIN)/python -m pytest -m servers tests/test_servers.py
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
@@ -31,4 +35,8 @@ clean:
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+.venv/installed-servers: .venv/installed-tests tests/requirements-servers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-servers.txt
 	@touch $@

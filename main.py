@@ -1,4 +1,4 @@
-"""Start here: how a language model's next token becomes a classification with a confidence, in four steps.
+"""Start here: how a language model's next token becomes a classification with a confidence, in five steps.
 
     python main.py                       # the embedded model; fetched and converted on first use
     python main.py --model llama         # the same tour with Llama 3.1 8B Instruct
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import combined_confidence as combined
+import consistency_confidence as consistency
+import logprobs_confidence as logprobs
 import predictions
 from llama import add_arguments, load_from
-from logprobs_confidence import explain, prepare, print_answer_sums, print_token_table
+from logprobs_confidence import print_answer_sums, print_token_table
 from task import TASKS
 
 CLEAR = "I absolutely love this amazing movie!"
@@ -33,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = TASKS["sentiment"]
     llama = load_from(args, task.settings())
     print(f"The model is {llama.name}, on {llama.device} in {llama.identity['precision']}.\n")
-    scorer = prepare(llama, task)
-    rows = [explain(text, scorer) for text in TEXTS]
+    scorer = logprobs.prepare(llama, task)
+    sampler = consistency.prepare(llama, task, consistency.Sampling(samples=10))
+    asked = [combined.explain(text, scorer, sampler) for text in TEXTS]  # each method's own explanation, and both's
+    rows = [row["logprobs"] for row in asked]
 
     print("1. The prompt. A language model continues a text, so we write one whose continuation is the answer:\n")
     print("\n".join(f"   | {line}" for line in rows[0]["prompt"].splitlines()))
@@ -51,15 +56,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("   Clear texts get more than mixed ones. The last has no sentiment at all, and yet no 50 %:\n")
     print_verdicts(rows)
 
-    print("\nSo this number still has to be held against labels: is 70 % right 70 times in 100? Score some:\n")
+    print(
+        "\n5. Three methods. A model that hides its probabilities can be asked ten times; how far its answers agree is"
+    )
+    print("   a confidence too (Method 2), and both can be combined (Method 3):\n")
+    print_methods(asked)
+    print(
+        "\n   To one question, agreement is a rough measurement of the probability. It is for models that hide theirs."
+    )
+
+    print("\nAll these numbers still have to be held against labels: is 70 % right 70 times in 100? Score some:\n")
     print("   python logprobs_confidence.py --input data/sample.csv --output predictions.jsonl")
+    print("   python calibration_demo.py predictions.jsonl --output-dir sample_report")
 
 
 def print_verdicts(rows: Sequence[dict]) -> None:
-    print(f"   {'text':42} {'prediction':11} {'confidence':>10}  {'label mass':>10}")
+    lines = [["text", "prediction", "confidence", "label mass"]]
     for row in rows:
-        confidence, mass = f"{100 * row['confidence']:.1f} %", f"{100 * row['label_mass']:.1f} %"
-        print(f"   {row['text']:42} {row['prediction']:11} {confidence:>10}  {mass:>10}")
+        shares = (f"{100 * row[key]:.1f} %" for key in ("confidence", "label_mass"))
+        lines.append([row["text"], row["prediction"], *shares])
+    print(predictions.table(lines, "   "))
+
+
+def print_methods(rows: Sequence[dict]) -> None:
+    lines = [["text", "1 first token", "2 ten answers", "3 both"]]
+    for row in rows:
+        one, two = row["logprobs"], row["consistency"]
+        of = (one, one["confidence"]), (two, two["agreement"]), (row, row["confidence"])
+        lines.append([row["text"], *(f"{found['prediction']} {100 * share:.0f} %" for found, share in of)])
+    print(predictions.table(lines, "   "))
 
 
 if __name__ == "__main__":
