@@ -269,7 +269,8 @@ def jeffreys_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float
 def tally(votes: dict[str, int], unparsed: int, adaptive: bool) -> dict:
     """The fields that votes give a record; the label with most votes leads, of equals the one listed first.
 
-    `agreement` has its interval only where the number of answers was fixed: stopping at a lead makes it look larger.
+    `agreement` is the winner's, so near a tie it leans upward. It has its interval only where the number of answers was
+    fixed: stopping at a lead makes it look larger still.
     `vote_entropy` is in nats, over the labels and "unparsed".
     """
     n, first = sum(votes.values()) + unparsed, max(votes.values())
@@ -463,11 +464,16 @@ def converge(path: Path, sizes: Sequence[int], task: Task, seed: Callable[[Predi
     found: dict[int, list] = {size: [] for size in sizes}
     for row in predictions.iterate(path):
         if "first_token" in row.extras:
-            masses = np.array([[row.extras["first_token"][label] for label in task.labels]])
-            drawn = first_token_draws(masses, seed(row), max(sizes)) == masses.argmax()
-            for size in sizes:
-                found[size].append((masses.max(), drawn[:size].mean()))
+            by_label = [row.extras["first_token"][label] for label in task.labels]
+            for size, share in agreement_by_draws(by_label, seed(row), sizes).items():
+                found[size].append((max(by_label), share))
     return {size: np.array(pairs) for size, pairs in found.items() if pairs}
+
+
+def agreement_by_draws(by_label: Sequence[float], seed: int, sizes: Sequence[int]) -> dict[int, float]:
+    """For each size the share of so many draws from P(label) [labels] that name the most probable label."""
+    drawn = first_token_draws(np.array([by_label]), seed, max(sizes)) == int(np.argmax(by_label))
+    return {size: float(drawn[:size].mean()) for size in sizes}
 
 
 def convergence_table(pairs: dict[int, np.ndarray]) -> str:
@@ -601,6 +607,10 @@ def print_explanation(row: dict) -> None:
         parts = ", ".join(f"P({label}) {100 * p:.2f} %" for label, p in row["first_token"].items())
         print(f"  drawn from the first token's distribution: {parts}\n")
     print_votes(row)
+    if "agreement_by_draws" in row:
+        label, p = max(row["first_token"].items(), key=lambda pair: pair[1])
+        shares = ", ".join(f"{100 * share:.1f} % of {n:,}" for n, share in row["agreement_by_draws"].items())
+        print(f"\n  {label} in {shares} draws; its probability is {100 * p:.2f} %")
     n, interval = sum(row["votes"].values()) + row["unparsed"], ""
     if row["agreement_low"] is not None:
         interval = f"; 95 % Jeffreys interval {100 * row['agreement_low']:.1f} to {100 * row['agreement_high']:.1f} %"
@@ -790,7 +800,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if calibrator:
             calibrator.check(sampler.fingerprint, sampler.model.name, task.name, list(task.labels))
         if args.text:
-            explain_texts(args, sampler, calibrator)
+            explain_texts(args, sampler, sizes, calibrator)
             return
         run_table(args, sampler, total)
     if args.first_token and not args.paraphrase:
@@ -802,9 +812,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     finish(args, calibrator)
 
 
-def explain_texts(args: argparse.Namespace, sampler: Sampler, calibrator: FittedCalibrator | None) -> None:
+def explain_texts(
+    args: argparse.Namespace, sampler: Sampler, sizes: Sequence[int], calibrator: FittedCalibrator | None
+) -> None:
     for text in args.text:
         row = explain(text, sampler)
+        if len(sizes) > 1 and not args.paraphrase:
+            seed = sampler.seed(Example("", text, None), 0)
+            row["agreement_by_draws"] = agreement_by_draws([*row["first_token"].values()], seed, sizes)
         if calibrator:
             given = predictions.scored(
                 "",

@@ -919,6 +919,13 @@ def test_the_printed_explanation_shows_the_answers_the_votes_and_the_verdict(cal
     p = shares_of(talker, SENTIMENT, "warm and funny")
     shown = ", ".join(f"P({label}) {100 * p[label]:.2f} %" for label in SENTIMENT.labels)
     assert code == 0 and f"  drawn from the first token's distribution: {shown}" in out.splitlines()
+    code, out, _ = call("--first-token --samples 10,1000 --json", "warm and funny")
+    by_draws, votes = json.loads(out)["agreement_by_draws"], json.loads(out)["votes"]
+    most = max(p, key=p.get)
+    assert by_draws["1000"] == votes[most] / 1000 and abs(by_draws["1000"] - p[most]) < 4 * 0.5 / math.sqrt(1000)
+    code, out, _ = call("--first-token --samples 10,1000", "warm and funny")
+    line = f"  {most} in {100 * by_draws['10']:.1f} % of 10, {100 * by_draws['1000']:.1f} % of 1,000 draws; "
+    assert code == 0 and f"{line}its probability is {100 * p[most]:.2f} %" in out.splitlines()
     assert ", 1 call" in out and "of 1000; 95 % Jeffreys interval" in out
 
 
