@@ -367,28 +367,30 @@ def _cost(name: str, costs: Mapping[str, float]) -> float | None:
 def render(report: dict, found: Study) -> str:
     """The report as text."""
     n, groups = (report["1 logprobs"][name] for name in ("n", "groups"))
-    rows = [["", "accuracy", "log loss", "AUROC", "AURC", "ECE", "floor", "calls", "seconds"]]
-    for name in METHODS:
-        row = report[name]
-        ends = [f"{row[m]:.3f} [{row[f'{m}_low']:.3f}, {row[f'{m}_high']:.3f}]" for m in ("accuracy", "log_loss")]
-        ends += ["-" if row[m] is None else f"{row[m]:.3f}" for m in ("auroc", "aurc", "ece", "ece_noise_floor")]
-        ends += ["-" if row["calls"] is None else f"{row['calls']:.1f}"]
-        rows.append([name, *ends, "-" if row["seconds"] is None else f"{row['seconds']:.3f}"])
+    rows = [["", "accuracy", "log loss", "AUROC", "AURC"]]
+    rows += [
+        [name, *(_with_ends(report[name], m) for m in ("accuracy", "log_loss", "auroc", "aurc"))] for name in METHODS
+    ]
+    promised = [["", *(f"{p:.0%} right" for p in PROMISES), "ECE", "floor", "calls", "seconds"]]
+    promised += [_promised(name, report[name]) for name in METHODS]
     grouped = f" in {groups:,} groups" if groups < n else ""
     related = f"{found.related:,} of them have a near-duplicate among the calibration rows; " if found.related else ""
     lines = [
         f"n = {n:,}{grouped}; {related}fitted ones {found.protocol}, the others as they are; "
         "brackets are 95 % intervals;",
-        "votes count as (v + 1/L) / (n + 1); calls and seconds are a row's:",
+        "votes count as (v + 1/L) / (n + 1):",
         predictions.table(rows, "  "),
         "",
         f"Automated with a promise, {1 - DELTA:.0%} certain: the share of these rows and how many of them are right; "
         "thresholds come from",
         "one row of each group of "
-        + ("the calibration rows:" if found.protocol == "held-out" else "these very rows, so this table is in-sample:"),
-        predictions.table(
-            [["", *(f"{p:.0%} right" for p in PROMISES)], *map(_promised, METHODS, map(report.get, METHODS))], "  "
-        ),
+        + (
+            "the calibration rows."
+            if found.protocol == "held-out"
+            else "these very rows, so these shares are in-sample."
+        )
+        + "\nThen ECE (20 equal bins) with its noise floor, and a row's calls and seconds:",
+        predictions.table(promised, "  "),
         "",
     ]
     for what, names in (
@@ -400,12 +402,21 @@ def render(report: dict, found: Study) -> str:
     return "\n".join(lines)
 
 
+def _with_ends(row: dict, name: str) -> str:
+    """A number with its interval, as far as they are defined."""
+    if row[name] is None:
+        return "-"
+    return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
 def _promised(name: str, row: dict) -> list[str]:
+    """What a method can promise, its calibration error and its cost, as cells."""
     cells = [name]
     for promise in row["promises"]:
         taken = promise["measured"]
         cells.append(f"{taken['share']:.1%} at {taken['accuracy']:.1%}" if taken and taken["automated"] else "nothing")
-    return cells
+    cells += [f"{row['ece']:.3f}", f"{row['ece_noise_floor']:.3f}"]
+    return [*cells, *("-" if row[cost] is None else f"{row[cost]:.{d}f}" for cost, d in (("calls", 1), ("seconds", 3)))]
 
 
 def draw(found: Study, path: str) -> None:

@@ -467,7 +467,9 @@ def connect(
             options["default_headers"]["Authorization"] = f"Bearer {options['api_key']}"
     try:
         client = make(**options)
-    except Exception as error:  # the HTTP library's InvalidURL, for which neither client has a name
+    except Exception as error:
+        if type(error).__name__ != "InvalidURL":  # the HTTP library's, for which neither client has a name
+            raise
         raise ValueError(f"--endpoint: {error}") from None
     url = str(client.base_url).rstrip("/")  # Claude's too, which the environment may have moved
     server = Endpoint(client, library, url, model, concurrency, top_tokens, reader, set(), _secret=secret)
