@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     print("\nAll these numbers still have to be held against labels: is 70 % right 70 times in 100? Score some:\n")
     print("   python logprobs_confidence.py --input data/sample.csv --output predictions.jsonl")
-    print("   python calibration_demo.py predictions.jsonl --output-dir sample_report")
+    print("   python calibration_demo.py predictions.jsonl")
 
 
 def print_verdicts(rows: Sequence[dict]) -> None:
