@@ -29,6 +29,19 @@ import numpy as np
 import plotting
 import predictions
 import task as tasks
+from decisions import (
+    BUCKETS,
+    add_cost_arguments,
+    automation,
+    bucket_of,
+    buckets,
+    check_cost_arguments,
+    choose_threshold,
+    cost_band,
+    cost_optimal_threshold,
+    costs,
+    dollars_a_day,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,9 +117,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--method", default="auto", choices=["auto", *METHOD_NAMES], help="the calibrator (default: auto)")
     add("--target-accuracy", type=float, default=0.9, metavar="A", help="of what is automated (default: 0.9)")
     add("--delta", type=float, default=0.05, metavar="D", help="risk that the promise is broken (default: 0.05)")
-    add("--review-cost", type=float, default=5.0, metavar="DOLLARS", help="of a person's look (default: 5)")
-    add("--error-cost", type=float, default=25.0, metavar="DOLLARS", help="of an automated mistake (default: 25)")
-    add("--volume", type=int, default=1000, metavar="N", help="predictions a day (default: 1,000)")
+    add_cost_arguments(parser)
     tasks.add_groups_argument(parser)
     add("--seed", type=predictions.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
     add("--output-dir", default="calibration_report", metavar="FOLDER", help="default: calibration_report")
@@ -121,13 +132,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("target_accuracy", "delta"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1, both excluded")
-    for name in ("review_cost", "error_cost"):
-        if not 0 <= getattr(args, name) <= 1e9:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: from 0 to a billion")
+    check_cost_arguments(parser, args)
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         parser.error(f"--output-dir {args.output_dir} is a file")
-    if args.volume < 1:
-        parser.error(f"--volume {args.volume}: at least one prediction a day")
     return args
 
 
@@ -207,7 +214,6 @@ def fit_file(
     """
     from calibration import FittedCalibrator, text_key
     from calibration_metrics import calibration_metrics, one_of_each
-    from decisions import choose_threshold
 
     alone = one_of_each(groups)
     threshold = choose_threshold(
@@ -262,7 +268,6 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
         log_loss,
         refinement_split,
     )
-    from decisions import automation, buckets, cost_optimal_threshold, costs, dollars_a_day
 
     test, fitted = study.test, study.fitted
     named = {"raw": (test.confidence, "nothing fitted")}
@@ -327,7 +332,6 @@ def promise(study: Study, target: float, delta: float) -> dict:
     With one file the test rows are those that chose the threshold, so that measurement is in-sample.
     """
     from calibration_metrics import one_of_each
-    from decisions import automation, choose_threshold
 
     alone, correct = one_of_each(study.fit_groups), study.fit.correct
     threshold = choose_threshold(study.cross_fitted[alone], correct[alone], target, delta)
@@ -341,7 +345,6 @@ def promise(study: Study, target: float, delta: float) -> dict:
 def write(study: Study, report: dict, folder: Path) -> None:
     """calibrator.json, report.json and decisions.csv."""
     from calibration import save_calibrator
-    from decisions import bucket_of
 
     save_calibrator(folder / "calibrator.json", study.fitted)
     text = json.dumps(report, indent=1, allow_nan=False, default=float)
@@ -587,8 +590,6 @@ ZONES = (plotting.GREEN, plotting.YELLOW, plotting.ORANGE, plotting.RED)
 
 def paint_zones(axis: Axes) -> None:
     """The article's four buckets behind a diagram whose x axis is the confidence."""
-    from decisions import BUCKETS
-
     upper = 1.0
     for (lower, name), color in zip(BUCKETS, ZONES, strict=True):
         axis.axvspan(lower, upper, color=color, alpha=0.14, linewidth=0, zorder=0)
@@ -604,7 +605,6 @@ def paint_zones(axis: Axes) -> None:
 def draw_business(study: Study, where: str, path: Path) -> None:
     """Raw and calibrated reliability over the four zones, with the rows of each zone."""
     from calibration_metrics import bins_of
-    from decisions import buckets
 
     caption = (
         f"Reliability and the article's four zones, {where}. Ten equal bins; the numbers are the rows of each zone, "
@@ -664,8 +664,6 @@ def draw_gates(report: dict, where: str, path: Path) -> None:
 
 def draw_costs(study: Study, report: dict, args: argparse.Namespace, where: str, path: Path) -> None:
     """What 1,000 rows cost at each threshold."""
-    from decisions import cost_band
-
     thresholds, test = np.linspace(0.4, 1, 121), study.test
     caption = (
         f"Cost of 1,000 rows, ${args.review_cost:g} a review and ${args.error_cost:g} an automated error, {where}. "

@@ -138,29 +138,11 @@ def pool_for(fingerprints: tuple[str, str], n_labels: int, fit_pairs: Sequence[P
 
 def join(first: Sequence[Prediction], second: Sequence[Prediction]) -> list[Pair]:
     """The rows of both by id, in the first's order; ValueError when they are not of the same texts, labels and task."""
-    by_method = {}
     for method, rows in (("logprobs", first), ("consistency", second)):
-        by_method[method] = by_id = {}
-        for row in rows:
-            if row.method != method:
-                raise ValueError(f"row {row.id!r} of the {method} file is by method {row.method!r}")
-            if row.fingerprint != rows[0].fingerprint:
-                raise ValueError(f"row {row.id!r} of the {method} file has another fingerprint than the first row")
-            if row.id in by_id:
-                raise ValueError(f"row {row.id!r} stands twice in the {method} file")
-            by_id[row.id] = row
-    one, two = by_method.values()
-    for here, there, names in ((one, two, ("logprobs", "consistency")), (two, one, ("consistency", "logprobs"))):
-        if lost := [id for id in here if id not in there]:
-            raise ValueError(
-                f"row {lost[0]!r} of the {names[0]} file is not in the {names[1]} file; score the same rows"
-            )
-    pairs = [(row, two[row.id]) for row in first]
-    for one, two in pairs:
-        if (one.text, one.label, one.task) != (two.text, two.label, two.task):
-            raise ValueError(f"row {one.id!r} is not the same in both files: its text, label or task differs")
-        if one.error is None and two.error is None and [*one.probabilities] != [*two.probabilities]:
-            raise ValueError(f"row {one.id!r}: the labels of the two files differ")
+        if other := next((row for row in rows if row.method != method), None):
+            raise ValueError(f"row {other.id!r} of the {method} file is by method {other.method!r}")
+    pairs = predictions.paired_rows(first, second, ("logprobs", "consistency"))
+    for _, two in pairs:
         if two.error is None and not ("votes" in two.extras and type(two.extras.get("calls")) is int):
             raise ValueError(f"row {two.id!r} of the consistency file does not say its votes and calls")
     return pairs

@@ -11,6 +11,7 @@ it about half the time.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -175,6 +176,22 @@ def _more_labels(accepted: np.ndarray, errors: np.ndarray, n: int, target: float
 
 
 # Money
+
+
+def add_cost_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of what a decision costs; the same in every script."""
+    add = parser.add_argument
+    add("--review-cost", type=float, default=5.0, metavar="DOLLARS", help="of a person's look (default: 5)")
+    add("--error-cost", type=float, default=25.0, metavar="DOLLARS", help="of an automated mistake (default: 25)")
+    add("--volume", type=int, default=1000, metavar="N", help="predictions a day (default: 1,000)")
+
+
+def check_cost_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("review_cost", "error_cost"):
+        if not 0 <= getattr(args, name) <= 1e9:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: from 0 to a billion")
+    if args.volume < 1:
+        parser.error(f"--volume {args.volume}: at least one prediction a day")
 
 
 def cost_optimal_threshold(review_cost: float, error_cost: float, automation_cost: float = 0.0) -> float:

@@ -171,6 +171,34 @@ def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[l
         raise ValueError(f"{path}: {error}") from None
 
 
+def paired_rows(
+    first: Sequence[Prediction], second: Sequence[Prediction], names: tuple[str, str]
+) -> list[tuple[Prediction, Prediction]]:
+    """The rows of two files by id, in the first's order; ValueError when they are not the same texts, labels and task.
+
+    `names` says what a message calls each file.
+    """
+    by_id = [{row.id: row for row in rows} for rows in (first, second)]
+    for name, rows, mine in zip(names, (first, second), by_id, strict=True):
+        if different := [row.id for row in rows if row.fingerprint != rows[0].fingerprint]:
+            raise ValueError(f"row {different[0]!r} of the {name} file has another fingerprint than the first row")
+        if len(mine) < len(rows):
+            twice = next(row.id for row in rows if mine[row.id] is not row)
+            raise ValueError(f"row {twice!r} stands twice in the {name} file")
+    for here, there in ((0, 1), (1, 0)):
+        if lost := [id for id in by_id[here] if id not in by_id[there]]:
+            raise ValueError(
+                f"row {lost[0]!r} of the {names[here]} file is not in the {names[there]} file; score the same rows"
+            )
+    pairs = [(row, by_id[1][row.id]) for row in first]
+    for one, two in pairs:
+        if (one.text, one.label, one.task) != (two.text, two.label, two.task):
+            raise ValueError(f"row {one.id!r} is not the same in both files: its text, label or task differs")
+        if one.error is None and two.error is None and [*one.probabilities] != [*two.probabilities]:
+            raise ValueError(f"row {one.id!r}: the labels of the two files differ")
+    return pairs
+
+
 def one_fingerprint(rows: Iterable[Prediction]) -> list[Prediction]:
     """The scored rows; ValueError when there are none, or when they are not all one model's, task's and method's."""
     scored = [row for row in rows if row.error is None]
