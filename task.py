@@ -141,6 +141,12 @@ class Task:
         del settings["paraphrases"]
         return json.loads(json.dumps(settings))
 
+    @classmethod
+    def from_settings(cls, settings: Mapping) -> Task:
+        """The task, without paraphrases, whose `settings` these are."""
+        labels = {label: tuple(words) for label, words in settings["labels"]}
+        return cls(**settings | {"labels": labels, "examples": tuple(map(tuple, settings["examples"]))})
+
 
 # The few-shot examples were chosen by measurement on SST-2's development set; README.md has the numbers.
 TASKS = {

@@ -29,7 +29,7 @@ NUMBER_SIDE = {"task", "predictions", "plotting", "calibration_metrics", "calibr
 NUMBER_SIDE |= {"calibration_demo", "compare_base_vs_finetuned"}
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "gguf"}
 OTHER_NAMES = {"data", "images", "scripts", "tests", "requirements.txt", "README.md"}
-OTHER_NAMES |= {"pyproject.toml", "Makefile", "LICENSE", ".gitignore", ".ci"}
+OTHER_NAMES |= {"fine_tuned_sentiment_model", "pyproject.toml", "Makefile", "LICENSE", ".gitignore", ".ci"}
 
 MODULES = sorted(ROOT.glob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))

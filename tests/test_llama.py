@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -427,6 +428,270 @@ def one_by_one_at_once(model, rows, answers) -> np.ndarray:
     return np.stack([after(row) for row in rows])
 
 
+# Gradients
+
+
+@pytest.fixture(scope="module")
+def trainable():
+    """Each kind of model with a random LoRA adapter, of p = 0.4, on every linear layer; its weights can be trained."""
+    from peft import LoraConfig, get_peft_model
+
+    made = {}
+
+    def make(name: str) -> Llama:
+        if name not in made:
+            llama = random_model(name, *KINDS[name][:2])
+            settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+            if name == "a head that does not select":
+                del settings["task_type"]  # for then peft hands on only what it is given
+            if name == "state space":
+                settings["exclude_modules"] = ["out_proj"]  # peft refuses it, for Mamba takes its weights elsewhere
+            dropout = 0 if name == "linear and full attention" else 0.4  # peft has none for experts
+            config = LoraConfig(r=2, lora_dropout=dropout, **settings)
+            with warnings.catch_warnings():  # of a name that transformers will change, and of GPT-2's transposed layers
+                warnings.simplefilter("ignore")
+                made[name] = replace(llama, model=get_peft_model(llama.model, config).eval())
+        return replace(made[name])  # which has not yet tried whether it can share
+
+    return make
+
+
+def gradient_of(llama: Llama, backward) -> np.ndarray:
+    """What a call leaves in the gradients of all weights that can be trained, one after the other."""
+    llama.model.zero_grad()
+    backward()
+    weights = [weight for weight in llama.model.parameters() if weight.requires_grad]
+    found = [np.zeros(weight.numel()) if weight.grad is None else weight.grad.flatten().numpy() for weight in weights]
+    return np.concatenate(found)
+
+
+def assert_same_gradient(gradient: np.ndarray, truth: np.ndarray) -> None:
+    assert np.linalg.norm(gradient - truth) < 1e-5 * np.linalg.norm(truth) and np.linalg.norm(truth) > 0.1
+
+
+def answers_one_by_one(model, rows, answers):
+    """Log-probability of each answer after each row, a whole pass of its own for each; a tensor that keeps its graph."""
+    import torch
+
+    def log_prob(row, answer):
+        logits = model(input_ids=torch.tensor([[*row, *answer[:-1]]]), use_cache=False).logits[0]
+        return logits[len(row) - 1 :].double().log_softmax(-1)[range(len(answer)), answer].sum()
+
+    return torch.stack([torch.stack([log_prob(row, answer) for answer in answers]) for row in rows])
+
+
+def surprise(log_probs, batch):
+    """A loss in which rows weigh differently and answers bear on each other."""
+    return sum((number + 1) * row.logsumexp(0) ** 2 + row[0] for number, row in zip(batch, log_probs, strict=True))
+
+
+ONE_TOKEN = [[7], [8], [30]]
+
+
+@pytest.mark.parametrize("answers", [ONE_TOKEN, ANSWERS], ids=["first tokens", "whole answers"])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_gradient_is_that_of_whole_rows_one_by_one(trainable, name, answers, monkeypatch):
+    monkeypatch.setitem(loader.TOKENS_PER_BATCH, "cpu", 16)
+    llama = trainable(name)
+    tables = {"shared": TABLES["a shared beginning"], "none shared": TABLES["no shared beginning"], "one": [BEGINNING]}
+    for place, rows in tables.items():
+        numbered = list(range(len(rows)))
+        truth = gradient_of(
+            llama,
+            lambda rows=rows, numbered=numbered: surprise(
+                answers_one_by_one(llama.model, rows, answers), numbered
+            ).backward(),
+        )
+        for batch_size, share in ((None, True), (1, True), (3, True), (100, True), (4, False)):
+            arguments = rows, answers, surprise, batch_size, share
+            assert_same_gradient(gradient_of(llama, lambda arguments=arguments: llama.add_gradients(*arguments)), truth)
+        assert llama._prefix == ((), None), place
+    assert llama.shares_prefix is KINDS[name][2] and not llama.model.training
+
+
+def test_every_row_is_given_to_the_loss_once_with_its_log_probabilities(trainable):
+    llama, rows, seen = trainable("llama"), TABLES["a shared beginning"], {}
+
+    def loss(log_probs, batch):
+        assert log_probs.shape == (len(batch), 3) and str(log_probs.dtype) == "torch.float32"
+        seen.update(zip(batch, log_probs.tolist(), strict=True))
+        return log_probs.sum()
+
+    llama.add_gradients(rows, ANSWERS, loss, 2)
+    with llama.evaluating():
+        assert_same(np.array([seen[i] for i in range(len(rows))]), llama.answer_log_probs(rows, ANSWERS))
+
+
+def test_gradients_are_added_to_those_that_are_there(trainable):
+    llama, rows = trainable("llama"), TABLES["a shared beginning"]
+    once = gradient_of(llama, lambda: llama.add_gradients(rows, ONE_TOKEN, surprise))
+    twice = gradient_of(llama, lambda: [llama.add_gradients(rows, ONE_TOKEN, surprise) for _ in range(2)])
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-5, atol=1e-7 * np.abs(once).max())
+
+
+def test_in_half_precision_the_shared_beginning_gives_the_gradient_of_whole_rows_within_its_rounding(trainable):
+    import torch
+
+    exact = trainable("llama")
+    halved = replace(exact, model=copy.deepcopy(exact.model), identity={"precision": "bfloat16"})
+    for name, weight in halved.model.named_parameters():  # the adapter stays in float32, as it is trained
+        if "lora" not in name:
+            weight.data = weight.data.to(torch.bfloat16)
+    rows, found = TABLES["a shared beginning"], {}
+    for name, llama, share in (("exact", exact, True), ("whole", halved, False), ("shared", halved, True)):
+        arguments = rows, ONE_TOKEN, surprise, 2, share
+        found[name] = gradient_of(llama, lambda llama=llama, arguments=arguments: llama.add_gradients(*arguments))
+    error = {name: np.linalg.norm(found[name] - found["exact"]) for name in found}
+    assert 0 < error["shared"] < 1.5 * error["whole"] < 0.2 * np.linalg.norm(found["exact"])
+
+
+def test_the_shared_beginning_is_trained_through_once_a_step(trainable):
+    llama, read = trainable("llama"), []
+    rows = [[*numbers(7, 40), 20 + i, 5] for i in range(8)]
+    llama.add_gradients(rows, ONE_TOKEN, surprise)
+    hook = llama.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: read.append(ids[0].numel()))
+    llama.add_gradients(rows, ONE_TOKEN, surprise, batch_size=3)
+    hook.remove()
+    assert sum(read) == 40 + 8 * 2
+
+
+def test_what_changed_the_weights_changes_the_answers_that_follow(trainable):
+    import torch
+
+    llama, rows = trainable("llama"), TABLES["a shared beginning"]
+    before = llama.answer_log_probs(rows, ONE_TOKEN)
+    assert llama._prefix[0]
+    weights = [weight for weight in llama.model.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        torch._foreach_add_(weights, 0.3)
+    llama.model.train()
+    with llama.evaluating():
+        assert not llama.model.training and torch.is_inference_mode_enabled()
+        after = llama.answer_log_probs(rows, ONE_TOKEN)
+    assert llama.model.training and llama._prefix == ((), None)
+    llama.model.eval()
+    assert_same(after, one_by_one(llama.model, rows, ONE_TOKEN))
+    assert np.abs(after - before).max() > 0.01
+    with torch.no_grad():
+        torch._foreach_sub_(weights, 0.3)
+
+
+# Dropout masks
+
+
+def test_a_mask_is_of_the_seed_and_neither_batch_nor_shared_beginning_change_its_answers_and_gradients(trainable):
+    llama, rows = trainable("llama"), TABLES["a shared beginning"]
+    plain = llama.answer_log_probs(rows, ANSWERS)
+    found = {}
+    for seed in ([0, 1], [0, 2], [1, 1]):
+        with llama.dropping_out(seed):
+            found[tuple(seed)] = truth = one_by_one(llama.model, rows, ANSWERS)
+            slow = gradient_of(
+                llama,
+                lambda: surprise(answers_one_by_one(llama.model, rows, ANSWERS), range(len(rows))).backward(),
+            )
+        for batch_size in (None, 1, 3):
+            with llama.dropping_out(seed):
+                assert_same(llama.answer_log_probs(rows, ANSWERS, batch_size), truth)
+        for batch_size, share in ((None, True), (2, True), (3, False)):
+            with llama.dropping_out(seed):
+                arguments = rows, ANSWERS, surprise, batch_size, share
+                fast = gradient_of(llama, lambda arguments=arguments: llama.add_gradients(*arguments))
+            assert_same_gradient(fast, slow)
+    values = [plain, *found.values()]
+    assert all(np.abs(a - b).max() > 0.01 for i, a in enumerate(values) for b in values[:i])
+    np.testing.assert_array_equal(llama.answer_log_probs(rows, ANSWERS), plain)
+
+
+def hooks_of(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_masks_are_on_the_adapter_s_layers_alone_and_go_away_whatever_happens(trainable):
+    llama, rows = trainable("llama"), TABLES["a shared beginning"]
+    before = hooks_of(llama.model)
+    with pytest.raises(KeyError), llama.dropping_out([0]):
+        hooked = [name for name, module in llama.model.named_modules() if module._forward_hooks]
+        assert len(hooked) == 2 * 7 and all(name.endswith("lora_dropout.default") for name in hooked)
+        llama.answer_log_probs(rows, ONE_TOKEN)
+        raise KeyError
+    assert hooks_of(llama.model) == before and llama._prefix == ((), None)
+
+
+def test_without_dropout_nothing_is_drawn(tiny_llama, tiny_folder, tmp_path):
+    tuned = load_llama(str(tiny_folder), str(save_adapter(tiny_llama, tmp_path / "adapter", lora_dropout=0)), "cpu")
+    plain = tuned.next_token_log_probs(IDS)
+    with tuned.dropping_out([0]):
+        assert hooks_of(tuned.model) == 0
+        np.testing.assert_array_equal(tuned.next_token_log_probs(IDS), plain)
+
+
+# Hidden states
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_last_hidden_states_are_those_of_transformers_for_each_row_alone(name):
+    import torch
+
+    llama = random_model(name, *KINDS[name][:2])
+    for rows in TABLES.values():
+        truth = []
+        for row in rows:
+            network = llama.model.base_model  # without the vocabulary head
+            truth.append(network(torch.tensor([row]), output_hidden_states=True).hidden_states[-1][0, -1].numpy())
+        before = hooks_of(llama.model)  # transformers' own
+        for answers in (ONE_TOKEN, ANSWERS):
+            for batch_size in (None, 1, 3):
+                hidden = np.full((len(rows), llama.hidden_size), np.nan, np.float32)
+                log_probs = llama.answer_log_probs(rows, answers, batch_size, hidden=hidden)
+                np.testing.assert_allclose(hidden, np.array(truth), rtol=0, atol=1e-4)
+                np.testing.assert_array_equal(log_probs, llama.answer_log_probs(rows, answers, batch_size))
+        assert hooks_of(llama.model) == before and llama.hidden_size == len(truth[0])
+
+
+# Too little memory
+
+
+def allocate_on_cpu(*arguments, **options):
+    """What torch really says when a CPU's memory does not suffice."""
+    import torch
+
+    torch.empty(1 << 60)
+
+
+def allocate_on_gpu(*arguments, **options):
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of ...")
+
+
+@pytest.mark.parametrize("allocate", [allocate_on_cpu, allocate_on_gpu], ids=["on a CPU", "on a GPU"])
+def test_out_of_memory_is_one_line_with_the_flags_that_help(allocate):
+    llama = random_model("llama", *KINDS["llama"][:2])
+    llama.model.forward = allocate
+    rows = TABLES["a row of one token"]
+    runs = {
+        "--batch-size.*--load-in-4bit": lambda: llama.answer_log_probs(rows, ONE_TOKEN),
+        "--micro-batch-size.*--gradient-checkpointing": lambda: llama.add_gradients(
+            rows, ONE_TOKEN, surprise, share_prefix=False
+        ),
+    }
+    for flags, function in runs.items():
+        with pytest.raises(MemoryError, match=rf"out of memory; use .*{flags}") as caught:
+            function()
+        assert "\n" not in str(caught.value)
+
+
+def test_another_error_of_the_model_keeps_its_traceback():
+    def broken(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    llama = random_model("llama", *KINDS["llama"][:2])
+    llama.model.forward = broken
+    with pytest.raises(RuntimeError, match="a bug"):
+        llama.answer_log_probs([[5]], ONE_TOKEN)
+
+
 # Loading a folder
 
 
@@ -599,6 +864,8 @@ def test_the_identity_changes_with_whatever_changes_the_output(tiny_folder, copi
 def test_the_identity_tells_precisions_apart(tiny_folder):
     import torch
 
+    for device in ("cpu", "cpu:0"):  # as accelerate calls it; the precision is the CPU's
+        assert load_llama(str(tiny_folder), device=device).identity["precision"] == "float32"
     loaded = load_llama(str(tiny_folder), device="cpu", dtype="bfloat16")
     assert loaded.identity["precision"] == "bfloat16"
     assert loaded.model.dtype == torch.bfloat16
@@ -697,6 +964,41 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tiny_llama, tiny_fo
     message = str(refusal.value)
     assert str(folder) in message and "\n" not in message
     assert not message.endswith(":")  # the first line of a library's long message is not a reason
+
+
+TRAINED_FROM = {  # what an adapter says of its base, what this base is -> whether it is refused
+    "the same weights": ("ours", "ours", False),
+    "other weights of the same shape": ("theirs", "ours", True),
+    "another model of the Hub": ("org/a@1", "org/b@1", True),
+    "another commit of the same model": ("org/a@1", "org/a@2", False),
+    "a model of the Hub that is a folder here": ("org/a@1", "ours", False),
+    "nothing": (None, "ours", False),
+}
+
+
+@pytest.mark.parametrize(("trained", "here", "refused"), TRAINED_FROM.values(), ids=TRAINED_FROM.keys())
+def test_an_adapter_of_other_weights_is_refused(
+    tiny_llama, tiny_folder, tmp_path, monkeypatch, trained, here, refused
+):
+    folder = save_adapter(tiny_llama, tmp_path / "adapter")
+    if trained:
+        (folder / "training_config.json").write_text(json.dumps({"base_weights": trained}))
+    monkeypatch.setattr(loader, "_locate", lambda model: ("tiny", tiny_folder, here))
+    if refused:
+        with pytest.raises(ValueError, match=rf"^the adapter in .* from other weights \({trained}\).*\({here}\)$"):
+            load_llama("tiny", str(folder), "cpu")
+    else:
+        assert load_llama("tiny", str(folder), "cpu").adapter == folder
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"base_weights": 5}', "{}"])
+def test_an_unreadable_record_of_the_base_refuses_no_adapter_by_a_traceback(tiny_llama, tiny_folder, tmp_path, content):
+    folder = save_adapter(tiny_llama, tmp_path / "adapter")
+    (folder / "training_config.json").write_text(content)
+    try:
+        load_llama(str(tiny_folder), str(folder), "cpu")
+    except ValueError as refusal:
+        assert "other weights" in str(refusal)
 
 
 @pytest.fixture
