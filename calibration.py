@@ -41,6 +41,8 @@ LARGEST = 1e9  # no fitted parameter and no count comes near
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
 PER_LABEL_ROWS = 50  # with three labels or more: a predicted label with fewer rows shares the calibrator of all
 FORMAT = "calibrated-confidence calibrator, version 1"
+HEAD_FORMAT = "calibrated-confidence head, version 1"
+HEAD_STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # variance of what a head adds to a logit, before fitting
 
 
 def logit(confidence: np.ndarray) -> np.ndarray:
@@ -337,6 +339,102 @@ class ClassAware(BaseEstimator):
         return answers
 
 
+# A head on the last hidden state
+
+
+@dataclass(frozen=True)
+class ConfidenceHead:
+    """P(right) = sigma(slope * logit(confidence) + intercept + weights . standardised hidden state).
+
+    What Platt scaling is to the confidence, with all that the model knew besides: Kadavath et al., "Language models
+    (mostly) know what they know", 2022. `fingerprint` is that of the predictions it belongs to; `record` holds n, the
+    share of right answers, and the out-of-fold log loss of the head and of Platt scaling alone on the same folds.
+    """
+
+    slope: float
+    intercept: float
+    weights: np.ndarray  # [hidden]
+    mean: np.ndarray  # [hidden]
+    scale: np.ndarray  # [hidden]
+    fingerprint: str
+    record: Mapping[str, object]
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits of all its numbers."""
+        return hashlib.sha256(_head_text(self).encode()).hexdigest()[:8]
+
+    def predict(self, hidden: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+        """P(right) [n] from hidden states [n, hidden] and confidences [n]."""
+        extra = ((hidden - self.mean) / self.scale) @ self.weights
+        return _sigmoid(self.slope * logit(confidence) + self.intercept + extra)
+
+
+def fit_head(
+    hidden: np.ndarray, confidence: np.ndarray, correct: np.ndarray, groups: Sequence[object], fingerprint: str
+) -> ConfidenceHead:
+    """Fit a head to rows [n] that the model was not trained on; what it adds to Platt scaling is shrunk by ridge.
+
+    The penalty is chosen by grouped cross-validation, no weights at all being among the choices. ValueError when the
+    rows are too few, or all right or all wrong.
+    """
+    hidden, correct = np.asarray(hidden, dtype=np.float64), np.asarray(correct, dtype=bool)
+    if len(correct) < LEAST_ROWS:
+        raise ValueError(f"{len(correct)} rows are too few for a confidence head; {LEAST_ROWS} are the least")
+    folds = grouped_folds(confidence, correct, groups)
+    losses = {}
+    for strength in HEAD_STRENGTHS:
+        answers = np.empty(len(correct))
+        for train, test in folds:
+            answers[test] = _head(hidden[train], confidence[train], correct[train], strength).predict(
+                hidden[test], confidence[test]
+            )
+        losses[strength] = log_loss(answers, correct)
+    best = min(losses, key=losses.__getitem__)
+    record = {"n": len(correct), "right": float(correct.mean()), "strength": best}
+    record |= {"out_of_fold_log_loss": losses[best], "platt_log_loss": losses[0.0]}
+    return replace(_head(hidden, confidence, correct, best), fingerprint=fingerprint, record=record)
+
+
+def _head(hidden: np.ndarray, confidence: np.ndarray, correct: np.ndarray, strength: float) -> ConfidenceHead:
+    """The head whose weights have the prior variance strength / hidden; 0 is Platt scaling."""
+    _need_both(correct)
+    mean, scale = hidden.mean(axis=0), np.maximum(hidden.std(axis=0), SMALLEST)
+    width = hidden.shape[1]
+    # One logistic regression with one penalty: columns so large that their coefficients cost nothing are free.
+    columns = [logit(confidence)[:, None] * 1e3, (hidden - mean) / scale * np.sqrt(strength / width / 1e6)]
+    fitted = _logistic_regression(np.hstack(columns if strength else columns[:1]), correct)
+    weights = fitted[1:-1] * np.sqrt(strength / width / 1e6) if strength else np.zeros(width)
+    return ConfidenceHead(float(fitted[0] * 1e3), float(fitted[-1]), weights, mean, scale, "", {})
+
+
+def _head_text(head: ConfidenceHead) -> str:
+    record = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(head).items()}
+    return json.dumps({"format": HEAD_FORMAT} | record, allow_nan=False) + "\n"
+
+
+def save_head(path: str | Path, head: ConfidenceHead) -> None:
+    """Write a head as JSON, numbers exact, whole or not at all."""
+    _write_whole(path, _head_text(head))
+
+
+def load_head(path: str | Path) -> ConfidenceHead:
+    """Read and check a head; ValueError in one line."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        _require(record.pop("format", None) == HEAD_FORMAT, "format", "another")
+        arrays = {name: np.array(record.pop(name), dtype=np.float64) for name in ("weights", "mean", "scale")}
+        _require(
+            len({array.shape for array in arrays.values()}) == 1, "weights", "of another length than mean or scale"
+        )
+        _require(all(np.isfinite(array).all() for array in arrays.values()), "weights", "not numbers")
+        _require(arrays["weights"].ndim == 1 and (arrays["scale"] > 0).all(), "scale", "not above 0")
+        _require(_is_number(record["slope"]) and _is_number(record["intercept"]), "slope", "no number")
+        return ConfidenceHead(**record, **arrays)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not a confidence head: {error}") from None
+
+
 # Cross-fitting and choosing
 
 
@@ -575,7 +673,10 @@ def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
         "threshold": fitted.threshold and dict(fitted.threshold),
         "fitted_on": sorted(fitted.fitted_on),
     }
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    _write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def _write_whole(path: str | Path, text: str) -> None:
     part = Path(f"{path}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@
     python logprobs_confidence.py --raw-prompt "Knock knock."
     python logprobs_confidence.py --input reviews.csv --output predictions.jsonl
     python logprobs_confidence.py --calibrator calibrator.json "Not bad"      # with calibrated confidence and decision
+    python logprobs_confidence.py --confidence-head "Not bad"    # an adapter's own estimate of being right, beside it
     python logprobs_confidence.py --endpoint http://127.0.0.1:8000/v1 "Not bad"          # a model behind a server
 
 Single texts are explained: the ranked token table with the label each token counts for, the sums, the verdict
@@ -38,13 +39,13 @@ import endpoint
 import predictions
 import task as tasks
 from endpoint import Endpoint, Listing, PassingError, Prompt
-from llama import SLOT, Frame, Llama, default_llama, load_from, load_reader
+from llama import HEAD, SLOT, Frame, Llama, default_llama, load_from, load_reader
 from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from task import Answer, Example, Task
 
 if TYPE_CHECKING:
-    from calibration import FittedCalibrator
+    from calibration import ConfidenceHead, FittedCalibrator
 
 TOP_TOKENS = 20
 NO_LABEL = "the model gives no label any probability"
@@ -62,6 +63,7 @@ class Scorer:
     answers: tuple[Answer, ...]
     truncate: bool
     fingerprint: str
+    head: ConfidenceHead | None = None
 
     @property
     def room(self) -> int:
@@ -69,13 +71,36 @@ class Scorer:
         return max(len(answer.ids) for answer in self.answers) - 1
 
 
-def prepare(llama: Llama, task: Task, truncate: bool = False, **settings: object) -> Scorer:
-    """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer."""
+def prepare(llama: Llama, task: Task, truncate: bool = False, use_head: bool = False, **settings: object) -> Scorer:
+    """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer.
+
+    `use_head`: also what the confidence head beside the model's adapter says; ValueError if there is none.
+    """
     frame = llama.frame_of(task)
     answers = tasks.find_answers(task, llama.tokenizer, frame.render("text"))
     settings = {"truncate": True} | settings if truncate else settings
-    fingerprint = predictions.fingerprint(**llama.identity, task=task.settings(), method="logprobs", settings=settings)
-    return Scorer(llama, task, frame, tuple(answers), truncate, fingerprint)
+    known = {**llama.identity, "task": task.settings(), "method": "logprobs"}
+    fingerprint, head = predictions.fingerprint(**known, settings=settings), None
+    if use_head:
+        head = read_head(llama, predictions.fingerprint(**known, settings={}))
+        fingerprint = predictions.fingerprint(**known, settings=settings | {"head": head.digest})
+    return Scorer(llama, task, frame, tuple(answers), truncate, fingerprint, head)
+
+
+def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
+    """The confidence head beside the model's adapter, which must be of this model, adapter and task."""
+    from calibration import load_head
+
+    if llama.adapter is None or not (llama.adapter / HEAD).is_file():
+        where = f"the adapter in {llama.adapter} has no {HEAD}" if llama.adapter else "no adapter is in use"
+        raise ValueError(f"--confidence-head: {where}; fine_tune_model.py --confidence-head makes one")
+    head = load_head(llama.adapter / HEAD)
+    if head.fingerprint != fingerprint:
+        raise ValueError(
+            f"{llama.adapter / HEAD} is for predictions {head.fingerprint}, these are {fingerprint}: "
+            "another model, adapter, precision or task"
+        )
+    return head
 
 
 @dataclass(frozen=True)
@@ -126,8 +151,9 @@ def explain(text: str, scorer: Scorer) -> dict:
     llama, task, answers = scorer.llama, scorer.task, scorer.answers
     ids, shown = llama.encode_within(scorer.frame, text, scorer.room, scorer.truncate)
     log_probs = llama.next_token_log_probs(ids)
-    if scorer.room:
-        answer_log_probs = llama.answer_log_probs([ids], [answer.ids for answer in answers])
+    hidden = np.empty((1, llama.hidden_size), np.float32) if scorer.head else None
+    if scorer.room or scorer.head:
+        answer_log_probs = llama.answer_log_probs([ids], [answer.ids for answer in answers], hidden=hidden)
     else:
         answer_log_probs = log_probs[None, [answer.ids[0] for answer in answers]]
     probabilities, mass = tasks.label_probabilities(answer_log_probs, answers, list(task.labels))
@@ -140,6 +166,8 @@ def explain(text: str, scorer: Scorer) -> dict:
         for answer, p in zip(answers, np.exp(answer_log_probs[0]), strict=True)
     ]
     counted.sort(key=lambda entry: -entry["probability"])
+    confidence = by_label[prediction]
+    extras = {"head_confidence": float(scorer.head.predict(hidden, confidence)[0])} if scorer.head else {}
     return {
         "text": text,
         "prompt": scorer.frame.render(shown),
@@ -155,7 +183,8 @@ def explain(text: str, scorer: Scorer) -> dict:
         "label_mass": float(mass[0]),
         "total_probability": by_label[prediction] * float(mass[0]),
         "prediction": prediction,
-        "confidence": by_label[prediction],
+        "confidence": confidence,
+        **extras,
         "fingerprint": scorer.fingerprint,
     }
 
@@ -237,6 +266,8 @@ def print_explanation(row: dict) -> None:
     print_answer_sums(row)
     confidence, total = 100 * row["confidence"], 100 * row["total_probability"]
     print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)")
+    if "head_confidence" in row:
+        print(f"  Confidence head: {100 * row['head_confidence']:.2f} % that this is right")
     predictions.print_decision(row)
     print()
 
@@ -261,10 +292,12 @@ def score(
         except ValueError as error:
             errors[i] = str(error)
     advance(len(errors))
+    hidden = np.empty((len(rows), llama.hidden_size), np.float32) if scorer.head else None
     log_probs = llama.answer_log_probs(
-        [ids for ids, _ in rows.values()], [answer.ids for answer in scorer.answers], batch_size, advance
+        [ids for ids, _ in rows.values()], [answer.ids for answer in scorer.answers], batch_size, advance, hidden
     )
     probabilities, mass = tasks.label_probabilities(log_probs, scorer.answers, list(task.labels))
+    head_confidence = scorer.head.predict(hidden, probabilities.max(axis=1)) if scorer.head else None
     result: dict[int, Prediction] = {}
     for at, (i, (_, shown)) in enumerate(rows.items()):
         if not np.isfinite(probabilities[at]).all():
@@ -272,6 +305,8 @@ def score(
             continue
         by_label = dict(zip(task.labels, probabilities[at].tolist(), strict=True))
         extras = {"truncated": True} if shown != examples[i].text else {}
+        if scorer.head:
+            extras["head_confidence"] = float(head_confidence[at])
         record = *task.identify(examples[i]), by_label, float(mass[at])
         result[i] = predictions.scored(*record, **common, extras=extras)
     for i, message in errors.items():
@@ -357,6 +392,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tasks.add_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
     add("--debias", choices=["batch"], help="divide by the labels' mean over the table; for balanced labels only")
+    add("--confidence-head", action="store_true", help="add the adapter's own estimate of being right")
     predictions.add_arguments(parser)
     add_model_arguments(parser)
     endpoint.add_arguments(parser)
@@ -366,6 +402,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     endpoint.check_arguments(parser, args)
     if args.debias and not args.input:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
+    if args.confidence_head and (args.raw_prompt or args.endpoint or args.debias):
+        parser.error("--confidence-head reads the last hidden state of an adapter's own answer; leave the other out")
     if args.raw_prompt and (args.input or args.calibrator or args.endpoint):
         parser.error("--raw-prompt shows the next token after texts, of a model loaded here; it gives no label")
     if args.batch_size is not None and args.batch_size < 1:
@@ -387,7 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             server = stack.enter_context(endpoint.connect_from(args, args.tokenizer and load_reader(args.tokenizer)))
             model, join = server, prepare_remote
         else:
-            model, join = load_from(args, task.settings()), partial(prepare, truncate=args.truncate)
+            model = load_from(args, task.settings())
+            join = partial(prepare, truncate=args.truncate, use_head=args.confidence_head)
         if args.raw_prompt:
             show_next_tokens(args, model)
             return
