@@ -1,26 +1,33 @@
-"""How fast Method 1 runs here: the article's way, plain batches and ours, on the same texts in one run.
+"""How fast Method 1 and fine-tuning run here, beside the usual ways, on the same texts in one run.
 
     python scripts/benchmark.py                                   # 60 texts of data/sample.csv
     python scripts/benchmark.py --input big.csv --limit 500 --rounds 5
+    python scripts/benchmark.py --training                        # fine-tuning, beside Hugging Face's Trainer
     python scripts/benchmark.py --random-weights llama-3.1-8b     # that shape with random weights, on a GPU
 
 The article's way is one `generate` call a text; plain batches are 32 rows at a time, padded, logits at every position.
 The three are timed in turn, round after round; a rate is the median of its rounds, a ratio is against the article's
 way. The limit is this machine's own matrix-multiply rate, measured on the model's layer shapes at our batch size;
 ours is counted on the tokens that no two texts share, attention left out. It prints a table and writes nothing.
+
+--training times whole epochs on the first rows of data:train: transformers' Trainer on padded whole prompts with every
+label but the answer's masked, and fine_tune_model.py's steps; the same LoRA, optimizer, rows a step and precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -33,6 +40,7 @@ from llama import TOKENS_PER_BATCH, Llama, add_arguments, load_from, load_llama 
 from logprobs_confidence import prepare  # noqa: E402
 
 PLAIN_BATCH = 32
+TRAINER_BATCH = 8  # rows of a step that Trainer runs together; more do not fit into 24 GB of memory
 LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
     "model_type": "llama",
     "hidden_size": 4096,
@@ -49,6 +57,9 @@ LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = tasks.read_task(args.task)
+    if args.training:
+        compare_training(args, task)
+        return
     first = None if args.random_weights else first_answer(args)  # now, for a child's peak begins at its parent's size
     texts = [example.text for example in tasks.examples_from(args)]
     llama = random_llama(args) if args.random_weights else load_from(args)
@@ -91,8 +102,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--random-weights", metavar="CONFIG", help="llama-3.1-8b or a config.json: that shape, random weights"
     )
-    parser.set_defaults(input=str(ROOT / "data" / "sample.csv"))
+    parser.add_argument(
+        "--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)"
+    )
     args = parser.parse_args(argv)
+    if args.training and args.input is None:
+        args.input, args.limit = "data:train", args.limit or 64
+    args.input = args.input or str(ROOT / "data" / "sample.csv")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")
     return args
@@ -154,8 +170,103 @@ def plain_batches(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int
 
 
 def ours(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
-    llama._prefix = ((), None)  # the shared prefix belongs to the time
+    llama.forget_prefix()  # the shared prefix belongs to the time
     return llama.answer_log_probs(rows, [[i] for i in ids])
+
+
+# Fine-tuning: both train a fresh adapter for one epoch
+
+
+def compare_training(args: argparse.Namespace, task: tasks.Task) -> None:
+    """Time an epoch of Trainer and of ours in turn, round after round."""
+    import torch
+
+    import fine_tune_model as tuning
+
+    llama = random_llama(args) if args.random_weights else load_from(args)
+    options = ["--epochs", "1", "--batch-size", str(PLAIN_BATCH), "--device", args.device]
+    ways = {"Hugging Face's Trainer": with_trainer, "ours": with_our_steps}
+    if args.random_weights:
+        del ways["Hugging Face's Trainer"]  # which does not fit whole prompts of that shape
+    seconds = {name: [] for name in ways}
+    with TemporaryDirectory() as folder:
+        settings = tuning.parse_arguments([*options, "--output-dir", str(Path(folder) / "adapter")])
+        student = tuning.study(llama, task)
+        table = tuning.read_table(student, tuning.read_labelled(args, task, args.input), args.input)
+        for turn in range(args.rounds + 1):  # the first warms up
+            for name, way in ways.items():
+                tuning.add_adapter(llama, settings)
+                elapsed = way(student, table, settings, Path(folder))
+                llama.model = llama.model.unload().requires_grad_(False)
+                if turn:
+                    seconds[name].append(elapsed)
+                    print(f"round {turn}: {name}: {elapsed:.1f} s", file=sys.stderr)
+    rows, steps = len(table.rows), math.ceil(len(table.rows) / PLAIN_BATCH)
+    prefix, _ = llama._shared_prefix(table.rows)
+    own = sum(map(len, table.rows)) - len(prefix) * rows
+    print(
+        f"{llama.name}, {llama.device} {llama.identity['precision']}, {rows} rows of {args.input}, {PLAIN_BATCH} a step"
+    )
+    print(f"{len(prefix)} shared and {own / rows:.1f} own tokens a row, median of {args.rounds} rounds\n")
+    slowest = median(next(iter(seconds.values())))
+    for name, measured in seconds.items():
+        print(f"{name:46}{rows / median(measured):8.2f} rows/s{slowest / median(measured):8.2f}")
+    # Forward, and backward to the activations: the weights that are not trained need no gradient.
+    print_limit(llama, 2 * (own + steps * len(prefix)), 2 * rows, median(seconds["ours"]))
+    if llama.device == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
+
+
+def with_our_steps(student: object, table: object, settings: argparse.Namespace, folder: Path) -> float:
+    """Seconds of an epoch of fine_tune_model.py's steps."""
+    import accelerate
+
+    import fine_tune_model as tuning
+
+    run = tuning.prepare(student, table, table, settings, accelerate.PartialState(cpu=student.llama.device == "cpu"))
+
+    def epoch() -> None:
+        while run.step < run.steps:
+            run.step += 1
+            tuning.take_step(run, False)
+
+    return timed(epoch, student.llama.device)[1]
+
+
+def with_trainer(student: object, table: object, settings: argparse.Namespace, folder: Path) -> float:
+    """Seconds of an epoch of transformers' Trainer; the answer is the label's own token, all else is masked."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    first = {label: next(a.ids[0] for a in student.answers if a.label == label) for label in student.task.labels}
+    answers = [first[label] for label in np.array(list(student.task.labels))[table.targets]]
+    data = [(row, answer) for row, answer in zip(table.rows, answers, strict=True)]
+
+    def collate(batch: list[tuple]) -> dict:
+        width = max(len(row) for row, _ in batch) + 1
+        ids = [[*row, answer, *[0] * (width - len(row) - 1)] for row, answer in batch]
+        labels = [[*[-100] * len(row), answer, *[-100] * (width - len(row) - 1)] for row, answer in batch]
+        mask = [[1] * (len(row) + 1) + [0] * (width - len(row) - 1) for row, _ in batch]
+        return {k: torch.tensor(v) for k, v in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+
+    options = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        per_device_train_batch_size=TRAINER_BATCH,
+        gradient_accumulation_steps=PLAIN_BATCH // TRAINER_BATCH,
+        num_train_epochs=1,
+        learning_rate=settings.learning_rate,
+        use_cpu=student.llama.device == "cpu",
+        bf16=student.llama.identity["precision"] == "bfloat16",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        seed=settings.seed,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(model=student.llama.model, args=options, train_dataset=data, data_collator=collate)
+    with redirect_stdout(sys.stderr):
+        return timed(trainer.train, student.llama.device)[1]
 
 
 # Measuring
