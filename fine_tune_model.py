@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ import predictions
 import task as tasks
 from llama import ADAPTER_FOLDER, HEAD, Frame, Llama, folder_hash, load_from, load_llama
 from llama import add_arguments as add_model_arguments
+from predictions import natural
 from task import Answer, Example, Task
 
 LOSSES = ("cross-entropy", "brier", "focal", "label-smoothing", "mmce")
@@ -77,16 +79,16 @@ class Student:
     frame: Frame
     answers: tuple[Answer, ...]
 
-    @property
+    @cached_property
     def ids(self) -> list[tuple[int, ...]]:
         return [answer.ids for answer in self.answers]
 
-    @property
+    @cached_property
     def columns(self) -> list[list[int]]:
         """For each label, which answers count for it."""
         return [[i for i, answer in enumerate(self.answers) if answer.label == label] for label in self.task.labels]
 
-    @property
+    @cached_property
     def begun(self) -> list[tuple[int, int]]:
         """(answer, longer answer that it begins), the longest first, as `tasks.label_probabilities` subtracts them."""
         by_length = sorted(range(len(self.ids)), key=lambda i: -len(self.ids[i]))
@@ -673,30 +675,27 @@ def draw(run: Run, path: Path) -> None:
     import plotting
 
     taken, checked = [entry for entry in run.log if "loss" in entry], run.validations
-    n = len(run.validation.rows)
-    caption = (
-        f"Fine-tuning {run.student.llama.name}, task {run.student.task.name}: {len(run.training.rows):,} training "
+    name, n, watched = run.student.llama.name, len(run.training.rows), len(run.validation.rows)
+    caption = f"Fine-tuning {name}, task {run.student.task.name}: {n:,} training rows, validation on n = {watched:,} "
+    caption += (
+        "rows that are not trained on. The dotted line is the adapter that was kept, chosen on these validation rows."
     )
-    caption += f"rows, validation on n = {n:,} rows that are not trained on. The dotted line is the adapter that was "
-    caption += "kept, chosen on these validation rows."
     with plotting.figure(path, caption, columns=2, height=4.0) as axes:
         losses, truth = axes[0]
-        steps = [entry["step"] for entry in taken]
-        losses.plot(steps, [entry["loss"] for entry in taken], color=plotting.SKY, linewidth=0.8, alpha=0.7)
+        steps, values = [entry["step"] for entry in taken], [entry["loss"] for entry in taken]
+        losses.plot(steps, values, color=plotting.SKY, linewidth=0.8, alpha=0.7)
         width = max(1, len(taken) // 20)
-        smooth = np.convolve([entry["loss"] for entry in taken], np.ones(width) / width, "valid")
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
         losses.plot(steps[width - 1 :], smooth, color=plotting.BLUE, label=f"training, mean of {width} steps")
-        at = [entry["step"] for entry in checked]
-        losses.plot(
-            at, [entry["log_loss"] for entry in checked], "o-", color=plotting.RED, label="validation, log loss"
-        )
+        for axis, number, label, style, color in (
+            (losses, "log_loss", "validation, log loss", "o-", plotting.RED),
+            (truth, "accuracy", "accuracy", "o-", plotting.GREEN),
+            (truth, "mean_confidence", "mean confidence", "o-", plotting.ORANGE),
+            (truth, "ece", "ECE, 20 bins", "o-", plotting.PURPLE),
+            (truth, "ece_floor", "its noise floor", "--", plotting.GREY),
+        ):
+            axis.plot([e["step"] for e in checked], [e[number] for e in checked], style, color=color, label=label)
         losses.set(title="Loss", xlabel="step", ylabel="nats", ylim=(0, None))
-        truth.plot(at, [entry["accuracy"] for entry in checked], "o-", color=plotting.GREEN, label="accuracy")
-        truth.plot(
-            at, [entry["mean_confidence"] for entry in checked], "o-", color=plotting.ORANGE, label="mean confidence"
-        )
-        truth.plot(at, [entry["ece"] for entry in checked], "o-", color=plotting.PURPLE, label="ECE, 20 bins")
-        truth.plot(at, [entry["ece_floor"] for entry in checked], "--", color=plotting.GREY, label="its noise floor")
         truth.set(title="Confidence on the validation rows", xlabel="step", ylim=(0, 1))
         plotting.percent(truth, "y")
         for axis in (losses, truth):
@@ -753,7 +752,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = group.add_argument
     add("--train", default="data:train", metavar="FILE", help="labelled rows to learn from (default: data:train)")
     add("--validation", metavar="FILE", help="labelled rows to watch (default: data:validation, with data:train)")
-    add("--validation-limit", type=predictions.natural, default=500, metavar="N", help=VALIDATION_LIMIT_HELP)
+    limit = "watch N of them, drawn by the seed (default: 500; 0: all)"
+    add("--validation-limit", type=natural, default=500, metavar="N", help=limit)
     tasks.add_column_arguments(group)
     add_model_arguments(parser)
     parser.set_defaults(adapter="none")
@@ -761,9 +761,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output-dir", default="fine_tuned_model", metavar="FOLDER", help="default: fine_tuned_model")
     add("--resume", action="store_true", help="go on from the folder's checkpoint, if there is one")
     add("--overwrite", action="store_true", help="replace what a training left in the folder")
-    add(
-        "--loss", default="cross-entropy", choices=LOSSES, help="default: cross-entropy; all are proper but mmce's part"
-    )
+    add("--loss", default="cross-entropy", choices=LOSSES, help="default: cross-entropy; it and brier are proper")
     add("--rank", type=int, default=4, metavar="R", help="of the LoRA matrices (default: 4; 64 for an 8B model)")
     add("--alpha", type=float, metavar="A", help="LoRA's scale is A / R (default: 2 R)")
     add("--dropout", type=float, default=0.05, metavar="P", help="on the LoRA input (default: 0.05)")
@@ -775,26 +773,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="less memory, more time; the prefix runs with every row")
     add("--validate-every", type=int, default=25, metavar="N", help="steps between validations (default: 25)")
     add("--checkpoint-every", type=int, default=25, metavar="N", help="steps that a kill can lose (default: 25)")
-    add(
-        "--early-stopping",
-        default="log_loss",
-        choices=["log_loss", "ece"],
-        help="what the best validation has least of",
-    )
-    add(
-        "--patience",
-        type=predictions.natural,
-        default=5,
-        metavar="N",
-        help="validations without a better one; 0: go on",
-    )
-    add("--seed", type=predictions.natural, default=0, metavar="N", help="of weights, order and dropout (default: 0)")
+    add("--early-stopping", default="log_loss", choices=["log_loss", "ece"], help="which the best has least of")
+    add("--patience", type=natural, default=5, metavar="N", help="validations without a better (default: 5; 0: any)")
+    add("--seed", type=natural, default=0, metavar="N", help="of weights, order and dropout (default: 0)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
-
-
-VALIDATION_LIMIT_HELP = "watch N of them, drawn by the seed (default: 500; 0: all)"
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

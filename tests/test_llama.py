@@ -470,7 +470,7 @@ def assert_same_gradient(gradient: np.ndarray, truth: np.ndarray) -> None:
 
 
 def answers_one_by_one(model, rows, answers):
-    """Log-probability of each answer after each row, a whole pass of its own for each; a tensor that keeps its graph."""
+    """Log-probability of each answer after each row, a whole pass for each; a tensor that keeps its graph."""
     import torch
 
     def log_prob(row, answer):
@@ -502,7 +502,7 @@ def test_the_gradient_is_that_of_whole_rows_one_by_one(trainable, name, answers,
                 answers_one_by_one(llama.model, rows, answers), numbered
             ).backward(),
         )
-        for batch_size, share in ((None, True), (1, True), (3, True), (100, True), (4, False)):
+        for batch_size, share in ((None, True), (1, True), (4, False)):
             arguments = rows, answers, surprise, batch_size, share
             assert_same_gradient(gradient_of(llama, lambda arguments=arguments: llama.add_gradients(*arguments)), truth)
         assert llama._prefix == ((), None), place
@@ -977,9 +977,7 @@ TRAINED_FROM = {  # what an adapter says of its base, what this base is -> wheth
 
 
 @pytest.mark.parametrize(("trained", "here", "refused"), TRAINED_FROM.values(), ids=TRAINED_FROM.keys())
-def test_an_adapter_of_other_weights_is_refused(
-    tiny_llama, tiny_folder, tmp_path, monkeypatch, trained, here, refused
-):
+def test_an_adapter_of_other_weights_is_refused(tiny_llama, tiny_folder, tmp_path, monkeypatch, trained, here, refused):
     folder = save_adapter(tiny_llama, tmp_path / "adapter")
     if trained:
         (folder / "training_config.json").write_text(json.dumps({"base_weights": trained}))

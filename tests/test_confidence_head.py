@@ -1,0 +1,564 @@
+"""The confidence head: P(right) from the last hidden state, fitted by fine_tune_model.py, read by Method 1.
+
+Truth comes from simulations whose weights are known, from an optimiser of its own, from rows that no fit has seen, from
+plain transformers with `output_hidden_states`, and from unbroken runs for broken ones. The models are tiny and random.
+"""
+
+import csv
+import functools
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import tiny
+from scipy.optimize import minimize
+from scipy.special import expit
+
+import calibration
+import fine_tune_model
+import logprobs_confidence
+import predictions
+from calibration import (
+    HEAD_STRENGTHS,
+    ConfidenceHead,
+    PlattScalingCalibrator,
+    cross_fit,
+    fit_head,
+    load_head,
+    save_head,
+)
+from calibration_metrics import log_loss
+from llama import HEAD, load_llama
+from task import TASKS, Example
+
+SENTIMENT = TASKS["sentiment"]
+WORDS = ("a", "film", "that", "is", "not", "long", "funny", "dull", "and", "never", "quite", "warm", "told", "slow")
+WORDS += ("with", "some", "heart", "but", "too", "many", "turns")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Tiny models run faster on one thread; the tokenizer, and its vocabulary with it, is read once."""
+    import torch
+    from transformers import AutoTokenizer
+
+    before, patch = torch.get_num_threads(), pytest.MonkeyPatch()
+    torch.set_num_threads(1)
+    patch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
+    yield
+    patch.undo()
+    torch.set_num_threads(before)
+
+
+# Fitting
+
+
+def logit(p):
+    return np.log(p) - np.log1p(-p)
+
+
+def simulated(n, weights, seed, slope=0.8, intercept=-0.2):
+    """(hidden states [n, d], confidence [n], correct [n], P(right) [n]) where a head with these weights is true."""
+    draw = np.random.default_rng(seed)
+    hidden = draw.normal(3, 2, (n, len(weights)))
+    confidence = draw.uniform(0.5, 0.99, n)
+    truth = expit(slope * logit(confidence) + intercept + (hidden - 3) / 2 @ weights)
+    return hidden, confidence, draw.random(n) < truth, truth
+
+
+def ridge(hidden, confidence, correct, strength):
+    """(slope, intercept, weights) with the greatest likelihood times normal prior of variance strength / width."""
+    z, x = (hidden - hidden.mean(axis=0)) / hidden.std(axis=0), logit(confidence)
+    sign, variance = np.where(correct, 1.0, -1.0), strength / hidden.shape[1]
+
+    def loss(t):
+        margin = sign * (t[0] * x + t[1] + z @ t[2:])
+        slope = -sign * expit(-margin)
+        gradient = np.concatenate([[slope @ x, slope.sum()], z.T @ slope + t[2:] / variance])
+        return np.logaddexp(0, -margin).sum() + (t[2:] ** 2).sum() / (2 * variance), gradient
+
+    return minimize(loss, np.zeros(2 + hidden.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-7}).x
+
+
+def test_a_head_recovers_the_weights_of_a_simulation_and_beats_platt_scaling_there():
+    weights = np.array([1.0, -0.7, 0.4, 0.0, 0.0])
+    head = fit_head(*simulated(6000, weights, 0)[:3], range(6000), "f")
+    assert head.slope == pytest.approx(0.8, abs=0.15) and head.intercept == pytest.approx(-0.2, abs=0.2)
+    assert head.weights == pytest.approx(weights, abs=0.15)  # about four standard errors
+    hidden, confidence, correct, truth = simulated(6000, weights, 1)
+    platt = PlattScalingCalibrator().fit(*simulated(6000, weights, 0)[1:3]).predict(confidence)
+    found = head.predict(hidden, confidence)
+    assert log_loss(found, correct) < log_loss(platt, correct) - 0.1
+    assert log_loss(found, correct) - log_loss(truth, correct) < 0.002
+    record = head.record
+    assert record["n"] == 6000 and record["right"] == simulated(6000, weights, 0)[2].mean()
+    assert record["strength"] == max(HEAD_STRENGTHS)
+    assert record["out_of_fold_log_loss"] < record["platt_log_loss"] - 0.1
+
+
+@pytest.mark.parametrize("strength", HEAD_STRENGTHS[1:])
+def test_a_head_is_the_ridge_regression_that_it_says(strength):
+    hidden, confidence, correct, _ = simulated(300, np.random.default_rng(5).normal(0, 0.3, 40), 2)
+    head = calibration._head(hidden, confidence, correct, strength)
+    slope, intercept, *weights = ridge(hidden, confidence, correct, strength)
+    assert (head.slope, head.intercept) == pytest.approx((slope, intercept), abs=1e-5)
+    assert head.weights == pytest.approx(np.array(weights), abs=1e-5)
+
+
+def test_without_weights_a_head_is_platt_scaling():
+    hidden, confidence, correct, _ = simulated(300, np.zeros(4), 3)
+    head = calibration._head(hidden, confidence, correct, 0.0)
+    platt = PlattScalingCalibrator().fit(confidence, correct)
+    assert not head.weights.any()  # Platt's own targets, which keep off 0 and 1, are all that sets the two apart
+    assert head.predict(hidden, confidence) == pytest.approx(platt.predict(confidence), abs=0.01)
+    record = fit_head(hidden, confidence, correct, range(300), "f").record
+    out_of_fold = log_loss(cross_fit(PlattScalingCalibrator(), confidence, correct, range(300)), correct)
+    assert record["platt_log_loss"] == pytest.approx(out_of_fold, abs=0.002)
+
+
+def test_where_hidden_states_know_nothing_a_head_adds_next_to_nothing():
+    losses, strengths = [], []
+    for seed in range(12):
+        hidden, confidence, correct, _ = simulated(300, np.zeros(30), seed)
+        head = fit_head(hidden, confidence, correct, range(300), "f")
+        strengths.append(head.record["strength"])
+        fresh = simulated(4000, np.zeros(30), 100 + seed)
+        platt = PlattScalingCalibrator().fit(confidence, correct).predict(fresh[1])
+        losses.append(log_loss(head.predict(*fresh[:2]), fresh[2]) - log_loss(platt, fresh[2]))
+        assert head.record["out_of_fold_log_loss"] <= head.record["platt_log_loss"]
+    assert np.median(strengths) <= 0.03 and np.mean(losses) < 0.003
+
+
+def test_the_recorded_log_loss_is_what_fresh_rows_show():
+    weights, differences = np.random.default_rng(9).normal(0, 0.25, 20), []
+    for seed in range(12):
+        head = fit_head(*simulated(400, weights, seed)[:3], range(400), "f")
+        hidden, confidence, correct, _ = simulated(4000, weights, 100 + seed)
+        differences.append(head.record["out_of_fold_log_loss"] - log_loss(head.predict(hidden, confidence), correct))
+    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
+    assert abs(np.mean(differences)) < 3 * error + 0.01  # folds train on four fifths; the best of seven is a bit lucky
+
+
+def test_rows_of_a_group_are_in_one_fold():
+    # Every row five times: folds that tore the copies apart would reward learning them by heart.
+    hidden, confidence, correct, _ = simulated(60, np.zeros(40), 4)
+    copies = [np.repeat(value, 5, axis=0) for value in (hidden, confidence, correct)]
+    together = fit_head(*copies, np.repeat(range(60), 5), "f").record
+    torn = fit_head(*copies, range(300), "f").record
+    assert torn["out_of_fold_log_loss"] < together["out_of_fold_log_loss"] - 0.1
+    assert together["strength"] <= 0.1 < torn["strength"]
+
+
+def test_a_hidden_state_that_never_changes_bears_no_weight():
+    hidden, confidence, correct, _ = simulated(200, np.array([1.0, -1.0]), 6)
+    with_constant = np.hstack([hidden, np.full((200, 1), 7.0)])
+    head = fit_head(with_constant, confidence, correct, range(200), "f")
+    assert head.weights[2] == 0 and np.isfinite(head.predict(with_constant, confidence)).all()
+
+
+REFUSED = {
+    "too few rows": (19, lambda correct: correct, "19 rows are too few.*20"),
+    "all right": (40, np.ones_like, "right"),
+    "all wrong": (40, np.zeros_like, "wrong"),
+    "one wrong": (40, lambda correct: np.arange(len(correct)) > 0, "right"),
+}
+
+
+@pytest.mark.parametrize(("n", "change", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_rows_that_can_not_teach_a_head_are_an_error(n, change, words):
+    hidden, confidence, correct, _ = simulated(n, np.zeros(3), 7)
+    with pytest.raises(ValueError, match=words) as refusal:
+        fit_head(hidden, confidence, change(correct), range(n), "f")
+    assert "\n" not in str(refusal.value)
+
+
+# The file
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    hidden, confidence, correct, _ = simulated(200, np.array([1.0, -0.5, 1 / 3]), 8)
+    return fit_head(hidden, confidence, correct, range(200), "0123abcd"), hidden, confidence
+
+
+def test_a_head_comes_back_from_its_file_bit_for_bit(fitted, tmp_path):
+    head, hidden, confidence = fitted
+    save_head(tmp_path / "head.json", head)
+    again = load_head(tmp_path / "head.json")
+    assert again.predict(hidden, confidence).tobytes() == head.predict(hidden, confidence).tobytes()
+    assert again.digest == head.digest and len(head.digest) == 8
+    assert (again.fingerprint, again.record) == (head.fingerprint, head.record)
+    save_head(tmp_path / "again.json", again)
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "head.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"head.json", "again.json"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"slope": 2.0}, {"intercept": 0.5}, {"weights": np.zeros(3)}, {"mean": np.ones(3)}, {"scale": np.ones(3)}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_digest_follows_every_number(fitted, changes):
+    assert replace(fitted[0], **changes).digest != fitted[0].digest
+
+
+BROKEN = {
+    "no JSON": "{",
+    "not an object": "[]",
+    "a calibrator": json.dumps({"format": calibration.FORMAT}),
+    "empty": "",
+    "too deep": "[" * 100_000,
+}
+BROKEN_FIELDS = {  # field -> values that can not be
+    "format": ["another", None],
+    "slope": ["1", None, True, 10**400],
+    "intercept": ["1", None, []],
+    "weights": [None, 3, [], ["a", "b", "c"], [1, 2], [[1, 2, 3]], [1, 2, None], [1, 2, [3]], [1, 2, 10**400]],
+    "mean": [[1, 2, None], [1, 2], {}],
+    "scale": [[1, 2, 0], [1, 2, -1], [1, 2, None]],
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_a_file_that_is_no_head_is_one_line(tmp_path, content):
+    path = tmp_path / "head.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^{path} is not a confidence head: ") as refusal:
+        load_head(path)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", BROKEN_FIELDS)
+def test_a_head_edited_by_hand_is_one_line(fitted, tmp_path, field):
+    path = tmp_path / "head.json"
+    save_head(path, fitted[0])
+    whole = json.loads(path.read_text())
+    without = {name: value for name, value in whole.items() if name != field}
+    damaged = [without, *({**whole, field: value} for value in BROKEN_FIELDS[field]), {**whole, "more": 1}]
+    for record in damaged:
+        path.write_text(json.dumps(record))
+        with pytest.raises(ValueError, match=f"^{path} is not a confidence head: "):
+            load_head(path)
+    path.write_text(json.dumps(whole).replace(str(whole["slope"]), "NaN"))
+    with pytest.raises(ValueError, match="NaN"):
+        load_head(path)
+
+
+# Trained beside an adapter
+
+
+def labelled(n, seed):
+    """n rows (id, text, label) whose last word mostly tells the label."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(n):
+        end, label = [("bad", "negative"), ("good", "positive")][i % 2]
+        label = {"negative": "positive", "positive": "negative"}[label] if draw.random() < 0.2 else label
+        rows.append((f"{seed}-{i}", f"{' '.join(draw.choices(WORDS, k=draw.randint(3, 12)))} {end}", label))
+    return rows
+
+
+def write_csv(path, rows, header=("id", "text", "label")):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+TRAINING, VALIDATION, TABLE = labelled(20, 0), labelled(60, 1), labelled(17, 2)
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny("llama", tokenizer).model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(base, tmp_path_factory):
+    """Run fine_tune_model.py with a head in this process, on few rows; -> its exit code."""
+    folder = tmp_path_factory.mktemp("tables")
+    tables = {"train": write_csv(folder / "t.csv", TRAINING), "validation": write_csv(folder / "v.csv", VALIDATION)}
+
+    def run_main(output, *flags):
+        rows = [part for name, path in tables.items() for part in (f"--{name}", path)]
+        arguments = ["--model", base, *rows, "--output-dir", output, "--device", "cpu", "--batch-size", 10]
+        arguments += ["--epochs", 1, "--learning-rate", 0.02, "--confidence-head", *flags]
+        return exit_code_of(lambda: fine_tune_model.main([*map(str, arguments)]))
+
+    return run_main
+
+
+def exit_code_of(function):
+    try:
+        predictions.run(function)
+    except SystemExit as stopped:
+        return stopped.code or 0
+    return 0
+
+
+@pytest.fixture(scope="module")
+def tuned(train, tmp_path_factory):
+    """(folder of an adapter with a head, what fit_head was given)."""
+    folder, given = tmp_path_factory.mktemp("runs") / "tuned", []
+
+    def spy(*arguments):
+        given.append(arguments)
+        return fit_head(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "fit_head", spy)
+        assert train(folder, "--validation-limit", 15) == 0
+    assert len(given) == 1
+    return folder, given[0]
+
+
+@pytest.fixture(scope="module")
+def hidden_states(base, tuned, tokenizer):
+    """(last hidden state, confidence) of a text by transformers and peft alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tuned[0])
+    ids = [tokenizer(word).input_ids[0] for word in (" negative", " positive")]
+    answers = [[], []]
+    for i, word in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
+        for label, answer in enumerate(("negative", "positive")):
+            if word.strip().lower() == answer:
+                answers[label].append(i)
+    assert all(i in answer for i, answer in zip(ids, answers, strict=True))
+
+    def compute(text):
+        prompt = tokenizer(SENTIMENT.prompt(text)).input_ids
+        with torch.no_grad():
+            output = network(torch.tensor([prompt]), output_hidden_states=True)
+        p = output.logits[0, -1].double().softmax(-1)
+        sums = [float(p[answer].sum()) for answer in answers]
+        return output.hidden_states[-1][0, -1].tolist(), max(sums) / sum(sums)
+
+    return compute
+
+
+def slow_head(file, hidden, confidence):
+    """The head's formula as it is written, from the file's own numbers."""
+    head = json.loads(file.read_text())
+    extra = sum(
+        w * (h - m) / s for w, h, m, s in zip(head["weights"], hidden, head["mean"], head["scale"], strict=True)
+    )
+    z = head["slope"] * math.log(confidence / (1 - confidence)) + head["intercept"] + extra
+    return 1 / (1 + math.exp(-z))
+
+
+@pytest.fixture(scope="module")
+def scorer(base, tuned):
+    return logprobs_confidence.prepare(load_llama(str(base), str(tuned[0]), "cpu"), SENTIMENT, use_head=True)
+
+
+@pytest.fixture
+def call(base, tuned, capsys):
+    """Run Method 1 with the adapter and its head in this process: -> exit code, stdout, stderr."""
+
+    def run_main(*arguments, head=True):
+        capsys.readouterr()
+        flags = ["--model", base, "--adapter", tuned[0], "--device", "cpu", *(["--confidence-head"] if head else [])]
+        code = exit_code_of(lambda: logprobs_confidence.main([*map(str, [*flags, *arguments])]))
+        return code, *capsys.readouterr()
+
+    return run_main
+
+
+def one_error(result, *words):
+    code, out, err = result
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and err.startswith("error: "), result
+    assert all(word in err for word in words), err
+
+
+def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_and_no_other(tuned, base, hidden_states):
+    folder, (hidden, confidence, correct, groups, fingerprint) = tuned
+    assert len(hidden) == len(confidence) == len(correct) == len(groups) == len(VALIDATION)
+    config = json.loads((folder / "training_config.json").read_text())
+    assert config["validation"]["rows"] == 15 and fingerprint == config["fingerprint"]
+    for row in (0, 1, 7, 31, 59):
+        states, truth = hidden_states(VALIDATION[row][1])
+        assert hidden[row] == pytest.approx(states, abs=1e-4) and confidence[row] == pytest.approx(truth, abs=1e-5)
+    llama = load_llama(str(base), str(folder), "cpu")
+    examples = [Example(*row) for row in VALIDATION]
+    rows = logprobs_confidence.score(examples, logprobs_confidence.prepare(llama, SENTIMENT))
+    assert [row.prediction == row.label for row in rows] == correct.tolist() and 0 < correct.mean() < 1
+    head = load_head(folder / HEAD)
+    assert head.record["n"] == 60 and head.fingerprint == fingerprint
+    assert head.digest == fit_head(hidden, confidence, correct, groups, fingerprint).digest
+
+
+def test_a_head_changes_nothing_of_the_adapter(tuned, train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--validation-limit", 15) == 0
+    printed = capsys.readouterr().out
+    record = load_head(tmp_path / "run" / HEAD).record
+    assert f"confidence head fitted on 60 validation rows, {record['right']:.1%} right" in printed
+    assert f"{record['out_of_fold_log_loss']:.4f}" in printed and f"{record['platt_log_loss']:.4f}" in printed
+    for name in (HEAD, "adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tuned[0] / name).read_bytes()
+
+
+def test_rows_that_can_not_teach_a_head_leave_a_training_that_can_be_finished_without(train, tmp_path, capsys):
+    right = [(i, text, "positive" if i == VALIDATION[0][0] else "negative") for i, text, _ in VALIDATION]
+    flags = "--validation", write_csv(tmp_path / "v.csv", right), "--learning-rate", 1e-9
+    with pytest.MonkeyPatch.context() as patch:  # a model that is right in every row
+        real = fine_tune_model.measure
+
+        def measure(student, table, *rest):
+            log_probs, mass = real(student, table, *rest)
+            log_probs[:] = np.log(0.1)
+            log_probs[range(len(log_probs)), table.targets] = np.log(0.9)
+            return log_probs, mass
+
+        patch.setattr(fine_tune_model, "measure", measure)
+        assert train(tmp_path / "run", *flags) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: --confidence-head: all ") and "--resume without it" in err
+        assert not (tmp_path / "run" / "training_config.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        real_parse = fine_tune_model.parse_arguments
+
+        def without(argv):
+            return real_parse([argument for argument in argv if argument != "--confidence-head"])
+
+        patch.setattr(fine_tune_model, "parse_arguments", without)
+        assert train(tmp_path / "run", *flags, "--resume") == 0
+    assert (tmp_path / "run" / "training_config.json").exists() and not (tmp_path / "run" / HEAD).exists()
+
+
+# Used by Method 1
+
+
+TEXTS = ["never quite warm good", "  a dull film bad\n", "1999 caf\u00e9 \U0001f600"]
+
+
+def test_a_text_and_its_json_get_the_head_s_own_word(call, tuned, scorer, hidden_states):
+    code, out, _ = call("--json", *TEXTS)
+    assert code == 0
+    rows = [json.loads(line) for line in out.splitlines()]
+    for text, row in zip(TEXTS, rows, strict=True):
+        hidden, confidence = hidden_states(text)
+        assert row["confidence"] == pytest.approx(confidence, abs=1e-5)
+        truth = slow_head(tuned[0] / HEAD, hidden, confidence)
+        assert row["head_confidence"] == pytest.approx(truth, abs=1e-5)
+        assert row["fingerprint"] == scorer.fingerprint
+    code, out, _ = call(TEXTS[0])
+    assert code == 0 and f"Confidence head: {100 * rows[0]['head_confidence']:.2f} %" in out
+    assert len({row["head_confidence"] for row in rows}) == 3
+
+
+def test_without_the_flag_nothing_is_added(call, scorer):
+    code, out, _ = call("--json", TEXTS[0], head=False)
+    row = json.loads(out)
+    assert code == 0 and "head_confidence" not in row and row["fingerprint"] != scorer.fingerprint
+    assert "Confidence head" not in call(TEXTS[0], head=False)[1]
+
+
+def test_a_table_gets_a_column_whatever_the_batches(call, tuned, scorer, hidden_states, tmp_path):
+    table = write_csv(tmp_path / "t.csv", [*TABLE, ("empty", " ", "positive")])
+    truth = [slow_head(tuned[0] / HEAD, *hidden_states(text)) for _, text, _ in TABLE]
+    for size in (1, 5, 100):
+        output = tmp_path / f"{size}.jsonl"
+        assert call("--input", table, "--output", output, "--batch-size", size)[0] == 0
+        *rows, broken = predictions.read(output)
+        assert [row.extras["head_confidence"] for row in rows] == pytest.approx(truth, abs=1e-5)
+        assert {row.fingerprint for row in (*rows, broken)} == {scorer.fingerprint}
+        assert broken.error and "head_confidence" not in broken.extras
+    plain = tmp_path / "plain.jsonl"
+    assert call("--input", table, "--output", plain, head=False)[0] == 0
+    for row, without in zip(rows, predictions.read(plain), strict=False):
+        assert (row.prediction, row.text) == (without.prediction, without.text)
+        assert row.confidence == pytest.approx(without.confidence, abs=1e-5)
+        assert row.fingerprint != without.fingerprint and not without.extras
+
+
+def test_whole_answers_have_a_head_too(tokenizer, tmp_path):
+    task = replace(SENTIMENT, scoring="sequence")
+    llama = replace(tiny("llama", tokenizer), adapter=tmp_path)
+    head = ConfidenceHead(0.5, 0.1, np.linspace(-1, 1, 32), np.zeros(32), np.ones(32), "", {})
+    plain = logprobs_confidence.prepare(llama, task)
+    save_head(tmp_path / HEAD, replace(head, fingerprint=plain.fingerprint))
+    scorer = logprobs_confidence.prepare(llama, task, use_head=True)
+    rows = logprobs_confidence.score([Example(*row) for row in TABLE[:4]], scorer, 3)
+    for row in rows:
+        alone = logprobs_confidence.explain(row.text, scorer)
+        assert row.extras["head_confidence"] == pytest.approx(alone["head_confidence"], abs=1e-5)
+
+
+def test_a_table_that_was_cut_anywhere_ends_with_the_bytes_of_an_unbroken_one(call, tmp_path, monkeypatch):
+    table = write_csv(tmp_path / "t.csv", TABLE)
+    flags = "--input", table, "--batch-size", 4
+    assert call(*flags, "--output", tmp_path / "whole.jsonl")[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        path = tmp_path / f"cut{size}.jsonl"
+        path.write_bytes(whole[:size])
+        assert call(*flags, "--output", path)[0] == 0
+        assert path.read_bytes() == whole
+    other = tmp_path / "other.jsonl"
+    assert call(*flags, "--output", other, head=False)[0] == 0
+    before = other.read_bytes()
+    code, _, err = call(*flags, "--output", other)
+    assert code == 2 and "--overwrite" in err and other.read_bytes() == before
+
+
+def test_a_model_that_names_no_label_gives_no_number_from_its_head_either(scorer, monkeypatch):
+    def nothing(llama, rows, answers, *rest):
+        rest[-1][:] = 1.0
+        return np.full((len(rows), len(answers)), -np.inf)
+
+    monkeypatch.setattr(type(scorer.llama), "answer_log_probs", nothing)
+    for row in logprobs_confidence.score([Example(*row) for row in TABLE[:3]], scorer):
+        assert row.error == logprobs_confidence.NO_LABEL and "head_confidence" not in row.extras
+
+
+def test_the_fingerprint_follows_the_head(base, tuned, scorer, tmp_path):
+    folder = shutil.copytree(tuned[0], tmp_path / "copy")
+    save_head(folder / HEAD, replace(load_head(folder / HEAD), slope=3.0))
+    llama = load_llama(str(base), str(folder), "cpu")
+    changed = logprobs_confidence.prepare(llama, SENTIMENT, use_head=True)
+    assert changed.llama.identity == scorer.llama.identity and changed.fingerprint != scorer.fingerprint
+    cut = logprobs_confidence.prepare(scorer.llama, SENTIMENT, truncate=True, use_head=True)
+    assert cut.fingerprint not in (scorer.fingerprint, changed.fingerprint)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--raw-prompt", "x"],
+        ["x", "--endpoint", "http://127.0.0.1:9/v1"],
+        ["--input", "t.csv", "--output", "p.jsonl", "--debias", "batch"],
+    ],
+    ids=["--raw-prompt", "--endpoint", "--debias"],
+)
+def test_a_head_does_not_go_with_what_shows_no_hidden_state_or_changes_the_answer(capsys, flags):
+    code = exit_code_of(lambda: logprobs_confidence.main([*flags, "--confidence-head"]))
+    one_error((code, *capsys.readouterr()), "--confidence-head")
+
+
+def test_no_head_another_s_head_and_a_broken_one_are_one_line(call, base, tuned, train, tmp_path):
+    one_error(call("x", "--adapter", "none"), "no adapter is in use", "fine_tune_model.py --confidence-head")
+    folder = shutil.copytree(tuned[0], tmp_path / "adapter")
+    (folder / HEAD).unlink()
+    one_error(call("x", "--adapter", folder), f"the adapter in {folder} has no {HEAD}", "fine_tune_model.py")
+    assert train(tmp_path / "other", "--seed", 1) == 0
+    shutil.copy(tmp_path / "other" / HEAD, folder)
+    one_error(call("x", "--adapter", folder), str(folder / HEAD), "another model, adapter, precision or task")
+    shutil.copy(tuned[0] / HEAD, folder)
+    one_error(call("x", "--adapter", folder, "--task", "sentiment-yes-no"), "another model, adapter, precision or task")
+    one_error(call("x", "--adapter", folder, "--dtype", "bfloat16"), "another model, adapter, precision or task")
+    (folder / HEAD).write_text("{")
+    one_error(call("x", "--adapter", folder), f"{folder / HEAD} is not a confidence head")
+    head = load_head(tuned[0] / HEAD)
+    narrow = {name: getattr(head, name)[:5] for name in ("weights", "mean", "scale")}
+    save_head(folder / HEAD, replace(head, **narrow))
+    code, out, err = call("x", "--adapter", folder)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
