@@ -6,6 +6,7 @@ plain transformers with `output_hidden_states`, and from unbroken runs for broke
 
 import csv
 import functools
+import itertools
 import json
 import math
 import random
@@ -281,15 +282,18 @@ def base(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(base, tmp_path_factory):
-    """Run fine_tune_model.py with a head in this process, on few rows; -> its exit code."""
+    """Run fine_tune_model.py with a head in this process; -> its exit code. It keeps the first adapter of two."""
     folder = tmp_path_factory.mktemp("tables")
     tables = {"train": write_csv(folder / "t.csv", TRAINING), "validation": write_csv(folder / "v.csv", VALIDATION)}
 
     def run_main(output, *flags):
         rows = [part for name, path in tables.items() for part in (f"--{name}", path)]
         arguments = ["--model", base, *rows, "--output-dir", output, "--device", "cpu", "--batch-size", 10]
-        arguments += ["--epochs", 1, "--learning-rate", 0.02, "--confidence-head", *flags]
-        return exit_code_of(lambda: fine_tune_model.main([*map(str, arguments)]))
+        arguments += ["--epochs", 1, "--validate-every", 1, "--learning-rate", 0.02, "--confidence-head", *flags]
+        worse, real = itertools.count(), fine_tune_model.scores
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fine_tune_model, "scores", lambda *measured: real(*measured) | {"log_loss": next(worse)})
+            return exit_code_of(lambda: fine_tune_model.main([*map(str, arguments)]))
 
     return run_main
 
@@ -384,6 +388,7 @@ def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_a
     assert len(hidden) == len(confidence) == len(correct) == len(groups) == len(VALIDATION)
     config = json.loads((folder / "training_config.json").read_text())
     assert config["validation"]["rows"] == 15 and fingerprint == config["fingerprint"]
+    assert (config["best"]["step"], config["steps"]) == (1, 2)
     for row in (0, 1, 7, 31, 59):
         states, truth = hidden_states(VALIDATION[row][1])
         assert hidden[row] == pytest.approx(states, abs=1e-4) and confidence[row] == pytest.approx(truth, abs=1e-5)

@@ -20,6 +20,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -78,7 +79,7 @@ def quick():
     before, patch = torch.get_num_threads(), pytest.MonkeyPatch()
     torch.set_num_threads(1)
     patch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
-    yield
+    yield before
     patch.undo()
     torch.set_num_threads(before)
 
@@ -636,6 +637,11 @@ def test_the_adapter_of_the_best_validation_is_kept_and_patience_ends_the_traini
     assert "step 2 of 4" in out
     assert_describes(told[2] | {"n": 25}, predictions_of(base, tmp_path / "run", same_rows(tables)))
     monkeypatch.undo()
+    told = scripted(monkeypatch, name, [0.1, 0.9, 0.5, 0.7, 0.5, 0.4])
+    disturb(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))  # after one that was no better
+    assert call(tmp_path / "stopped", *flags)[0] == 143 and call(tmp_path / "stopped", *flags, "--resume")[0] == 0
+    assert len(told) == 5 and config_of(tmp_path / "stopped") == config
+    monkeypatch.undo()
     assert call(tmp_path / "longer", *flags[:2], "--patience", 0, "--epochs", 1)[0] == 0
     assert config_of(tmp_path / "longer")["steps"] == 5
 
@@ -1083,6 +1089,14 @@ def test_whole_answers_and_mmce_do_not_go_together(call, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_several_processes_and_mmce_do_not_go_together(tiny_llama):
+    args = parse_arguments(["--loss", "mmce"])
+    student = study(tiny_llama, SENTIMENT)
+    fine_tune_model.check_together(student, args, SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match=r"mmce.*in one process"):
+        fine_tune_model.check_together(student, args, SimpleNamespace(num_processes=2))
+
+
 def test_what_peft_can_not_adapt_is_one_line_that_names_the_model(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"^peft can not adapt tiny-mamba with --dropout 0\.05: "):
         begin(tiny("mamba", tokenizer), SENTIMENT, tmp_path / "run")
@@ -1201,7 +1215,10 @@ def test_a_training_that_did_not_help_says_so(call, tmp_path, monkeypatch):
     assert "no better than the base model" in call(tmp_path / "run", "--epochs", 1)[1]
 
 
-def test_the_embedded_model_is_fine_tuned(capsys, tmp_path):
+def test_the_embedded_model_is_fine_tuned(quick, tmp_path):
+    import torch
+
+    torch.set_num_threads(quick)  # it is no tiny model
     flags = ["--limit", 48, "--epochs", 1, "--validation-limit", 40, "--output-dir", tmp_path / "run"]
     assert exit_code_of(lambda: main([*map(str, flags), "--device", "cpu"])) == 0
     config = config_of(tmp_path / "run")
@@ -1214,4 +1231,5 @@ def test_the_embedded_model_is_fine_tuned(capsys, tmp_path):
     assert modules == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     classifier = FineTunedSentimentClassifier(tmp_path / "run", device="cpu")
     found = classifier.classify_single("I absolutely love this movie")  # after two steps it need not be right
+    torch.set_num_threads(1)
     assert found["confidence"] == max(found["probabilities"].values()) > 0.5 and found["label_mass"] > 0.9
