@@ -272,6 +272,7 @@ def save_adapter(student: Student, folder: Path) -> None:
         part.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     with whole_file(folder / "adapter_model.safetensors") as part:
         save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors writes for its owner alone, and a server is often somebody else
 
 
 def load_adapter(student: Student, folder: Path) -> None:
@@ -509,7 +510,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     def see(number: int, frame: object) -> None:
         if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
         seen.append(number)
         print("\nstopping after this step", file=sys.stderr)
 
@@ -626,7 +628,7 @@ def add_head(run: Run, validation: Table, fingerprint: str) -> str:
     hidden = np.empty((len(validation.rows), run.student.llama.hidden_size), np.float32)
     log_probs, _ = measure(run.student, validation, run.world, hidden)
     correct = log_probs.argmax(axis=1) == validation.targets
-    groups = tasks.duplicate_groups([example.text for example in validation.examples])
+    groups = tasks.groups_of(validation.examples, run.args.groups)
     try:
         head = fit_head(hidden, np.exp(log_probs.max(axis=1)), correct, groups, fingerprint)
     except ValueError as error:
@@ -653,7 +655,7 @@ def render(run: Run) -> str:
             found.append((right.mean(), -log_probs[rows, targets[rows]].mean()))
         return [after - before for before, after in zip(*found, strict=True)]
 
-    groups = tasks.duplicate_groups([example.text for example in run.validation.examples])
+    groups = tasks.groups_of(run.validation.examples, run.args.groups)
     gain, interval = values(np.arange(n)), bootstrap_interval(values, groups, seed=run.args.seed)
     before, after = run.validations[0], run.best_validation
     lines = [["", "base", "fine-tuned", "difference, 95 % interval"]]
@@ -754,6 +756,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--validation", metavar="FILE", help="labelled rows to watch (default: data:validation, with data:train)")
     limit = "watch N of them, drawn by the seed (default: 500; 0: all)"
     add("--validation-limit", type=natural, default=500, metavar="N", help=limit)
+    tasks.add_groups_argument(group)
     tasks.add_column_arguments(group)
     add_model_arguments(parser)
     parser.set_defaults(adapter="none")
@@ -839,6 +842,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.limit = None  # of the training rows
     validation = read_labelled(args, task, args.validation)
     check_apart(training, validation, args.validation)
+    tasks.groups_of(validation, args.groups)  # a row without a group is told now, not after the training
 
     import accelerate
 

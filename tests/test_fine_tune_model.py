@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -759,6 +760,7 @@ def test_a_second_ctrl_c_ends_it_at_once(call, tmp_path, monkeypatch):
     disturb(monkeypatch, 2, twice)
     code, _, err = call(tmp_path / "run")
     assert code == 130 and "Traceback" not in err
+    assert err.splitlines()[-1] == "stopped; --resume goes on from the last checkpoint"
 
 
 # Runs the script, but in one step does something first: is killed, or says where it is and waits for a signal.
@@ -1051,6 +1053,10 @@ PROBLEMS = {  # flags, or what makes them from a folder -> words of the one line
     "resume and overwrite": (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
     "a limit of zero": (["--limit", 0], ["--limit 0"]),
     "mmce by parts": (["--loss", "mmce", "--micro-batch-size", 2], ["mmce", "together"]),
+    "a row of no group": (
+        lambda folder: ["--groups", write_csv(folder / "g.csv", [("1-0", "a")], header=("id", "group"))],
+        ["g.csv names no group for the row '1-1'"],
+    ),
     "too few rows for a head": (
         lambda folder: ["--confidence-head", *with_rows("validation", VALIDATION[:19])(folder)],
         ["19 rows", "--confidence-head needs 20"],
@@ -1208,6 +1214,17 @@ def test_what_is_printed_says_what_was_measured_on_what(call, tmp_path):
     assert "--adapter" in out.splitlines()[-1]
     told = [line for line in out.splitlines() if " of 5 " in line[:12]]
     assert [line.split()[0] for line in told] == ["0", "3", "5"]
+
+
+def test_the_intervals_are_of_whole_groups(call, tmp_path):
+    # Where all rows are one group there is one resample, and the interval is the difference itself.
+    groups = write_csv(tmp_path / "g.csv", [(id, "all") for id, _, _ in VALIDATION], header=("id", "group"))
+    spans = []
+    for name, flags in (("alone", []), ("one group", ["--groups", groups])):
+        out = call(tmp_path / name, "--epochs", 1, *flags)[1]
+        line = next(line for line in out.splitlines() if line.startswith("log loss"))
+        spans.append(re.search(r"(\S+) \[(\S+), (\S+)\]", line).groups())
+    assert len({*spans[1]}) == 1 < len({*spans[0]}) and spans[0][0] == spans[1][0]
 
 
 def test_a_training_that_did_not_help_says_so(call, tmp_path, monkeypatch):
