@@ -660,8 +660,8 @@ def load_llama(
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else _choose_dtype(dtype, device)
     quantization = {"quantization_config": _quantization(precision, device)} if load_in_4bit or load_in_8bit else {}
     if adapter not in (None, "none", "auto"):
-        _check_adapter(Path(adapter))
-    name, path, weights = _locate(model)
+        check_adapter(Path(adapter))
+    name, path, weights = locate(model)
     adapter_path = _choose_adapter(adapter, weights, task)
 
     import torch
@@ -687,7 +687,7 @@ def load_llama(
         _check_causal(network)
     identity = {"weights": weights, "precision": precision}
     if adapter_path:
-        _check_base(adapter_path, weights)
+        check_base(adapter_path, weights)
         network = _with_adapter(network, adapter_path)
         identity["adapter"] = folder_hash(adapter_path)
     return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity, adapter_path)
@@ -697,7 +697,7 @@ def load_reader(model: str) -> Llama:
     """The tokenizer alone of what `--model` names, as a Llama without weights: it turns prompts into ids."""
     from transformers import AutoTokenizer
 
-    name, path, _ = _locate(model)
+    name, path, _ = locate(model)
     with _loading(f"the tokenizer in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Llama(None, tokenizer, name, path, {})
@@ -709,7 +709,7 @@ def default_llama(task_settings: str) -> Llama:
     return load_llama(adapter="auto", task=json.loads(task_settings))
 
 
-def _locate(model: str) -> tuple[str, Path, str]:
+def locate(model: str) -> tuple[str, Path, str]:
     """(name, folder, identity of the weights) of what `--model` says, fetched if it must be."""
     if model == "default":
         return DEFAULT_NAME, embedded_model(), f"{GGUF_SHA256[:16]}/{CONVERSION}"
@@ -827,12 +827,12 @@ def _choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Pat
         raise ValueError(f"{config} is broken ({error}); remove the folder or use --adapter none") from None
     if wanted != (weights, task):
         return None
-    _check_adapter(ADAPTER_FOLDER)
+    check_adapter(ADAPTER_FOLDER)
     print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
     return ADAPTER_FOLDER
 
 
-def _check_adapter(path: Path) -> None:
+def check_adapter(path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")
@@ -844,7 +844,7 @@ def _check_adapter(path: Path) -> None:
         raise ValueError(f"{path} is not a LoRA adapter: its peft_type is {kind}")
 
 
-def _check_base(adapter: Path, weights: str) -> None:
+def check_base(adapter: Path, weights: str) -> None:
     """Refuse an adapter that says it was trained from other weights; of the same shape, it would load and be wrong."""
     try:
         trained = json.loads((adapter / "training_config.json").read_text(encoding="utf-8")).get("base_weights", "")

@@ -981,7 +981,7 @@ def test_an_adapter_of_other_weights_is_refused(tiny_llama, tiny_folder, tmp_pat
     folder = save_adapter(tiny_llama, tmp_path / "adapter")
     if trained:
         (folder / "training_config.json").write_text(json.dumps({"base_weights": trained}))
-    monkeypatch.setattr(loader, "_locate", lambda model: ("tiny", tiny_folder, here))
+    monkeypatch.setattr(loader, "locate", lambda model: ("tiny", tiny_folder, here))
     if refused:
         with pytest.raises(ValueError, match=rf"^the adapter in .* from other weights \({trained}\).*\({here}\)$"):
             load_llama("tiny", str(folder), "cpu")
