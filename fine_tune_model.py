@@ -9,6 +9,7 @@ The other losses replace L. Nothing is learned from the prompt, whose ids are th
     python fine_tune_model.py --train mine.csv --validation held_out.csv --task tickets.toml --output-dir tickets_model
     python fine_tune_model.py --model llama --task sentiment-yes-no --rank 64 --gradient-checkpointing --load-in-4bit
     accelerate launch fine_tune_model.py --model llama                                            # several GPUs
+    python fine_tune_model.py --sagemaker --instance-type ml.g6e.2xlarge --spot --dry-run         # in the cloud
     python logprobs_confidence.py --adapter fine_tuned_model "Not bad"
 
 Writes into --output-dir: the adapter of the best validation (adapter_config.json, adapter_model.safetensors, as peft,
@@ -29,6 +30,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,8 +39,9 @@ from pathlib import Path
 import numpy as np
 
 import predictions
+import sagemaker_job
 import task as tasks
-from llama import ADAPTER_FOLDER, HEAD, Frame, Llama, folder_hash, load_from, load_llama
+from llama import ADAPTER_FOLDER, ALIASES, HEAD, Frame, Llama, check_adapter, folder_hash, load_from, load_llama, locate
 from llama import add_arguments as add_model_arguments
 from predictions import natural
 from task import Answer, Example, Task
@@ -47,11 +50,17 @@ LOSSES = ("cross-entropy", "brier", "focal", "label-smoothing", "mmce")
 FOCAL_GAMMA, SMOOTHING, MMCE_WEIGHT, MMCE_WIDTH = 2.0, 0.1, 2.0, 0.4
 WARM_UP = 0.06  # of the steps
 MAX_GRADIENT_NORM = 1.0
+WRITTEN = "Written to {0}; `--adapter {0}` uses it."
 LOG, CONFIG = "training_log.jsonl", "training_config.json"
 CHECKPOINT = Path("checkpoint") / "state.safetensors"  # in a folder of its own: the adapter's hash must not see it
 # What a checkpoint must share with the run that goes on from it.
 SETTINGS = ("loss", "rank", "alpha", "dropout", "learning_rate", "epochs", "batch_size", "validate_every")
 SETTINGS += ("early_stopping", "patience", "seed", "gradient_checkpointing")
+# What else a job in the cloud is told. Rows, model, task and folder go there under other names.
+TRAVELLING = (*SETTINGS, "micro_batch_size", "checkpoint_every", "validation_limit", "confidence_head", "dtype")
+TRAVELLING += ("load_in_4bit", "load_in_8bit")
+# Texts of no user whose answers are recorded with every adapter, to see later that a server answers alike.
+PROBES = ("I absolutely love this amazing movie!", "It is not bad.", "The parcel came late, and the box was wet.")
 VALIDATION_HEAD = "         step   train loss  log loss  accuracy    ECE (floor)  mean confidence  label mass"
 VALIDATION_ROW = "{log_loss:10.4f}{accuracy:10.3f}{ece:7.3f} ({ece_floor:.3f}){mean_confidence:17.3f}{label_mass:12.3f}"
 
@@ -157,10 +166,13 @@ def read_table(student: Student, examples: list[Example], source: str) -> Table:
         except ValueError as error:
             reason = str(error).partition("; --truncate")[0]  # which would train on half a text
             raise ValueError(f"{source}: row {example.id!r}: {reason}") from None
-    named = [student.task.identify(example) for example in examples]
-    targets = np.array([labels.index(label) for _, _, label in named])
-    digest = hashlib.sha256(json.dumps(named).encode()).hexdigest()
-    return Table(source, examples, rows, targets, digest)
+    targets = np.array([labels.index(student.task.canonical_label(example.label)) for example in examples])
+    return Table(source, examples, rows, targets, rows_digest(examples, student.task))
+
+
+def rows_digest(examples: list[Example], task: Task) -> str:
+    """SHA-256 of labelled rows: ids, texts and labels."""
+    return hashlib.sha256(json.dumps([task.identify(example) for example in examples]).encode()).hexdigest()
 
 
 def read_labelled(args: argparse.Namespace, task: Task, source: str) -> list[Example]:
@@ -172,6 +184,20 @@ def read_labelled(args: argparse.Namespace, task: Task, source: str) -> list[Exa
     if len(seen := {task.canonical_label(example.label) for example in examples}) < 2:
         raise ValueError(f"{source}: all {len(examples):,} rows are {seen.pop()!r}; at least two labels are needed")
     return examples
+
+
+def read_both(args: argparse.Namespace, task: Task) -> tuple[list[Example], list[Example]]:
+    """The training and the validation examples; everything about them that can be wrong is told here."""
+    from calibration import LEAST_ROWS
+
+    training = read_labelled(args, task, args.train)
+    args.limit = None  # of the training rows
+    validation = read_labelled(args, task, args.validation)
+    check_apart(training, validation, args.validation)
+    tasks.groups_of(validation, args.groups)  # a row without a group is told now, not after the training
+    if args.confidence_head and len(validation) < LEAST_ROWS:
+        raise ValueError(f"{args.validation}: {len(validation)} rows; --confidence-head needs {LEAST_ROWS} at least")
+    return training, validation
 
 
 def check_apart(training: list[Example], validation: list[Example], source: str) -> None:
@@ -611,6 +637,7 @@ def finish(run: Run, fingerprints: dict[str, str]) -> None:
         "before": run.validations[0],
         "best": run.best_validation,
         "steps": run.step,
+        "probes": answers_to(student, PROBES),
         "processes": run.world.num_processes,
         "versions": {"python": platform.python_version(), **libraries},
     }
@@ -620,11 +647,23 @@ def finish(run: Run, fingerprints: dict[str, str]) -> None:
     shutil.rmtree((run.folder / CHECKPOINT).parent)
 
 
+def answers_to(student: Student, texts: Sequence[str]) -> list[dict]:
+    """Label probabilities and label mass of texts, as Method 1 gives them."""
+    rows = [student.llama.encode_within(student.frame, text, max(map(len, student.ids)) - 1)[0] for text in texts]
+    with student.llama.evaluating():
+        log_probs = student.llama.answer_log_probs(rows, student.ids)
+    labels = list(student.task.labels)
+    found = zip(texts, *tasks.label_probabilities(log_probs, student.answers, labels), strict=True)
+    return [
+        {"text": text, "probabilities": dict(zip(labels, p.tolist(), strict=True)), "label_mass": float(mass)}
+        for text, p, mass in found
+    ]
+
+
 def add_head(run: Run, validation: Table, fingerprint: str) -> str:
     """Fit the head to the kept adapter's answers on all validation rows, which no gradient saw; a line about it."""
     from calibration import fit_head, save_head
 
-    load_adapter(run.student, run.folder)
     hidden = np.empty((len(validation.rows), run.student.llama.hidden_size), np.float32)
     log_probs, _ = measure(run.student, validation, run.world, hidden)
     correct = log_probs.argmax(axis=1) == validation.targets
@@ -718,15 +757,12 @@ class FineTunedSentimentClassifier:
 
     def classify_single(self, text: str) -> dict[str, object]:
         """text, prediction, confidence, probabilities and label_mass by Method 1; ValueError for an empty text."""
-        ids, _ = self.llama.encode_within(self.student.frame, text, max(map(len, self.student.ids)) - 1)
-        log_probs = self.llama.answer_log_probs([ids], self.student.ids)
-        probabilities, mass = tasks.label_probabilities(log_probs, self.student.answers, list(self.task.labels))
-        if not np.isfinite(probabilities).all():
+        found = answers_to(self.student, [text])[0]
+        by_label = found["probabilities"]
+        if not np.isfinite(list(by_label.values())).all():
             raise ValueError("the model gives no label any probability")
-        by_label = dict(zip(self.task.labels, probabilities[0].tolist(), strict=True))
         prediction = max(by_label, key=by_label.__getitem__)
-        found = {"text": text, "prediction": prediction, "confidence": by_label[prediction]}
-        return found | {"probabilities": by_label, "label_mass": float(mass[0])}
+        return found | {"prediction": prediction, "confidence": by_label[prediction]}
 
 
 def read_config(folder: Path) -> tuple[str, Task]:
@@ -742,6 +778,142 @@ def study(llama: Llama, task: Task) -> Student:
     """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer."""
     frame = llama.frame_of(task)
     return Student(llama, task, frame, tuple(tasks.find_answers(task, llama.tokenizer, frame.render("text"))))
+
+
+# On Amazon SageMaker: the same training on another machine
+
+
+def train_on_sagemaker(args: argparse.Namespace) -> None:
+    """Start a training job with these flags, follow it and fetch its adapter; or --attach to a job, or --stop one."""
+    aws, name, hashes = sagemaker_job.connect(args.region, args.dry_run), args.attach or args.stop, {}
+    if args.stop:
+        sagemaker_job.stop(aws, name)
+    elif not check_folder(args):
+        print(f"{args.output_dir} holds a finished adapter; nothing to do")
+        return
+    if args.sagemaker:
+        task = tasks.read_task(args.task)
+        training, validation = read_both(args, task)
+        hashes["train"] = rows_digest(training, task)
+        hashes["validation"] = rows_digest(some_of(validation, args.validation_limit, args.seed), task)
+        name = start_job(args, aws, task, training, validation)
+        if name is None:
+            return
+    ours = f"python fine_tune_model.py --region {aws.region}"
+    back, end = f"{ours} --attach {name} --output-dir {args.output_dir}", f"{ours} --stop {name}"
+    then = f"`{back}` comes back to it, `{end}` ends it"
+    if args.sagemaker:
+        print(f"come back to it:  {back}\nend it:           {end}\n")
+    if args.detach:
+        return
+    try:
+        description = sagemaker_job.follow(aws, name, args.poll_seconds)
+    except KeyboardInterrupt:
+        print(f"\nnot followed any more, but {name} goes on and is billed: {then}", file=sys.stderr)
+        sys.exit(130)
+    except sagemaker_job.AwsError as error:
+        raise ValueError(f"{error}; {name} goes on and is billed: {then}") from None
+    print(sagemaker_job.billed(aws, description))
+    if args.stop:
+        return
+    if why := sagemaker_job.ended_badly(aws, description):
+        raise ValueError(why)
+    needed = ("adapter_config.json", "adapter_model.safetensors", LOG, CONFIG)
+    folder = Path(args.output_dir).resolve()
+    part = sagemaker_job.download(aws, description, folder, needed)
+    try:
+        accept(part, hashes)
+    except ValueError as error:
+        raise ValueError(f"the adapter of {name} is refused, its files stay in {part}: {error}") from None
+    if folder.exists():
+        shutil.rmtree(folder)  # check_folder has seen that it is a training's, or empty
+    part.rename(folder)
+    print(WRITTEN.format(args.output_dir))
+
+
+def start_job(
+    args: argparse.Namespace, aws: sagemaker_job.Aws, task: Task, training: list[Example], validation: list[Example]
+) -> str | None:
+    """Pack flags, rows and sources for a training job and start it; its name, None after a dry run."""
+    names = {"base_model": args.model, "train": args.train, "validation": args.validation}
+    weights, found = weights_of(args, aws)
+    arguments = ["--task", "task.toml" if args.task.endswith(".toml") else args.task]
+    for flag in TRAVELLING:
+        value = getattr(args, flag)
+        if value is not None and value is not False:
+            arguments += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
+    quantized = args.load_in_4bit or args.load_in_8bit
+    files = sagemaker_job.source_files(Path(__file__).parent, {"arguments": arguments, **names, **found}, quantized)
+    if args.task.endswith(".toml"):
+        files["task.toml"] = Path(args.task).read_bytes()
+    data = {"train.jsonl": as_lines(training), "validation.jsonl": as_lines(validation)}
+    if args.groups:
+        groups = zip(validation, tasks.groups_of(validation, args.groups), strict=True)
+        rows = [{"id": example.id, "group": group} for example, group in groups]
+        data["groups.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    count = Counter(task.canonical_label(example.label) for example in training)
+    seen = ", ".join(f"{n:,} {label}" for label, n in count.most_common())
+    seen = f"{len(training):,} to learn from ({seen}), {len(validation):,} for validation"
+    return sagemaker_job.launch(aws, args, files, data, weights, sagemaker_job.Check("ok", "rows", seen))
+
+
+def as_lines(examples: list[Example]) -> bytes:
+    """Examples as JSON Lines, which read back as they were."""
+    rows = ({"id": example.id, "text": example.text, "label": example.label} for example in examples)
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def weights_of(args: argparse.Namespace, aws: sagemaker_job.Aws) -> tuple[sagemaker_job.Weights, dict[str, str]]:
+    """Where a job finds the weights of --model, and what its entry must know about them: their kind, a folder's name.
+
+    The kind says whose layout they have in S3: the embedded model's cache, the Hub's cache, or a folder as it is.
+    """
+    is_folder = args.model != "default" and Path(args.model).expanduser().exists()
+    kind = "cache" if args.model == "default" else "folder" if is_folder else "hub"
+    say = sagemaker_job.Check
+    if args.weights == "auto" and kind != "folder":
+        check = say("ok", "weights", "the container fetches the embedded model through pip")
+        if kind == "hub":
+            has_token = bool(args.hf_token_secret or args.unsafe_pass_hf_token_in_env)
+            check = sagemaker_job.check_hub(ALIASES.get(args.model, args.model), has_token)
+        return sagemaker_job.Weights(None, {}, check), {"weights": ""}
+    if args.dry_run and kind == "hub" and args.weights == "upload":  # which would fetch gigabytes
+        uri = f"{sagemaker_job.home(aws, args)}/weights/{args.model.rpartition('/')[2]}/"
+        return sagemaker_job.Weights(uri, {}, say("warning", "weights", "would be fetched here and uploaded")), {}
+    if args.weights.startswith("s3://"):
+        uri, files = args.weights.rstrip("/") + "/", {}
+        folder = Path(args.model).expanduser().resolve().name
+        check = sagemaker_job.check_staged(aws, uri + (f"{folder}/" if kind == "folder" else ""))
+    else:
+        name, path, identity = locate(args.model)
+        files, folder = sagemaker_job.staged_files(name, path, identity)
+        uri = f"{sagemaker_job.home(aws, args)}/weights/{sagemaker_job.staged_name(name, identity)}/"
+        size = sum(file.stat().st_size for file in files.values())
+        check = say("ok", "weights", f"{size / 1e6:,.0f} MB are uploaded once, to {uri}")
+    return sagemaker_job.Weights(uri, files, check), {"weights": kind, "folder": folder}
+
+
+def accept(folder: Path, hashes: dict[str, str]) -> None:
+    """Hold an adapter that was trained elsewhere to what its own record says, and to the rows that were sent."""
+    from safetensors import SafetensorError, safe_open
+
+    check_adapter(folder)
+    _, task = read_config(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            if not all(np.isfinite(file.get_tensor(name)).all() for name in file.keys()):  # noqa: SIM118 (not a dict)
+                raise ValueError("its weights are not finite")
+        identity = {"weights": config["base_weights"], "precision": config["precision"]}
+        tuned = predictions.fingerprint(
+            **identity, adapter=folder_hash(folder), task=task.settings(), method="logprobs", settings={}
+        )
+        if tuned != config["fingerprint"]:
+            raise ValueError(f"its files are not those that were trained ({tuned}, not {config['fingerprint']})")
+        if other := [name for name, value in hashes.items() if config[name]["sha256"] != value]:
+            raise ValueError(f"it was trained with other {other[0]} rows")
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} is broken: {error}") from None
 
 
 # Command line
@@ -779,6 +951,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--early-stopping", default="log_loss", choices=["log_loss", "ece"], help="which the best has least of")
     add("--patience", type=natural, default=5, metavar="N", help="validations without a better (default: 5; 0: any)")
     add("--seed", type=natural, default=0, metavar="N", help="of weights, order and dropout (default: 0)")
+    sagemaker_job.add_arguments(parser)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
@@ -803,6 +976,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0")
     if args.loss == "mmce" and args.micro_batch_size:
         parser.error("--micro-batch-size: mmce compares the rows of a step with each other, so they run together")
+    sagemaker_job.check_arguments(parser, args)
+    if args.sagemaker and args.device != "auto":
+        parser.error("--device is for training here; the machine on SageMaker uses all of its GPUs")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite would replace; give one of them")
 
@@ -834,22 +1010,16 @@ def check_folder(args: argparse.Namespace) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    if args.sagemaker or args.attach or args.stop:
+        train_on_sagemaker(args)
+        return
     task = tasks.read_task(args.task)
     if not check_folder(args):
         print(f"{args.output_dir} holds a finished adapter; nothing to do")
         return
-    training = read_labelled(args, task, args.train)
-    args.limit = None  # of the training rows
-    validation = read_labelled(args, task, args.validation)
-    check_apart(training, validation, args.validation)
-    tasks.groups_of(validation, args.groups)  # a row without a group is told now, not after the training
+    training, validation = read_both(args, task)
 
     import accelerate
-
-    from calibration import LEAST_ROWS
-
-    if args.confidence_head and len(validation) < LEAST_ROWS:
-        raise ValueError(f"{args.validation}: {len(validation)} rows; --confidence-head needs {LEAST_ROWS} at least")
 
     world = accelerate.PartialState(cpu=args.device == "cpu")
     if world.num_processes > 1:
@@ -869,10 +1039,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world.is_main_process:
         print(render(run))
         fingerprints = fingerprints_of(run)
+        load_adapter(run.student, run.folder)  # the best one; the weights at hand are the last
         if args.confidence_head:
             print("\n" + add_head(run, read_table(student, validation, args.validation), fingerprints["tuned"]))
         finish(run, fingerprints)
-        print(f"\nWritten to {args.output_dir}; `--adapter {args.output_dir}` uses it.")
+        print(f"\n{WRITTEN.format(args.output_dir)}")
 
 
 if __name__ == "__main__":

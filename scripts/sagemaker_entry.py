@@ -1,0 +1,144 @@
+"""What a SageMaker training job runs: fine_tune_model.py on the job's channels, with checkpoints that outlast it.
+
+    python scripts/sagemaker_entry.py      # inside a training container only; fine_tune_model.py --sagemaker starts it
+
+It lies at the root of the source archive, beside fine_tune_model.py and arguments.json, which holds the flags. The
+training works in the checkpoint folder, which SageMaker copies to S3 as it changes and brings back after a spot
+interruption, always with --resume. The finished adapter is copied to SM_MODEL_DIR, which becomes model.tar.gz. What
+went wrong is written, in one line, where SageMaker reads its FailureReason. A Hugging Face token, if there is one,
+comes from Secrets Manager and is seen by the training process alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if not (HERE / "predictions.py").is_file():  # in the repository it is one folder up, in the archive beside us
+    HERE = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import predictions  # noqa: E402
+
+LOG, CONFIG = "training_log.jsonl", "training_config.json"
+STOPPED = 128 + signal.SIGTERM  # no failure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    predictions.ArgumentParser(__doc__).parse_args(argv)
+    if "SM_MODEL_DIR" not in os.environ:
+        raise ValueError("this runs inside a SageMaker training container; fine_tune_model.py --sagemaker starts it")
+    model_dir, output_dir = Path(os.environ["SM_MODEL_DIR"]), Path(os.environ["SM_OUTPUT_DIR"])
+    work = model_dir.parent / "checkpoints" / "fine_tuned_model"
+    try:
+        job = json.loads((HERE / "arguments.json").read_text(encoding="utf-8"))
+        mend(work)
+        status, said = run(command(job, work), environment(job))
+        if status == 0:
+            deliver(job, work, model_dir)
+    except (OSError, ValueError) as error:
+        status, said = 2, f"error: {error}"
+        print(said, file=sys.stderr)
+    if status not in (0, STOPPED):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "failure").write_text(said or f"fine_tune_model.py ended with status {status}", encoding="utf-8")
+    sys.exit(status)
+
+
+def mend(work: Path) -> None:
+    """Make a folder that was copied file by file, in any order, one that a training goes on from."""
+    work.mkdir(parents=True, exist_ok=True)
+    for half in work.rglob("*.part"):
+        half.unlink()
+    (work / LOG).touch()  # by it a training knows its folder; --resume writes it again from the checkpoint
+
+
+def command(job: dict, work: Path) -> list[str]:
+    """fine_tune_model.py with the flags that travelled, on all GPUs of the machine."""
+    channel = Path(os.environ["SM_CHANNEL_TRAINING"])
+    data = ["--train", f"{channel}/train.jsonl", "--validation", f"{channel}/validation.jsonl"]
+    if (channel / "groups.jsonl").is_file():
+        data += ["--groups", f"{channel}/groups.jsonl"]
+    if job["weights"] == "folder":
+        data += ["--model", str(Path(os.environ["SM_CHANNEL_MODEL"]) / job["folder"])]
+    else:
+        data += ["--model", job["base_model"]]
+    python = [sys.executable]
+    if (gpus := int(os.environ.get("SM_NUM_GPUS") or 0)) > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    return [*python, "fine_tune_model.py", *job["arguments"], *data, "--output-dir", str(work), "--resume"]
+
+
+def environment(job: dict) -> dict[str, str]:
+    """The training's environment: where staged weights are found, and the token of a secret."""
+    found = dict(os.environ)
+    if job["weights"] == "cache":
+        found["CALIBRATED_CONFIDENCE_CACHE"] = found["SM_CHANNEL_MODEL"]
+    elif job["weights"] == "hub":
+        found |= {"HF_HUB_CACHE": found["SM_CHANNEL_MODEL"], "HF_HUB_OFFLINE": "1"}
+    if arn := found.get("HF_TOKEN_SECRET_ARN"):
+        found["HF_TOKEN"] = secret(arn)
+    return found
+
+
+def secret(arn: str) -> str:
+    """The token in a secret: its text, or the one value of its JSON object."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client("secretsmanager", region_name=arn.split(":")[3])
+    try:
+        text = client.get_secret_value(SecretId=arn)
+    except (BotoCoreError, ClientError) as error:
+        raise ValueError(f"can not read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
+    token = text.get("SecretString", "").strip()
+    if token.startswith("{"):
+        values = list(json.loads(token).values())
+        token = values[0] if len(values) == 1 and isinstance(values[0], str) else ""
+    if not token:
+        raise ValueError(f"the secret {arn} holds no token: store it as plain text")
+    return token
+
+
+def run(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run the training; its exit status, as a shell counts it, and the last error line it wrote."""
+    process = subprocess.Popen(arguments, cwd=HERE, env=variables, stderr=subprocess.PIPE, text=True, errors="replace")
+    stops = []
+
+    def stop(number: int, frame: object) -> None:
+        stops.append(number)
+        process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    said = ""
+    for line in process.stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        if line.strip() and (line.startswith("error: ") or not said.startswith("error: ")):
+            said = line.strip()
+    status = process.wait()
+    if stops and status:  # what starts several processes has a status of its own for it
+        status = STOPPED
+    return (128 - status if status < 0 else status), said
+
+
+def deliver(job: dict, work: Path, model_dir: Path) -> None:
+    """Copy the finished folder to where SageMaker packs it, with the names that the rows and the model had at home."""
+    shutil.copytree(work, model_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint"))
+    config = json.loads((model_dir / CONFIG).read_text(encoding="utf-8"))
+    config["base_model"] = job["base_model"]
+    for name in ("train", "validation"):
+        config[name]["source"] = job[name]
+    config["sagemaker_job"] = os.environ.get("TRAINING_JOB_NAME")
+    (model_dir / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    predictions.run(main)
