@@ -1,10 +1,11 @@
 # make demo   install what is missing, fetch the embedded model once, take the guided tour
 # make test   the same, then the tests;   make lint   ruff;   make benchmark   this machine's speed
 # make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
+# make test-sagemaker   trains and serves end to end on a stand-in for AWS, on this machine (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-servers lint benchmark clean
+.PHONY: demo test test-servers test-sagemaker lint benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python main.py
@@ -14,6 +15,9 @@ test: .venv/installed-tests
 
 test-servers: .venv/installed-servers
 	$(BIN)/python -m pytest -m servers tests/test_servers.py
+
+test-sagemaker: .venv/installed-tests
+	$(BIN)/python -m pytest -m sagemaker
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
