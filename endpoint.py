@@ -1,6 +1,6 @@
 """Models behind a server: the most probable next tokens, and sampled answers, over HTTP.
 
-    with connect("http://127.0.0.1:8000/v1") as server:           # any OpenAI-compatible server; "anthropic" for Claude
+    with connect("http://127.0.0.1:8000/v1") as server:           # or "anthropic", or "sagemaker:NAME/ADAPTER"
         server.wait(server.first_token(prompt))                    # Listing: the server's top list, with what it leaves
         server.wait(server.sample(prompt, seed=1))                 # one answer
         server.in_order(function, items)                           # many at a time, results in order
@@ -12,6 +12,9 @@ that a model's API rejects is left out, and `sent` says what was really sent.
 
 A ValueError concerns one row; PassingError is one that another try may cure. An OSError concerns the server: the run
 stops, nothing is lost, and the same command continues it. Keys come from the environment and are never shown.
+
+On SageMaker an endpoint NAME has a component for its base model and one for each adapter, all of which LMI serves with
+vLLM and in OpenAI's layouts; boto3 carries the requests, with AWS's credentials and region as boto3 finds them.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ import math
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -36,6 +41,7 @@ Prompt = str | list[int] | list[dict[str, str]]
 TOP_TOKENS = 20  # the most that OpenAI lists
 LISTED_BY_ID = 128  # the most that vLLM lists by id
 RETRIES = 5  # the client waits 0.5, 1, 2, 4, 8 s, or what Retry-After says
+FIRST_PAUSE_S = 0.5  # the same for SageMaker
 TIMEOUT_S = 60.0
 IN_A_ROW = 20  # rows failing one after another that say it is the server and not the rows
 NO_LOGPROBS = "{} gives no log-probabilities; use Method 2, consistency_confidence.py"
@@ -60,6 +66,29 @@ CONTROL = re.compile(
 )
 END = object()
 
+# SageMaker's
+AWS_NAME = re.compile("[a-zA-Z0-9](-*[a-zA-Z0-9])*")  # of at most 63 characters
+AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+AWS_BODY_BYTES = 6_291_456  # the most that InvokeEndpoint takes
+# What stops a run: an error's code, or botocore's name for it, and the beginning of its text; and what to do.
+AWS_STOPS = (
+    ("AccessDenied", "AWS denies access ({said}); the credentials need sagemaker:InvokeEndpoint on {endpoint}"),
+    ("ExpiredToken|RequestExpired", "the AWS credentials have expired ({code}); renew them; {go_on}"),
+    # Whose text repeats the signed request, with a session's token in it.
+    (
+        r"\w*Signature|UnrecognizedClient|InvalidClientToken|MissingAuth|Unauthorized|Forbidden",
+        "AWS refuses the credentials ({code}); check the access key or the profile, and the clock",
+    ),
+    (r"\w*(Credential|Token|SSO|Login)", "no AWS credentials ({said}); run aws configure, or set AWS_PROFILE"),
+    ("(EndpointConnection|ConnectTimeout|ProxyConnection|SSL)Error", "{said}; is the region right? {go_on}"),
+    ("ModelNotReady", "component {component} of {endpoint} is not ready ({said}); wait some minutes; {go_on}"),
+    (r"ValidationError: Endpoint \S+ .*not found", "there is no endpoint {endpoint} ({said}); {deploy} makes it"),
+    (
+        r"ValidationError: .*[Cc]omponent|ModelError: .{,40}LoRA adapter \S+ not found in registry",
+        "endpoint {endpoint} has no component {component} ({said}); {deploy} adds it",
+    ),
+)
+
 
 class PassingError(ValueError):
     """A row failed for a reason that may pass: a server's error, a lost connection, a broken reply."""
@@ -81,7 +110,8 @@ class Endpoint:
     """A model of a server. `sent` are the sampling parameters that its API accepts, once a first request has been."""
 
     client: object = field(repr=False)
-    library: object = field(repr=False)  # openai or anthropic: their clients and errors have the same names
+    # openai or anthropic, whose clients and errors have the same names; with a component botocore's exceptions
+    library: object = field(repr=False)
     url: str
     name: str
     concurrency: int
@@ -89,6 +119,7 @@ class Endpoint:
     reader: object | None  # a tokenizer of llama.py's: prompts go as ids
     rejected: set[str]
     by_id: bool = False  # whether the server lists tokens by id
+    component: str = ""  # the inference component, on SageMaker
     _secret: str = field(default="", repr=False)
     _probing: bool = field(default=False, repr=False)
     _failed_in_a_row: int = field(default=0, repr=False)
@@ -103,7 +134,8 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._end(asyncio.all_tasks(self._loop))
         with contextlib.suppress(Exception):  # a connection that is already broken can not be closed politely
-            self._loop.run_until_complete(self.client.close())
+            if closing := self.client.close():
+                self._loop.run_until_complete(closing)
         self._loop.close()
 
     @property
@@ -114,7 +146,7 @@ class Endpoint:
     def identity(self) -> dict:
         """What a fingerprint must know: a server's address and name for the model are all that tells its weights."""
         prompt = f"ids of {self.reader.name}" if self.reader else "text"
-        return {"endpoint": self.url, "served_model": self.name, "prompt": prompt}
+        return {"endpoint": self.url, "served_model": self.component or self.name, "prompt": prompt}
 
     def sent(self, **settings: object) -> dict:
         """The sampling parameters that really go to the server, of those given and our own."""
@@ -208,6 +240,8 @@ class Endpoint:
             body["return_tokens_as_token_ids"] = True
         if 0 < len(ids) <= LISTED_BY_ID and (self.by_id or self._probing):
             body["logprob_token_ids"] = list(ids)
+            if self.component:  # lists so many at most; an endpoint of ours allows as many
+                body["logprobs"] = max(self.top_tokens, len(ids))
         reply = await self._ask(prompt, body)
         tokens = self._listed(_choice(reply).get("logprobs"))
         numbers = {token for token, _ in tokens}
@@ -283,10 +317,11 @@ class Endpoint:
             path, body = "/chat/completions", body | {"messages": prompt}
         else:
             body = body | {"prompt": prompt}
+        model = {} if self.component else {"model": self.name}
         while True:
             try:
                 async with self._slots:
-                    reply = await self._send(path, {"model": self.name, **self._accepted(body)})
+                    reply = await self._send(path, model | self._accepted(body))
                 self._failed_in_a_row = 0
                 return reply
             except _RejectedError as error:
@@ -299,11 +334,21 @@ class Endpoint:
         return accepted
 
     async def _send(self, path: str, body: dict) -> dict:
-        errors, timeout_s = self.library, self.client.timeout
+        text = await (self._invoke(body) if self.component else self._post(path, body))
         try:
-            reply = json.loads(await self.client.post(path, body=body, cast_to=str))
+            reply = json.loads(text)
             if not isinstance(reply, dict):
                 raise ValueError
+        except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
+            raise self._passing("the server's reply is not JSON; is this the URL of an API?") from None
+        if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
+            raise self._passing(f"the server says: {self._redacted(_words(reply))[:300]}")
+        return reply
+
+    async def _post(self, path: str, body: dict) -> str:
+        errors, timeout_s = self.library, self.client.timeout
+        try:
+            return await self.client.post(path, body=body, cast_to=str)
         except errors.APITimeoutError:
             raise self._passing(f"no answer within {timeout_s:g} s, {1 + RETRIES} times") from None
         except errors.APIConnectionError:
@@ -311,16 +356,74 @@ class Endpoint:
                 raise OSError(f"no server answers at {self.url}; {_CONTINUE}") from None
             raise self._passing(f"the server cut the connection, {1 + RETRIES} times") from None
         except errors.APIStatusError as error:
-            raise self._failure(error, body) from None
-        except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
-            raise self._passing("the server's reply is not JSON; is this the URL of an API?") from None
-        if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
-            raise self._passing(f"the server says: {self._redacted(_words(reply))[:300]}")
-        return reply
+            raise self._status_failure(error, body) from None
 
-    def _failure(self, error: object, body: dict) -> Exception:
+    async def _invoke(self, body: dict) -> bytes:
+        """The reply to one request through SageMaker, in which boto3 would not wait for a model that is not ready."""
+        call = {"EndpointName": self.name.partition("/")[0], "InferenceComponentName": self.component}
+        call |= {"ContentType": "application/json", "Body": json.dumps(body).encode()}
+        if (size := len(call["Body"])) > AWS_BODY_BYTES:
+            raise ValueError(f"the request has {size:,} bytes, of which SageMaker takes {AWS_BODY_BYTES:,}")
+        for attempt in range(1 + RETRIES):
+            try:
+                return await self._in_thread(lambda: self.client.invoke_endpoint(**call)["Body"].read())
+            except (self.library.ClientError, self.library.BotoCoreError) as error:
+                code, status, said = self._aws_words(error)
+            if status < 500 and status not in (408, 409, 429):
+                break
+            if attempt < RETRIES:
+                await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
+        raise self._aws_failure(code, status, said, body)
+
+    def _in_thread(self, function: Callable[[], Result]) -> Awaitable[Result]:
+        """function() in a thread of its own, which Ctrl-C need not wait for."""
+        outcome = Future()
+        outcome.set_running_or_notify_cancel()
+
+        def work() -> None:
+            try:
+                outcome.set_result(function())
+            except Exception as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        return asyncio.wrap_future(outcome, loop=self._loop)
+
+    def _aws_words(self, error: Exception) -> tuple[str, int, str]:
+        """(code, status, text) of an error; a lost connection has status 599, any other fault on this side 0."""
+        if not isinstance(error, self.library.ClientError):
+            lost = self.library.ConnectionError, self.library.HTTPClientError, self.library.IncompleteReadError
+            return type(error).__name__, 599 if isinstance(error, lost) else 0, str(error)
+        reply = error.response
+        code, said = (reply["Error"].get(name, "") for name in ("Code", "Message"))
+        status = reply["ResponseMetadata"]["HTTPStatusCode"]
+        if code == "ModelError":  # the container's, which was too slow if it has no status
+            status, said = reply.get("OriginalStatusCode") or 504, reply.get("OriginalMessage") or said
+            status = 422 if status == 424 else status  # LMI's for a request that it can not read or answer
+            with contextlib.suppress(ValueError, RecursionError):
+                said = _words(json.loads(said)) or said
+        return code, 429 if "Throttl" in code else status, said
+
+    def _aws_failure(self, code: str, status: int, said: str, body: dict) -> Exception:
+        """What an error means: for this row, for a parameter, or for the whole run."""
+        said, (name, _, adapter) = self._redacted(" ".join(said.split()))[:300], self.name.partition("/")
+        deploy = f"python scripts/deploy_sagemaker.py {name}" + (f" --adapter {adapter}=FOLDER" if adapter else "")
+        words = {"said": said, "endpoint": self.url.partition(":")[2], "component": self.component, "deploy": deploy}
+        for pattern, sentence in AWS_STOPS:
+            if re.match(pattern, f"{code}: {said}"):
+                return OSError(sentence.format(code=code, go_on=_CONTINUE, **words))
+        if status == 599:
+            return self._passing(f"{said}, {1 + RETRIES} times")
+        if code == "ModelError" or status == 429 or status >= 500:
+            return self._failure(status, said, body)
+        return self._passing(f"AWS says {code}: {said}") if status else OSError(f"AWS can not be asked: {said}")
+
+    def _status_failure(self, error: object, body: dict) -> Exception:
+        said = self._redacted(_words(error.body) or error.response.reason_phrase)[:300]
+        return self._failure(error.status_code, said, body)
+
+    def _failure(self, status: int, said: str, body: dict) -> Exception:
         """What a status other than success means: for this row, for a parameter, or for the whole run."""
-        status, said = error.status_code, self._redacted(_words(error.body) or error.response.reason_phrase)[:300]
         if status in (400, 413, 422):
             named = next((p for p in OPTIONAL if p in body and re.search(rf"\b{p}\b", said)), None)
             if named and self._probing and not VALUE_REFUSED.search(said):
@@ -333,7 +436,7 @@ class Endpoint:
         if status in (401, 403):
             return OSError(f"{self.url} refuses the key ({status}: {said}); --api-key-env names its variable")
         if status == 404:
-            hint = "" if self.is_anthropic else "; most URLs end in /v1"
+            hint = "" if self.is_anthropic or self.component else "; most URLs end in /v1"
             return OSError(f"{self.url} has no {self.name} or no such API (404: {said}){hint}")
         if status == 429:
             return OSError(f"{self.url} takes no more requests (429: {said}); {_CONTINUE}")
@@ -355,7 +458,7 @@ class Endpoint:
         except self.library.APIConnectionError:
             raise OSError(f"no server answers at {self.url}") from None
         except self.library.APIStatusError as error:
-            raise self._failure(error, {}) from None
+            raise self._status_failure(error, {}) from None
         try:
             names = [entry["id"] for entry in json.loads(reply)["data"]]
         except (ValueError, TypeError, LookupError, RecursionError):
@@ -378,7 +481,9 @@ class Endpoint:
         return True
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._secret, "[key]") if self._secret else text
+        for secret in map(os.environ.get, AWS_SECRETS) if self.component else [self._secret]:
+            text = text.replace(secret, "[key]") if secret else text
+        return text
 
 
 async def all_of(calls: Iterable[Awaitable[Result]]) -> list[Result]:
@@ -438,11 +543,21 @@ def connect(
     top_tokens: int = TOP_TOKENS,
     reader: object | None = None,
 ) -> Endpoint:
-    """Connect to an OpenAI-compatible server, or to Claude where `url` is "anthropic".
+    """Connect to an OpenAI-compatible server, to Claude where `url` is "anthropic", or to a "sagemaker:NAME[/ADAPTER]".
 
     `model` "default" is the one model that the server has. `reader` is a tokenizer of `llama.load_reader`: prompts then
     go as token ids. Raises ValueError or OSError in one line that says what to do.
     """
+    if url.startswith("sagemaker:"):
+        if model != "default" or api_key_env:
+            raise ValueError(
+                f"{url} takes no --model, the component is the model, and no --api-key-env: AWS credentials come from "
+                "the environment, a profile or a role"
+            )
+        client, library, component = _sagemaker_client(url, concurrency, timeout_s)
+        name = url.removeprefix("sagemaker:")
+        url = f"sagemaker:{client.meta.region_name}/{name.partition('/')[0]}"
+        return Endpoint(client, library, url, name, concurrency, top_tokens, reader, set(), component=component)
     if url == "anthropic":
         import anthropic as library
     else:
@@ -482,6 +597,29 @@ def connect(
     return server
 
 
+def _sagemaker_client(url: str, concurrency: int, timeout_s: float) -> tuple[object, object, str]:
+    """boto3's client, botocore's exceptions and the inference component of sagemaker:NAME or sagemaker:NAME/ADAPTER."""
+    import boto3
+    from botocore import exceptions
+    from botocore.config import Config
+
+    names = url.removeprefix("sagemaker:").split("/", 1)
+    component = "-adapter-".join(names) if names[1:] else f"{names[0]}-base"
+    if not all(map(AWS_NAME.fullmatch, names)) or len(component) > 63:
+        raise ValueError(
+            f"--endpoint {url}: sagemaker:NAME or sagemaker:NAME/ADAPTER, in letters, digits and hyphens between them; "
+            "NAME-adapter-ADAPTER has at most 63 characters"
+        )
+    once = {"mode": "standard", "total_max_attempts": 1}  # the retries are ours
+    limits = {"connect_timeout": min(10, timeout_s), "read_timeout": timeout_s, "max_pool_connections": concurrency}
+    try:
+        client = boto3.Session().client("sagemaker-runtime", config=Config(retries=once, **limits))
+    except exceptions.BotoCoreError as error:  # no region, no such profile, half a key
+        hint = "set AWS_DEFAULT_REGION and AWS_PROFILE, or run aws configure"
+        raise ValueError(f"--endpoint {url}: {str(error).rstrip('.')}; {hint}") from None
+    return client, exceptions, component
+
+
 def _checked_host(url: str) -> str:
     if url == "anthropic":
         return "api.anthropic.com"
@@ -490,7 +628,7 @@ def _checked_host(url: str) -> str:
         if parts.username or parts.password or parts.query:
             raise ValueError("a URL without a key in it; --api-key-env names the variable that holds the key")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("a URL such as http://127.0.0.1:8000/v1, or anthropic")
+            raise ValueError("a URL such as http://127.0.0.1:8000/v1, or anthropic, or sagemaker:NAME[/ADAPTER]")
     except ValueError as error:  # also urlsplit's own, of a port
         raise ValueError(f"--endpoint: {error}") from None
     return parts.hostname
@@ -510,7 +648,8 @@ def _key(variable: str | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a server; the same in every script."""
     add = parser.add_argument_group("a model behind a server").add_argument
-    add("--endpoint", metavar="URL", help="an OpenAI-compatible server (--model: its name there), or anthropic")
+    help_endpoint = "an OpenAI-compatible server (--model: its name there), anthropic, or sagemaker:NAME[/ADAPTER]"
+    add("--endpoint", metavar="URL", help=help_endpoint)
     add("--api-key-env", metavar="NAME", help="the environment variable that holds the key")
     add("--tokenizer", metavar="MODEL", help="send token ids of this model's tokenizer (vLLM; as --model)")
     add("--top-tokens", type=int, default=TOP_TOKENS, metavar="N", help=f"tokens to list (default: {TOP_TOKENS})")
@@ -529,7 +668,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         if args.endpoint and getattr(args, name, default) != default:
             parser.error(f"--{name.replace('_', '-')} is for models loaded here, not behind --endpoint")
     if args.endpoint and args.adapter not in ("auto", "none"):
-        parser.error("--adapter is for models loaded here; a server has adapters under names of their own (--model)")
+        parser.error("--adapter is for models loaded here; a server's have names (--model, or sagemaker:NAME/ADAPTER)")
     for name in ("top_tokens", "concurrency", "timeout"):
         if not 0 < getattr(args, name) < 1e6:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0")

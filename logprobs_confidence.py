@@ -9,6 +9,7 @@
     python logprobs_confidence.py --calibrator calibrator.json "Not bad"      # with calibrated confidence and decision
     python logprobs_confidence.py --confidence-head "Not bad"    # an adapter's own estimate of being right, beside it
     python logprobs_confidence.py --endpoint http://127.0.0.1:8000/v1 "Not bad"          # a model behind a server
+    python logprobs_confidence.py --endpoint sagemaker:NAME/ADAPTER --tokenizer MODEL "Not bad"    # and one on AWS
 
 Single texts are explained: the ranked token table with the label each token counts for, the sums, the verdict
 (`--json`: one object a line). A table of texts becomes a predictions file (predictions.py), in input order; repeating
