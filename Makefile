@@ -4,6 +4,8 @@
 # make test-sagemaker   trains and serves end to end on a stand-in for AWS, on this machine (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
+# One thread a process: two processes of one thread are faster than one of two.
+PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 .PHONY: demo test test-servers test-sagemaker lint benchmark clean
 
@@ -11,13 +13,13 @@ demo: .venv/installed
 	$(BIN)/python main.py
 
 test: .venv/installed-tests
-	$(BIN)/python -m pytest
+	$(PARALLEL) --dist loadfile
 
 test-servers: .venv/installed-servers
 	$(BIN)/python -m pytest -m servers tests/test_servers.py
 
 test-sagemaker: .venv/installed-tests
-	$(BIN)/python -m pytest -m sagemaker
+	$(PARALLEL) -m sagemaker
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .
