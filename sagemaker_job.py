@@ -1,8 +1,10 @@
 """Amazon SageMaker: request bodies, checks before money is spent, training jobs, endpoints with many adapters.
 
-    request = training_request(job)          # every build is a pure function: the dict is what --dry-run prints
-    description = follow(aws, name)          # status and log lines until the job ends
-    folder = download(aws, description, to)  # the adapter, unpacked and complete
+    aws = connect(region)                        # who and where
+    request = training_request(job)              # pure, as all *_request: what --dry-run prints is what is sent
+    name = launch(aws, args, files, data, weights, rows)       # checks, asks, uploads, starts
+    description = follow(aws, name)              # status and log lines until the job ends
+    folder = download(aws, description, to, needed)            # the adapter, unpacked and complete
 
 `fine_tune_model.py --sagemaker` trains, `scripts/deploy_sagemaker.py`, `scripts/test_endpoint.py` and
 `scripts/delete_endpoint.py` serve. All of it is boto3, so AWS_PROFILE and the other AWS_ variables mean what they
