@@ -1,26 +1,31 @@
-"""Start here: how a language model's next token becomes a classification with a confidence, in five steps.
+"""Start here: how a language model's next token becomes a decision with a confidence, in seven steps.
 
-    python main.py                       # the embedded model; fetched and converted on first use
-    python main.py --model llama         # the same tour with Llama 3.1 8B Instruct
+    python main.py                              # the embedded model; fetched and converted on first use
+    python main.py --text "Not bad" "It is ok"  # your own texts
+    python main.py --adapter auto               # the same model, fine-tuned
+    python main.py --model llama                # the same tour with Llama 3.1 8B Instruct
+    python main.py --replay                     # as the embedded model answered when it was recorded; loads no model
 
 It writes nothing. Each step calls the function that the scripts use on whole tables of texts.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
-import combined_confidence as combined
-import consistency_confidence as consistency
-import logprobs_confidence as logprobs
+import numpy as np
+
 import predictions
 from llama import add_arguments, load_from
 from logprobs_confidence import print_answer_sums, print_token_table
 from task import TASKS
 
-CLEAR = "I absolutely love this amazing movie!"
+DATA = Path(__file__).parent / "data"
 TEXTS = (
-    CLEAR,
+    "I absolutely love this amazing movie!",
     "This film is terrible and boring",
     "The acting is superb, the story is dull",
     "Not bad",
@@ -30,45 +35,83 @@ TEXTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    model, asked = replay() if args.replay else ask(args)
+    rows = [row["logprobs"] for row in asked]
+    print(f"The model is {model}.")
+
+    step(1, "The prompt. A language model continues a text, so we write one whose continuation is the answer:")
+    print("\n".join(f"   | {predictions.printable(line)}" for line in rows[0]["prompt"].splitlines()))
+
+    step(2, "The next token. Of all the tokens it knows, the model finds these the most probable:")
+    print_token_table(rows[0]["top_tokens"], rows=8)
+
+    step(3, "The sums. A label gets the probability of every token that spells it; the confidence is its share:")
+    print_answer_sums(rows[0])
+    print()
+    print_verdicts(rows)
+    print("\n   Clear texts get more than mixed ones. But nobody has checked yet whether 90 % means 90 %.")
+
+    step(
+        4, "Ten answers (Method 2). A model that hides its probabilities is asked ten times; agreement is a confidence:"
+    )
+    print_votes([row["consistency"] for row in asked])
+
+    step(5, "Both (Method 3), where both can be had:")
+    print_methods(asked)
+
+    step(6, "Calibration. How often such a confidence was right on 1,000 labelled texts is the calibrated confidence:")
+    calibrated = calibrate(rows)
+    if not calibrated:
+        return
+    step(7, "The decision. The sure answers are automated, the others go to a person:")
+    print_decisions(*calibrated)
+
+    print("\nWhat it comes to, on 2,000 test texts that nothing was fitted on, as recorded in data/predictions/:\n")
+    print_study()
+    print("\nThe figures are in images/, all of them made from recordings: python scripts/make_figures.py")
+    print("Your own texts: python logprobs_confidence.py --input data/sample.csv --output predictions.jsonl")
+    print("                python calibration_demo.py predictions.jsonl")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = predictions.ArgumentParser(__doc__)
+    parser.add_argument("--text", metavar="TEXT", nargs="+", help="take these texts through the steps")
+    parser.add_argument("--replay", action="store_true", help="show the recorded tour, without loading a model")
     add_arguments(parser)
     parser.set_defaults(adapter="none")  # the tour shows the model as it was published
     args = parser.parse_args(argv)
+    usual = {action.dest: action.default for action in parser._actions} | {"adapter": "none"}
+    if args.replay and any(value != usual[name] for name, value in vars(args).items() if name != "replay"):
+        parser.error("--replay shows what was recorded; it takes no other flag")
+    return args
+
+
+def ask(args: argparse.Namespace) -> tuple[str, list[dict]]:
+    """The model in words, and all three methods' explanations of each text."""
+    import combined_confidence as combined
+    import consistency_confidence as consistency
+    import logprobs_confidence as logprobs
+
     task = TASKS["sentiment"]
     llama = load_from(args, task.settings())
-    print(f"The model is {llama.name}, on {llama.device} in {llama.identity['precision']}.\n")
     scorer = logprobs.prepare(llama, task)
     sampler = consistency.prepare(llama, task, consistency.Sampling(samples=10))
-    asked = [combined.explain(text, scorer, sampler) for text in TEXTS]  # each method's own explanation, and both's
-    rows = [row["logprobs"] for row in asked]
+    model = f"{llama.name}, on {llama.device} in {llama.identity['precision']}"
+    return model, [combined.explain(text, scorer, sampler) for text in args.text or TEXTS]
 
-    print("1. The prompt. A language model continues a text, so we write one whose continuation is the answer:\n")
-    print("\n".join(f"   | {line}" for line in rows[0]["prompt"].splitlines()))
 
-    print(f"\n2. The next token. Of {len(llama.tokenizer):,} possible ones, the model finds these the most probable:\n")
-    print_token_table(rows[0]["top_tokens"], rows=8)
+def replay() -> tuple[str, list[dict]]:
+    """The same, as it was recorded."""
+    lines = (DATA / "predictions" / "tour.jsonl").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line) for line in lines]
+    first = asked[0]
+    model = f"{first['logprobs']['model']}, as it answered on {first['device']} in {first['precision']}"
+    return model, asked
 
-    print("\n3. The sums. A label gets the probability of every token that spells it:\n")
-    print_answer_sums(rows[0])
 
-    print(
-        "\n4. The prediction is the label with the larger sum, its confidence the share of that sum in the label mass."
-    )
-    print("   Clear texts get more than mixed ones. The last has no sentiment at all, and yet no 50 %:\n")
-    print_verdicts(rows)
-
-    print(
-        "\n5. Three methods. A model that hides its probabilities can be asked ten times; how far its answers agree is"
-    )
-    print("   a confidence too (Method 2), and both can be combined (Method 3):\n")
-    print_methods(asked)
-    print(
-        "\n   To one question, agreement is a rough measurement of the probability. It is for models that hide theirs."
-    )
-
-    print("\nAll these numbers still have to be held against labels: is 70 % right 70 times in 100? Score some:\n")
-    print("   python logprobs_confidence.py --input data/sample.csv --output predictions.jsonl")
-    print("   python calibration_demo.py predictions.jsonl")
+def step(number: int, text: str) -> None:
+    print(f"\n{number}. {text}" + ("\n" if text.endswith(":") else ""))
 
 
 def print_verdicts(rows: Sequence[dict]) -> None:
@@ -79,12 +122,75 @@ def print_verdicts(rows: Sequence[dict]) -> None:
     print(predictions.table(lines, "   "))
 
 
-def print_methods(rows: Sequence[dict]) -> None:
-    lines = [["text", "1 first token", "2 ten answers", "3 both"]]
+def print_votes(rows: Sequence[dict]) -> None:
+    lines = [["text", "answers", "agreement"]]
     for row in rows:
+        votes = sorted(row["votes"].items(), key=lambda pair: -pair[1])
+        said = ", ".join(f"{count} {label}" for label, count in (*votes, ("neither", row["unparsed"])) if count)
+        lines.append([row["text"], said, f"{row['agreement']:.0%}"])
+    print(predictions.table(lines, "   "))
+
+
+def print_methods(asked: Sequence[dict]) -> None:
+    lines = [["text", "1 first token", "2 ten answers", "3 both"]]
+    for row in asked:
         one, two = row["logprobs"], row["consistency"]
         of = (one, one["confidence"]), (two, two["agreement"]), (row, row["confidence"])
-        lines.append([row["text"], *(f"{found['prediction']} {100 * share:.0f} %" for found, share in of)])
+        shares = [f"{found['prediction']} {100 * share:.0f} %" for found, share in of]
+        lines.append([row["text"], *shares])
+    print(predictions.table(lines, "   "))
+
+
+def calibrate(rows: Sequence[dict]) -> tuple | None:
+    """Print raw beside calibrated confidences; (the shipped calibrator, calibrated rows), None if there is none."""
+    from calibration import load_calibrator
+
+    calibrators = [load_calibrator(DATA / "calibrators" / f"{name}.json") for name in ("base", "tuned")]
+    found = next((one for one in calibrators if one.fingerprint == rows[0]["fingerprint"]), None)
+    if found is None:
+        print("   No calibrator of this repository is for this model. With labelled texts of yours you make one:\n")
+        print("   python logprobs_confidence.py --input mine.csv --output mine.jsonl    # and the flags given here")
+        print("   python calibration_demo.py mine.jsonl")
+        return None
+    common = {"method": "logprobs", "model": found.model, "task": found.task, "fingerprint": found.fingerprint}
+    records = [predictions.scored("", r["text"], None, r["probabilities"], r["label_mass"], **common) for r in rows]
+    applied = found.apply(records)
+    lines = [["text", "prediction", "confidence", "calibrated"]]
+    for row in applied:
+        shares = (row.confidence, row.extras["calibrated_confidence"])
+        lines.append([row.text, row.prediction, *(f"{100 * share:.1f} %" for share in shares)])
+    print(predictions.table(lines, "   "))
+    return found, applied
+
+
+def print_decisions(calibrator: object, rows: Sequence[predictions.Prediction]) -> None:
+    promise = calibrator.threshold
+    target, risk = promise["target_accuracy"], promise["delta"]
+    print(f"   from {promise['value']:.1%} on at least {target:.0%} are right, with {1 - risk:.0%} certainty\n")
+    lines = [["text", "calibrated", "decision"]]
+    for row in rows:
+        lines.append([row.text, f"{100 * row.extras['calibrated_confidence']:.1f} %"])
+        lines[-1].append(row.extras["decision"])
+    print(predictions.table(lines, "   "))
+
+
+def print_study() -> None:
+    """Base and fine-tuned model on the test split: raw scores, and what each one's shipped calibrator automates."""
+    from calibration import load_calibrator
+    from calibration_metrics import consistency_resampling, expected_calibration_error
+
+    lines = [["", "accuracy", "log loss", "ECE (noise floor)", "promised", "automated", "of these right"]]
+    for name, title in (("base", "as published"), ("tuned", "fine-tuned")):
+        calibrator = load_calibrator(DATA / "calibrators" / f"{name}.json")
+        rows = calibrator.apply(predictions.read(DATA / "predictions" / f"{name}_test.jsonl"))
+        confidence, correct = predictions.confidence_and_correct(rows)
+        log_loss = -np.mean([np.log(row.probabilities[row.label]) for row in rows])
+        floor = consistency_resampling(confidence, n_draws=200).mean()
+        kept = np.array([row.extras["decision"] == "automate" for row in rows])
+        shown = [f"{correct.mean():.3f}", f"{log_loss:.3f}"]
+        shown.append(f"{expected_calibration_error(confidence, correct):.3f} ({floor:.3f})")
+        shown += [f"{calibrator.threshold['target_accuracy']:.0%}", f"{kept.mean():.1%}", f"{correct[kept].mean():.1%}"]
+        lines.append([title, *shown])
     print(predictions.table(lines, "   "))
 
 

@@ -12,6 +12,7 @@ run is a file of the folder. When all are there it writes the recording anew.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
@@ -212,17 +213,22 @@ def render(report: dict[str, dict]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    if args.run and not run_all(Path(args.run), args.only):
+        return
+    group = {row["id"]: row["group"] for _, row in tasks.read_rows("data:test")}
+    values, positive, test = read_recording()
+    print(render(compare(variants(values, positive, test), [group[e.id] for e in examples("test")])))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = predictions.ArgumentParser(__doc__)
     parser.add_argument("--run", metavar="FOLDER", help="train the variants again; finished runs are kept here")
     parser.add_argument("--only", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help="train these alone")
     args = parser.parse_args(argv)
     if args.only != LOSSES and not args.run:
         parser.error("--only says what to train and needs --run")
-    if args.run and not run_all(Path(args.run), args.only):
-        return
-    group = {row["id"]: row["group"] for _, row in tasks.read_rows("data:test")}
-    values, positive, test = read_recording()
-    print(render(compare(variants(values, positive, test), [group[e.id] for e in examples("test")])))
+    return args
 
 
 if __name__ == "__main__":

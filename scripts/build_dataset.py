@@ -17,6 +17,7 @@ is labelled positive, workplace negative, and of the texts from any other domain
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import random
@@ -64,11 +65,7 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = predictions.ArgumentParser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset (default: 0)")
-    parser.add_argument("--output", type=Path, default=SENTIMENT, metavar="FOLDER", help="default: data/sentiment")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the folder's files differ")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     files = render(build(SENTIMENT / "frames", args.seed), args.seed)
     if args.check:
         differ = [name for name, text in files.items() if _read(args.output / name) != text]
@@ -81,6 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, text in files.items():
         (args.output / name).write_bytes(text.encode())
     print(f"{args.output}: {', '.join(files)}")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = predictions.ArgumentParser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset (default: 0)")
+    parser.add_argument("--output", type=Path, default=SENTIMENT, metavar="FOLDER", help="default: data/sentiment")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the folder's files differ")
+    return parser.parse_args(argv)
 
 
 def _read(path: Path) -> str | None:

@@ -1,0 +1,47 @@
+"""main.py: the tour of the real model is the recorded one, other texts and models go through it, the replay is light."""
+
+import subprocess
+import sys
+
+import pytest
+from test_architecture import ROOT, every_python
+
+
+def test_the_real_tour_is_what_the_replay_shows_in_seven_steps(run):
+    real, replayed = run("main.py"), run("main.py", "--replay")
+    assert (real.returncode, real.stderr, replayed.returncode, replayed.stderr) == (0, "", 0, "")
+    assert real.stdout.partition("\n")[2] == replayed.stdout.partition("\n")[2]
+    assert [line[:2] for line in real.stdout.splitlines() if line[:1].isdigit()] == [f"{i}." for i in range(1, 8)]
+    assert "automate" in real.stdout and "review" in real.stdout
+
+
+def test_the_replay_loads_no_model_library():
+    code = """if True:
+        import sys
+        sys.argv = ["main.py", "--replay"]
+        import main
+        main.main()
+        print({"torch", "transformers"} & set(sys.modules), file=sys.stderr)
+    """
+    done = every_python(code, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
+def test_another_model_and_texts_of_one_s_own_stop_where_no_calibrator_fits(run):
+    from llama import embedded_model
+
+    done = run("main.py", "--model", embedded_model(), "--text", "One text", "An \x1b[31mother")
+    assert done.returncode == 0 and "\x1b" not in done.stdout and "One text" in done.stdout
+    assert "No calibrator of this repository is for this model" in done.stdout and "7." not in done.stdout
+
+
+def test_the_fine_tuned_model_has_its_own_calibrator(run):
+    done = run("main.py", "--adapter", "auto", "--text", "The canteen is on floor four.")
+    assert "on at least 90% are right" in done.stdout and done.returncode == 0
+
+
+@pytest.mark.parametrize("more", [["--text", "x"], ["--model", "llama"], ["--adapter", "auto"]])
+def test_the_replay_takes_no_other_flag(more):
+    command = [sys.executable, "main.py", "--replay", *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "it takes no other flag" in done.stderr and done.stderr.count("\n") == 1
