@@ -1,4 +1,4 @@
-"""main.py: the tour of the real model is the recorded one, other texts and models go through it, the replay is light."""
+"""main.py: the tour of the real model is the recorded one, other texts go through it too, and the replay is light."""
 
 import subprocess
 import sys
