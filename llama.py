@@ -656,8 +656,8 @@ def load_llama(
     `adapter` is a folder, None, or "auto": the shipped fine-tuned folder, if it was trained from these weights for the
     task with these settings (`Task.settings()`). Raises ValueError or OSError in one line that says what to do.
     """
-    device = _choose_device(device)
-    precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else _choose_dtype(dtype, device)
+    device = choose_device(device)
+    precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else choose_dtype(dtype, device)
     quantization = {"quantization_config": _quantization(precision, device)} if load_in_4bit or load_in_8bit else {}
     if adapter not in (None, "none", "auto"):
         check_adapter(Path(adapter))
@@ -773,7 +773,7 @@ def _download(model: str) -> Path:
         raise ValueError(f"the Hub did not give {model}: {_one_line(error)}") from None
 
 
-def _choose_device(device: str) -> str:
+def choose_device(device: str) -> str:
     import torch
 
     if device == "auto":
@@ -785,7 +785,7 @@ def _choose_device(device: str) -> str:
     return "cpu" if device.startswith("cpu:") else device  # accelerate numbers CPUs, of which torch has one
 
 
-def _choose_dtype(dtype: str, device: str) -> str:
+def choose_dtype(dtype: str, device: str) -> str:
     import torch
 
     if dtype != "auto":
