@@ -830,12 +830,16 @@ def first_tokens(found: Mapping) -> str:
 def draw(study: Study, report: dict, folder: Path) -> None:
     """The six figures."""
     files = " and ".join(predictions.printable(Path(side.path).name) for side in study.sides)
-    draw_accuracy(report, f"{study.count}, {files}", folder / "accuracy_comparison.png")
-    draw_calibration_error(report["scores"], f"{study.where}, {files}", folder / "calibration_error_comparison.png")
-    draw_confidences(study, f"{study.where}, {files}", folder / "confidence_distributions.png")
+    how = "each row by a calibrator that did not see its group"
+    if study.protocol == "held-out":
+        how = f"calibrators fitted on {len(study.fit_groups):,} other rows"
+    fitted = f"{study.where} ({files}; {how})"
+    seed = f"seed {report['settings']['seed']}"
+    draw_accuracy(report, f"{study.count} ({files}), {seed}", folder / "accuracy_comparison.png")
+    draw_calibration_error(report["scores"], f"{fitted}, {seed}", folder / "calibration_error_comparison.png")
+    draw_confidences(study, fitted, folder / "confidence_distributions.png")
     for method in ("raw", "platt", "isotonic"):
-        protocol = "nothing fitted" if method == "raw" else study.protocol
-        about = f"{study.count}, {protocol}, {files}"
+        about = f"{study.count}, nothing fitted ({files})" if method == "raw" else fitted
         draw_reliability(study, report["scores"], method, about, folder / f"reliability_{method}.png")
 
 
@@ -849,18 +853,18 @@ def draw_accuracy(report: dict, about: str, path: Path) -> None:
             name = f"neutral, {value}" if column == RULE else value.replace("_", " ")
             lines.setdefault(f"{name}  {found['n']:,}", [found[side]["accuracy"] for side in NAMES])
     caption = (
-        f"Share of right answers, {about}; nothing fitted. Bars are 95 % intervals: of all rows by whole groups, of "
-        "parts exact, as of independent rows. After each name its rows."
+        f"Share of right answers, {about}; nothing fitted. Bars are 95 % intervals: of all rows by 1,000 bootstrap "
+        "samples of whole groups, of parts exact, as of independent rows. Behind a name: its n."
     )
     if len(lines) > MOST_PARTS:
         caption += f" The first {MOST_PARTS} of {len(lines)} lines."
         lines = dict([*lines.items()][:MOST_PARTS])
     with plotting.figure(path, predictions.printable(caption), height=1.5 + 0.33 * len(lines)) as axes:
         axis, y = axes[0, 0], np.arange(len(lines))
-        for k, (title, color) in enumerate(zip(TITLES, COLORS, strict=True)):
+        for k, (title, color, marker) in enumerate(zip(TITLES, COLORS, "so", strict=True)):
             point, low, high = np.array([both[k] for both in lines.values()]).T
             ends = np.abs([point - low, high - point])
-            axis.errorbar(point, y + (k - 0.5) * 0.3, xerr=ends, fmt="o", color=color, label=title, capsize=2)
+            axis.errorbar(point, y + (k - 0.5) * 0.3, xerr=ends, fmt=marker, color=color, label=title, capsize=2)
         axis.set_yticks(y, [predictions.printable(name) for name in lines])
         axis.invert_yaxis()
         axis.set(xlim=(0, 1.02), xlabel="accuracy")
@@ -872,21 +876,22 @@ def draw_calibration_error(scores: dict, about: str, path: Path) -> None:
     """ECE with its noise floor, and the log loss, of both models by each calibrator."""
     found = {method: row for method, row in scores.items() if method != "calibrated"}
     caption = (
-        f"Before and after each calibrator of P(label), {about}; raw: nothing fitted. Black lines: the ECE (20 equal "
-        "bins) that true confidences show on so many independent rows. Bars of the log loss: 95 % intervals, by whole "
-        "groups."
+        f"Before and after each calibrator of P(label), {about}; raw: nothing fitted. Noise floor: the ECE (20 equal "
+        "bins) that true confidences show on so many independent rows. Bars of the log loss: 95 %, 1,000 "
+        "bootstrap samples of whole groups."
     )
     with plotting.figure(path, caption, columns=2, height=4.4) as axes:
         (left, right), x = axes[0], np.arange(len(found))
-        for k, (side, title, color) in enumerate(zip(NAMES, TITLES, COLORS, strict=True)):
+        for k, (side, title, color, marker) in enumerate(zip(NAMES, TITLES, COLORS, "so", strict=True)):
             place = x + (k - 0.5) * 0.38
             ece = [row["paired"]["ECE"][side][0] for row in found.values()]
             left.bar(place, ece, 0.36, color=color, label=title)
             floors = [row[side]["ece_noise_floor"] for row in found.values()]
-            left.hlines(floors, place - 0.18, place + 0.18, color=plotting.INK, linewidth=2)
+            label = "noise floor" if k else None
+            left.hlines(floors, place - 0.18, place + 0.18, color=plotting.INK, linewidth=2, label=label)
             point, low, high = np.array([row["paired"]["log loss"][side] for row in found.values()]).T
             ends = np.abs([point - low, high - point])
-            right.errorbar(x + (k - 0.5) * 0.2, point, yerr=ends, fmt="o", color=color, capsize=2)
+            right.errorbar(x + (k - 0.5) * 0.2, point, yerr=ends, fmt=marker, color=color, capsize=2)
         for axis, title in ((left, "Expected calibration error"), (right, "Log loss")):
             axis.set_xticks(x, found, rotation=35, ha="right")
             axis.set(title=title, ylim=(0, None))
@@ -897,8 +902,9 @@ def draw_calibration_error(scores: dict, about: str, path: Path) -> None:
 def draw_confidences(study: Study, about: str, path: Path) -> None:
     """How often each confidence occurs, right and wrong, raw and calibrated."""
     caption = (
-        f"Confidence of right (colour) and wrong (grey) answers, {about}; raw: nothing fitted. Dashed: mean "
-        f"confidence, dotted: accuracy. Calibrated: {' and '.join(side.calibrator for side in study.sides)}."
+        f"Confidence of right and wrong answers, {about}; raw: nothing fitted. Calibrated: "
+        + "; ".join(f"{title} by {side.calibrator}" for title, side in zip(TITLES, study.sides, strict=True))
+        + "."
     )
     lowest = min(side.confidence[score].min() for side in study.sides for score in ("raw", "calibrated"))
     with plotting.figure(path, caption, 2, 2, height=3.1, sharex=True, sharey="row") as axes:
@@ -906,9 +912,14 @@ def draw_confidences(study: Study, about: str, path: Path) -> None:
             for axis, side, title, color in zip(row, study.sides, TITLES, COLORS, strict=True):
                 confidence, correct = side.confidence[score], side.scores.correct
                 parts = [confidence[correct], confidence[~correct]]
-                axis.hist(parts, np.arange(21) / 20, stacked=True, color=[color, plotting.GREY], rwidth=0.92)
-                axis.axvline(confidence.mean(), color=plotting.INK, linestyle="--")
-                axis.axvline(correct.mean(), color=plotting.INK, linestyle=":")
+                shades, names = [color, plotting.GREY], ["right", "wrong"]
+                axis.hist(parts, np.arange(21) / 20, stacked=True, color=shades, rwidth=0.92, label=names)
+                for value, name, style in (
+                    (confidence.mean(), "mean confidence", "--"),
+                    (correct.mean(), "accuracy", ":"),
+                ):
+                    axis.axvline(value, color=plotting.INK, linestyle=style, label=f"{name} {value:.1%}")
+                axis.legend(loc="upper left", fontsize=8.5, handlelength=1.3, borderaxespad=0.1)
                 axis.set(title=f"{title}, {score}", xlim=(min(0.5, lowest) - 0.02, 1.02))
                 plotting.percent(axis, "x")
                 axis.label_outer()

@@ -493,24 +493,24 @@ def convergence_table(pairs: dict[int, np.ndarray]) -> str:
     return title + predictions.table(lines, "    ")
 
 
-def draw_convergence(path: str, pairs: dict[int, np.ndarray], what: str) -> None:
+def draw_convergence(path: str | Path, pairs: dict[int, np.ndarray], what: str) -> None:
     """The figure of `convergence_table`, with each row's agreement against its probability."""
     import plotting
 
     n, columns = len(next(iter(pairs.values()))), 2
     caption = (
         f"{what}, n = {n:,} rows, nothing fitted. A dot is a text: the probability of its most probable label against "
-        "that label's share of so many draws from the same first-token distribution; the band holds 95 % of binomial "
-        "draws. Last: the root mean square distance, and what the binomial distribution predicts."
+        "that label's share of so many draws from the same first-token distribution, seeded by its id and text; the "
+        "band holds 95 % of binomial draws. Last: the root mean square distance, and what the binomial distribution "
+        "predicts."
     )
-    with plotting.figure(path, caption, rows=-(-(len(pairs) + 1) // columns), columns=columns, height=3.6) as axes:
+    with plotting.figure(path, caption, rows=-(-(len(pairs) + 1) // columns), columns=columns, height=3.1) as axes:
         axes = axes.ravel()
         for axis, (size, (p, agreement)) in zip(axes, ((s, found.T) for s, found in pairs.items()), strict=False):
             plot_agreement(axis, size, p, agreement)
         plot_distance(axes[len(pairs)], pairs)
         for axis in axes[len(pairs) + 1 :]:
             axis.set_visible(False)
-    print(path)
 
 
 def plot_agreement(axis: Axes, size: int, p: np.ndarray, agreement: np.ndarray) -> None:
@@ -523,7 +523,7 @@ def plot_agreement(axis: Axes, size: int, p: np.ndarray, agreement: np.ndarray) 
     low, high = (binom.ppf(q, size, grid) / size for q in (0.025, 0.975))
     axis.fill_between(grid, low, high, color=plotting.SKY, alpha=0.35, linewidth=0)
     axis.plot(grid, grid, color=plotting.GREY, linewidth=1, linestyle="--")
-    axis.scatter(p, agreement, s=6, color=plotting.BLUE, alpha=0.4, linewidth=0)
+    axis.scatter(p, agreement, s=3, marker="s", color=plotting.BLUE, alpha=0.6, linewidth=0, antialiased=False)
     axis.set(title=f"{size:,} draws", xlabel="probability", ylabel="agreement", xlim=(grid[0], 1.01), ylim=(0, 1.04))
     plotting.percent(axis)
 
@@ -809,6 +809,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(convergence_table(pairs))
         if pairs and args.figure:
             draw_convergence(args.figure, pairs, f"{sampler.model.name} on {Path(args.input).name}")
+            print(args.figure)
     finish(args, calibrator)
 
 

@@ -50,9 +50,11 @@ STYLE = {
     "ytick.color": INK,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",  # never transparent: the page behind may be dark
-    "legend.frameon": False,
+    "legend.facecolor": "white",  # what lies behind a legend must not run through its words
+    "legend.edgecolor": "none",
 }
 WIDTH, DPI = 8.4, 150  # inches, dots an inch: crisp at the 830 or so pixels of a README
+MARGIN, CAPTION_LINE = 0.12, 0.17  # inches: around everything, of one line of the caption
 
 
 @contextmanager
@@ -60,16 +62,23 @@ def figure(
     path: str | Path, caption: str, rows: int = 1, columns: int = 1, height: float = 4.6, **options: object
 ) -> Iterator[np.ndarray]:
     """Give axes [rows, columns] of a figure as wide as a README, `height` inches a row; write the PNG at the end."""
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcdefaults, rcParams
     from matplotlib.figure import Figure
 
-    with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    lines = textwrap.wrap(caption, 128)
+    below = MARGIN + CAPTION_LINE * len(lines)
+    high = height * rows + below + MARGIN
+    with rc_context():
+        rcdefaults()  # not what a matplotlibrc of this machine says
+        rcParams.update(STYLE)
+        figure = Figure(figsize=(WIDTH, high), layout="constrained")
+        side, bottom = MARGIN / WIDTH, below / high
+        figure.get_layout_engine().set(rect=(side, bottom, 1 - 2 * side, 1 - bottom - MARGIN / high))
         yield figure.subplots(rows, columns, squeeze=False, **options)
-        lines = textwrap.wrap(caption, 130)
-        figure.supxlabel("\n".join(lines), fontsize=8.5, x=0.01, ha="left", color="#555b66")
+        figure.text(side, MARGIN / high, "\n".join(lines), fontsize=8.5, va="bottom", color="#555b66")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI, metadata={"Software": None})  # no version in it: equal data, equal bytes
+        # No version in its metadata: equal data, equal bytes.
+        figure.savefig(path, dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def percent(axis: Axes, which: str = "both") -> None:

@@ -17,6 +17,7 @@ recording (1e-4), does Method 3 again completely, byte for byte, and ends with e
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shlex
@@ -253,24 +254,12 @@ def check_all(chosen: Sequence[Recording], limit: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = predictions.ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("name", metavar="NAME", nargs="*", help="files of data/predictions/, without their ending (default: all)")
-    add("--check", action="store_true", help="compare with the recordings instead of replacing them")
-    add("--list", action="store_true", help="print each file and the command that makes it")
-    add("--limit", type=predictions.natural, metavar="N", help="with --check: rows of a table to run (default: 24)")
-    args = parser.parse_args(argv)
-    if unknown := [name for name in args.name if name not in RECORDINGS]:
-        parser.error(f"no recording {unknown[0]!r}; there are {', '.join(RECORDINGS)}")
-    if args.limit is not None and not (args.check and args.limit):
-        parser.error(f"--limit {args.limit}: at least 1, with --check")
+    args = parse_arguments(argv)
     chosen = [recording for name, recording in RECORDINGS.items() if not args.name or name in args.name]
     if args.list:
         for recording in chosen:
             print(f"{recording.path} ({recording.rows:,} rows)\n  {recording.command}")
         return
-    if by_hand := next((recording for recording in chosen if recording.by_hand and args.name), None):
-        parser.error(f"{by_hand.name} is made by {by_hand.command}, an hour of one core, and has tests of its own")
     chosen = [recording for recording in chosen if not recording.by_hand]
     if args.check:
         if not check_all(chosen, args.limit or 24):
@@ -291,6 +280,24 @@ def make_all(chosen: list[Recording]) -> None:
         names = " ".join(recording.name for recording in left)
         print(f"\nstopped; to go on: python scripts/record_predictions.py {names}", file=sys.stderr)
         sys.exit(130)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = predictions.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("name", metavar="NAME", nargs="*", help="files of data/predictions/, without their ending (default: all)")
+    add("--check", action="store_true", help="compare with the recordings instead of replacing them")
+    add("--list", action="store_true", help="print each file and the command that makes it")
+    add("--limit", type=predictions.natural, metavar="N", help="with --check: rows of a table to run (default: 24)")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.name if name not in RECORDINGS]:
+        parser.error(f"no recording {unknown[0]!r}; there are {', '.join(RECORDINGS)}")
+    if by_hand := [one for name, one in RECORDINGS.items() if name in args.name and one.by_hand and not args.list]:
+        made = by_hand[0].command
+        parser.error(f"{by_hand[0].name} is made by {made}, an hour of one core, and has tests of its own")
+    if args.limit is not None and not (args.check and args.limit):
+        parser.error(f"--limit {args.limit}: at least 1, with --check")
+    return args
 
 
 if __name__ == "__main__":
