@@ -2,10 +2,11 @@
 
     python calibration_demo.py                                            # the recorded predictions of this repository
     python calibration_demo.py mine.jsonl --target-accuracy 0.95          # one file: every number out-of-fold
-    python calibration_demo.py --calibrate-on cal.jsonl --test-on test.jsonl --error-cost 50
+    python calibration_demo.py --calibrate-on cal.jsonl --test-on test.jsonl --error-cost 50 --html
 
 Reads labelled predictions files, no model and no torch. Prints a report and writes into --output-dir: calibrator.json
-(for `logprobs_confidence.py --calibrator`), report.json, decisions.csv and eight figures.
+(for `logprobs_confidence.py --calibrator`), report.json, decisions.csv and eight figures; with --html also report.html,
+one page with a threshold to move, which needs no network.
 
 With two files everything is fitted and chosen on the first and measured on the second (held-out). With one, each row is
 measured by a calibrator that did not see its group (out-of-fold), and the figures that need separate test rows use a
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +60,7 @@ SETTINGS = ("method", "target_accuracy", "delta", "review_cost", "error_cost", "
 PROMISES = (0.8, 0.85, 0.9, 0.95)  # beside --target-accuracy
 FEW = 10  # rows below which a figure shows no accuracy
 REPEATS = 40  # subsamples for each label count
+SHOWN, LENGTH = 50, 500  # rows in a table of the page, characters of a text in it
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with TemporaryDirectory(dir=folder, prefix=".") as part:  # all files or none
         write(study, report, Path(part))
         draw(study, report, args, Path(part))
+        if args.html:
+            write_page(page_data(study, report, args), Path(part) / "report.html")
         made = sorted(Path(part).iterdir())
         if blocked := [path.name for path in made if (folder / path.name).is_dir()]:
             raise ValueError(f"{folder / blocked[0]} is a folder; nothing was written")
@@ -120,6 +126,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_cost_arguments(parser)
     tasks.add_groups_argument(parser)
     add("--seed", type=predictions.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
+    add("--html", action="store_true", help="also write report.html, a page with a threshold to move")
     add("--output-dir", default="calibration_report", metavar="FOLDER", help="default: calibration_report")
     args = parser.parse_args(argv)
     if args.predictions and (args.calibrate_on or args.test_on):
@@ -287,10 +294,6 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
         name: float(costs(confidence, test.correct, [chow], args.review_cost, args.error_cost)[0])
         for name, confidence in (("raw", test.confidence), ("calibrated", study.chosen))
     }
-    raw_gates = automation(test.confidence, test.correct, THRESHOLDS)
-    gates = automation(study.chosen, test.correct, THRESHOLDS)
-    for row in (*raw_gates, *gates):
-        row |= dollars_a_day(row["share"], row["accuracy"], args.volume, args.review_cost, args.error_cost)
     return {
         "model": fitted.model,
         "task": fitted.task,
@@ -315,7 +318,10 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
         "threshold": dict(fitted.threshold),
         "threshold_measured_protocol": "held-out" if study.protocol == "held-out" else "in-sample",
         "promises": [promise(study, target, args.delta) for target in sorted({*PROMISES, args.target_accuracy})],
-        "gates": {"raw": raw_gates, "calibrated": gates},
+        "gates": {
+            "raw": priced(test.confidence, test.correct, THRESHOLDS, args),
+            "calibrated": priced(study.chosen, test.correct, THRESHOLDS, args),
+        },
         "buckets": {"raw": buckets(test.confidence, test.correct), "calibrated": buckets(study.chosen, test.correct)},
         "cost_optimal_threshold": chow,
         "cost_per_row": cost
@@ -324,6 +330,16 @@ def measure(study: Study, args: argparse.Namespace) -> dict:
             "automate everything": float(args.error_cost * (1 - test.correct.mean())),
         },
     }
+
+
+def priced(
+    confidence: np.ndarray, correct: np.ndarray, thresholds: Sequence[float], args: argparse.Namespace
+) -> list[dict]:
+    """What each threshold automates, how right that is, and what a day costs."""
+    rows = automation(confidence, correct, thresholds)
+    for row in rows:
+        row |= dollars_a_day(row["share"], row["accuracy"], args.volume, args.review_cost, args.error_cost)
+    return rows
 
 
 def promise(study: Study, target: float, delta: float) -> dict:
@@ -362,6 +378,71 @@ def write(study: Study, report: dict, folder: Path) -> None:
 def spreadsheet_safe(cell: str) -> str:
     """A cell that no spreadsheet takes for a formula."""
     return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+# The page
+
+
+def page_data(study: Study, report: dict, args: argparse.Namespace) -> dict:
+    """What report.html shows: the report itself, and all else computed here, so that the page only looks numbers up."""
+    chosen, correct = study.chosen, study.test.correct
+    first = int(200 * min(0.5, chosen.min()))
+    thresholds = {*(i / 200 for i in range(first, 201)), *THRESHOLDS, report["cost_optimal_threshold"]}
+    thresholds |= {found["threshold"][key] for found in report["promises"] for key in ("value", "naive_value")}
+    steps = priced(chosen, correct, sorted(thresholds - {None}), args)
+    start = report["threshold"]["value"]
+    start = report["cost_optimal_threshold"] if start is None else start
+    rising = np.argsort(chosen, kind="stable")
+    falling = np.argsort(-chosen, kind="stable")
+    return {
+        "report": report,
+        "where": study.where,
+        "method": study.rows[0].method,
+        "steps": steps,
+        "start": next(i for i, step in enumerate(steps) if step["threshold"] == start),
+        "review_everything": dollars_a_day(0, None, args.volume, args.review_cost, args.error_cost)["dollars"],
+        "reliability": {"raw": reliability(study.test.confidence, correct), "calibrated": reliability(chosen, correct)},
+        "errors": page_rows(study, falling[~correct[falling]]),
+        "least_certain": page_rows(study, rising),
+    }
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> list[dict]:
+    """The bins of a reliability diagram that hold rows, each with the exact 95 % interval of its accuracy."""
+    from calibration_metrics import bins_of, exact_interval
+
+    bins, table = bins_of(confidence, correct), []
+    for i in np.flatnonzero(bins.count).tolist():
+        n = int(bins.count[i])
+        low, high = exact_interval(round(bins.accuracy[i] * n), n)
+        ends = {"from": bins.edges[i], "to": bins.edges[i + 1], "accuracy_low": low, "accuracy_high": high}
+        table.append({"n": n, "accuracy": bins.accuracy[i], "mean_confidence": bins.confidence[i], **ends})
+    return table
+
+
+def page_rows(study: Study, numbers: np.ndarray) -> list[dict]:
+    """The first of these rows, with their texts, for a table."""
+    found = []
+    for i in numbers[:SHOWN].tolist():
+        row = study.rows[i]
+        text = row.text if len(row.text) <= LENGTH else row.text[:LENGTH] + " [...]"
+        numbers_of = {"confidence": row.confidence, "calibrated_confidence": study.chosen[i]}
+        found.append({"id": row.id, "text": text, "label": row.label, "prediction": row.prediction, **numbers_of})
+    return found
+
+
+def write_page(data: dict, path: Path) -> None:
+    """report.html: the template with plotly.js and the data in it, one file that asks no network for anything."""
+    from plotly.offline import get_plotlyjs
+
+    # Without a "<" no text can end the element it stands in; JSON has its escape for it.
+    text = json.dumps(data, allow_nan=False, default=float).replace("<", "\\u003c")
+    # The page's policy runs only scripts that carry this word, which nobody can write into a text: it is the data's.
+    nonce = hashlib.sha256(text.encode()).hexdigest()
+    parts = {"plotly": get_plotlyjs(), "data": text, "nonce": nonce}
+    template = (ROOT / "scripts" / "report_template.html").read_text(encoding="utf-8")
+    # In one pass, so that nothing is put into what a text or plotly.js happens to hold.
+    path.write_text(re.sub(r"\{\{(\w+)\}\}", lambda name: parts[name[1]], template), encoding="utf-8", newline="\n")
 
 
 # The printed report
@@ -513,25 +594,29 @@ def gates(report: dict) -> str:
 
 def draw(study: Study, report: dict, args: argparse.Namespace, folder: Path) -> None:
     """The eight figures."""
-    where = study.where
+    tested, fitted = (predictions.printable(Path(report[key]).name) for key in ("tested_on", "calibrated_on"))
+    how = f"{tested}, fitted on {len(study.fit_rows):,} rows of {fitted}"
+    if study.protocol == "out-of-fold":
+        how = f"{tested}, each row by a calibrator that did not see its group"
+    where = f"{study.where} ({how})"
     drawn = subsamples(study, args.seed)
-    draw_histogram(study, folder / "raw_confidence_histogram.png")
+    draw_histogram(study, tested, folder / "raw_confidence_histogram.png")
     draw_methods(study, report, where, folder / "reliability_by_method.png")
     draw_business(study, where, folder / "business_reliability.png")
-    draw_progression(drawn, folder / "business_progression.png")
-    draw_gates(report, where, folder / "accuracy_threshold.png")
-    draw_sample_sizes(drawn, folder / "sample_size.png")
+    draw_progression(drawn, args.seed, folder / "business_progression.png")
+    draw_gates(report, f"{where}; calibrated: {study.fitted.recipe}", folder / "accuracy_threshold.png")
+    draw_sample_sizes(drawn, args.seed, folder / "sample_size.png")
     draw_costs(study, report, args, where, folder / "cost_curve.png")
     draw_risk_coverage(study, where, folder / "risk_coverage.png")
 
 
-def draw_histogram(study: Study, path: Path) -> None:
+def draw_histogram(study: Study, source: str, path: Path) -> None:
     """How often each raw confidence occurs, right and wrong."""
     test, edges = study.test, np.arange(21) / 20
     confidence, accuracy = test.confidence.mean(), test.correct.mean()
     caption = (
-        f"Raw confidence of {predictions.printable(study.fitted.model)}, n = {len(study.rows):,}, nothing fitted. "
-        f"The gap between the two lines is {'over' if confidence > accuracy else 'under'}confidence."
+        f"Raw confidence of {predictions.printable(study.fitted.model)} on {source}, n = {len(study.rows):,}, nothing "
+        f"fitted. The gap between the two lines is {'over' if confidence > accuracy else 'under'}confidence."
     )
     with plotting.figure(path, caption, height=4.2) as axes:
         axis = axes[0, 0]
@@ -568,11 +653,11 @@ def draw_methods(study: Study, report: dict, where: str, path: Path) -> None:
         str(r): c for m in ("platt", "isotonic", "temperature") for r, c in study.calibrated.items() if r.method == m
     }
     caption = (
-        f"Reliability, {where}. A dot is one of 20 equal bins with the exact 95 % interval of as many "
-        "independent rows; its rows stand at the "
-        "bottom. On the diagonal the confidence is true."
+        f"Reliability, {where}; raw: nothing fitted. A dot is one of 20 equal bins with the exact 95 % interval of as "
+        "many independent rows; its rows stand at the bottom. On the diagonal the confidence is true. Floor: the ECE "
+        "that true confidences show on so many rows."
     )
-    with plotting.figure(path, caption, 2, 2, height=4.2, sharex=True, sharey=True) as axes:
+    with plotting.figure(path, caption, 2, 2, height=3.8, sharex=True, sharey=True) as axes:
         for axis, (name, confidence) in zip(axes.flat, panels.items(), strict=False):
             plot_reliability_diagram(
                 confidence, study.test.correct, ax=axis, color=plotting.RED if name == "raw" else plotting.BLUE
@@ -588,16 +673,18 @@ def draw_methods(study: Study, report: dict, where: str, path: Path) -> None:
 ZONES = (plotting.GREEN, plotting.YELLOW, plotting.ORANGE, plotting.RED)
 
 
-def paint_zones(axis: Axes) -> None:
-    """The article's four buckets behind a diagram whose x axis is the confidence."""
+def paint_zones(axis: Axes, lowest: float) -> None:
+    """The article's four buckets behind a diagram whose x axis is the confidence, from below the `lowest` on."""
+    left = min(0.3, np.floor(10 * lowest) / 10)
+    axis.set_xticks([left, *(lower for lower, _ in BUCKETS[:-1])])
     upper = 1.0
     for (lower, name), color in zip(BUCKETS, ZONES, strict=True):
         axis.axvspan(lower, upper, color=color, alpha=0.14, linewidth=0, zorder=0)
         words = name.replace(" ", "\n").replace("-", "-\n")
-        axis.text((lower + upper) / 2, 1.015, words, ha="center", va="bottom", fontsize=6.5)
+        axis.text((max(lower, left) + upper) / 2, 1.015, words, ha="center", va="bottom", fontsize=8)
         upper = lower
     axis.plot([0, 1], [0, 1], color=plotting.GREY, linestyle="--", linewidth=1)
-    axis.set(xlim=(0, 1), ylim=(0, 1.12), xlabel="confidence", ylabel="accuracy")
+    axis.set(xlim=(left, 1), ylim=(0, 1.14), xlabel="confidence", ylabel="accuracy")
     axis.set_yticks(np.arange(6) / 5)
     plotting.percent(axis)
 
@@ -607,23 +694,23 @@ def draw_business(study: Study, where: str, path: Path) -> None:
     from calibration_metrics import bins_of
 
     caption = (
-        f"Reliability and the article's four zones, {where}. Ten equal bins; the numbers are the rows of each zone, "
-        "raw above calibrated."
+        f"Reliability and the article's four zones, {where}; raw: nothing fitted. A dot is one of ten equal bins; the "
+        "numbers are the rows of each zone, raw above calibrated. On the dashed line the confidence is true."
     )
-    with plotting.figure(path, caption, height=5) as axes:
-        axis = axes[0, 0]
-        paint_zones(axis)
-        for name, confidence, color, height in (
-            ("raw", study.test.confidence, plotting.RED, 0.07),
-            (str(study.fitted.recipe), study.chosen, plotting.BLUE, 0.02),
+    with plotting.figure(path, caption, height=4.8) as axes:
+        axis, lowest = axes[0, 0], min(study.test.confidence.min(), study.chosen.min())
+        paint_zones(axis, lowest)
+        for name, confidence, color, style, height in (
+            ("raw", study.test.confidence, plotting.RED, "s-", 0.07),
+            (str(study.fitted.recipe), study.chosen, plotting.BLUE, "o-", 0.02),
         ):
             bins = bins_of(confidence, study.test.correct, 10)
             full = bins.count > 0
-            axis.plot(bins.confidence[full], bins.accuracy[full], "o-", color=color, label=name)
+            axis.plot(bins.confidence[full], bins.accuracy[full], style, color=color, label=name)
             upper = 1.0
             for zone in buckets(confidence, study.test.correct):
                 axis.text(
-                    (zone["from"] + upper) / 2,
+                    (max(zone["from"], axis.get_xlim()[0]) + upper) / 2,
                     height,
                     f"{zone['n']:,}",
                     ha="center",
@@ -632,23 +719,26 @@ def draw_business(study: Study, where: str, path: Path) -> None:
                     fontweight="bold",
                 )
                 upper = zone["from"]
-        axis.legend(loc="upper left", bbox_to_anchor=(0.0, 0.9))
+        axis.legend(loc="upper left", bbox_to_anchor=(0.0, 0.9), frameon=False)
 
 
 def draw_gates(report: dict, where: str, path: Path) -> None:
     """What a threshold automates (bars) and how right that is (line), raw and calibrated."""
     caption = (
-        f"Automation and accuracy by confidence threshold, {where}. Bars: share of rows at or above it. Line: accuracy "
-        f"among them where they are {FEW} or more, with the exact 95 % interval of as many independent rows."
+        f"Automation and accuracy by confidence threshold, {where}; raw: nothing fitted. Bars: the rows at or above it "
+        f"and their share. Line: accuracy among them where they are {FEW} or more, with the exact 95 % interval of as "
+        "many independent rows."
     )
     with plotting.figure(path, caption, columns=2, height=4.2, sharey=True) as axes:
         for axis, (name, rows), color in zip(
             axes[0], report["gates"].items(), (plotting.RED, plotting.BLUE), strict=True
         ):
-            place, share = np.arange(len(rows)), np.array([row["share"] for row in rows])
-            axis.bar(place, share, color=color, alpha=0.25, width=0.8)
+            place = np.arange(len(rows))
+            axis.bar(place, [row["share"] for row in rows], color=color, alpha=0.25, width=0.8)
             for x, row in zip(place, rows, strict=True):
-                axis.text(x, 0.015, f"{row['automated']:,}", ha="center", fontsize=8)
+                share = f"{row['share']:.0%}" if row["share"] >= 0.005 or not row["automated"] else "<1%"
+                words = f"{row['automated']:,}\n{share}"
+                axis.text(x, 0.015, words, ha="center", fontsize=8, linespacing=1.4)
             some = [(x, row) for x, row in zip(place, rows, strict=True) if row["automated"] >= FEW]
             if some:
                 x, y = [x for x, _ in some], np.array([row["accuracy"] for _, row in some])
@@ -666,15 +756,15 @@ def draw_costs(study: Study, report: dict, args: argparse.Namespace, where: str,
     """What 1,000 rows cost at each threshold."""
     thresholds, test = np.linspace(0.4, 1, 121), study.test
     caption = (
-        f"Cost of 1,000 rows, ${args.review_cost:g} a review and ${args.error_cost:g} an automated error, {where}. "
-        "Bands: 95 % bootstrap of groups. The dotted line is where true confidences cost least; it was not chosen on "
-        "these rows."
+        f"Cost of 1,000 rows, ${args.review_cost:g} a review and ${args.error_cost:g} an automated error, {where}; "
+        f"raw: nothing fitted. Bands: 95 %, 500 bootstrap samples of whole groups, seed {args.seed}. The dotted line "
+        "is where true confidences cost least, from the two prices alone."
     )
     with plotting.figure(path, caption, height=4.4) as axes:
         axis = axes[0, 0]
         for name, confidence, color in (
             ("raw", test.confidence, plotting.RED),
-            ("calibrated", study.chosen, plotting.BLUE),
+            (str(study.fitted.recipe), study.chosen, plotting.BLUE),
         ):
             cost, low, high = (
                 1000
@@ -704,6 +794,7 @@ def draw_costs(study: Study, report: dict, args: argparse.Namespace, where: str,
             title="What a threshold costs",
         )
         plotting.percent(axis, "x")
+        axis.yaxis.set_major_formatter("${x:,.0f}")
         axis.legend()
 
 
@@ -712,8 +803,8 @@ def draw_risk_coverage(study: Study, where: str, path: Path) -> None:
     from calibration_metrics import plot_risk_coverage
 
     caption = (
-        f"Errors among the most confident share of rows, {where}. A calibrator of the confidence cannot move this "
-        "curve; knowing which label was predicted can."
+        f"Errors among the most confident share of rows, {where}; raw: nothing fitted. Area: under the curve, lower is "
+        "better. A calibrator of the confidence cannot move this curve; knowing which label was predicted can."
     )
     with plotting.figure(path, caption, height=4.2) as axes:
         curves = {"raw": (study.test.confidence, study.test.correct, plotting.RED)}
@@ -764,46 +855,50 @@ def some_groups(groups: np.ndarray, size: int, draw: np.random.Generator) -> np.
     return np.argsort(draw.permutation(index.max() + 1)[index], kind="stable")[:size]
 
 
-def draw_progression(drawn: Subsamples, path: Path) -> None:
+def draw_progression(drawn: Subsamples, seed: int, path: Path) -> None:
     """Business reliability with 100, 200, 500 and 1,000 labels."""
     from calibration_metrics import bins_of
 
     sizes = [size for size in drawn.calibrated if size >= 100] or list(drawn.calibrated)
     caption = (
-        f"Reliability of '{drawn.recipe}' fitted on so many labels, {drawn.protocol}. Line: median of each bin's "
-        f"accuracy over {REPEATS} random subsamples, band: its 5 to 95 %. All labels are one sample, without a band."
+        f"Reliability of '{drawn.recipe}' fitted on so many calibration labels, {drawn.protocol}. Line: median of each "
+        f"bin's accuracy over {REPEATS} random subsamples of the labels (seed {seed}), band: its 5 to 95 %. All labels "
+        "are one sample, without a band."
     )
+    curves = {}
+    for size in sizes:
+        bins = [bins_of(confidence, drawn.correct, 10) for confidence in drawn.calibrated[size]]
+        x, y = (np.array([getattr(b, f) for b in bins]) for f in ("confidence", "accuracy"))
+        often = np.isfinite(x).mean(axis=0) >= 0.5
+        curves[size] = np.nanmedian(x[:, often], axis=0), *np.nanquantile(y[:, often], [0.05, 0.5, 0.95], axis=0)
     rows = max(1, (len(sizes) + 1) // 2)
-    with plotting.figure(path, caption, rows, min(2, len(sizes)), height=4.0, sharex=True, sharey=True) as axes:
+    with plotting.figure(path, caption, rows, min(2, len(sizes)), height=3.6, sharex=True, sharey=True) as axes:
         for axis in axes.flat[len(sizes) :]:
             axis.set_visible(False)
         for axis, size in zip(axes.flat, sizes, strict=False):
-            paint_zones(axis)
-            bins = [bins_of(confidence, drawn.correct, 10) for confidence in drawn.calibrated[size]]
-            x, y = (np.array([getattr(b, f) for b in bins]) for f in ("confidence", "accuracy"))
-            often = np.isfinite(x).mean(axis=0) >= 0.5
-            middle = np.nanmedian(x[:, often], axis=0)
-            low, half, high = np.nanquantile(y[:, often], [0.05, 0.5, 0.95], axis=0)
+            paint_zones(axis, min(middle.min() for middle, *_ in curves.values()))
+            middle, low, half, high = curves[size]
             axis.fill_between(middle, low, high, color=plotting.BLUE, alpha=0.2, linewidth=0)
             axis.plot(middle, half, "o-", color=plotting.BLUE)
             axis.set_title(f"{size:,} labels")
             axis.label_outer()
 
 
-def draw_sample_sizes(drawn: Subsamples, path: Path) -> None:
+def draw_sample_sizes(drawn: Subsamples, seed: int, path: Path) -> None:
     """Accuracy and share of what 70, 80, 90 and 95 % automate, by the number of labels."""
     gates, sizes = (0.7, 0.8, 0.9, 0.95), list(drawn.calibrated)
     caption = (
-        f"Automating from a calibrated confidence on, by number of labels, {drawn.protocol}. Line: median of {REPEATS} "
-        "random subsamples, band: 5 to 95 %. A calibrated confidence keeps the accuracy above the dashed line."
+        f"Automating from a confidence calibrated by '{drawn.recipe}' on, by number of calibration labels, "
+        f"{drawn.protocol}. Line: median of {REPEATS} random subsamples of the labels (seed {seed}), band: 5 to 95 %; "
+        "all labels are one sample. A calibrated confidence keeps the accuracy above the dashed line."
     )
-    with plotting.figure(path, caption, 2, 2, height=3.6, sharex=True, sharey=True) as axes:
+    with plotting.figure(path, caption, 2, 2, height=3.3, sharex=True, sharey=True) as axes:
         for axis, gate in zip(axes.flat, gates, strict=True):
             taken = {size: drawn.calibrated[size] >= gate for size in sizes}
             shares = [t.mean(axis=1) for t in taken.values()]
             right = [[drawn.correct[row].mean() for row in t if row.any()] or [np.nan] for t in taken.values()]
             for values, color, name in (
-                (shares, plotting.ORANGE, "automated"),
+                (shares, plotting.ORANGE, "share of rows automated"),
                 (right, plotting.BLUE, "right among them"),
             ):
                 low, half, high = np.array([np.quantile(v, [0.05, 0.5, 0.95]) for v in values]).T
@@ -813,7 +908,7 @@ def draw_sample_sizes(drawn: Subsamples, path: Path) -> None:
             axis.set_xscale("log")
             axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
             axis.minorticks_off()
-            axis.set(ylim=(0, 1.05), title=f"from {gate:.0%} on", xlabel="labels")
+            axis.set(ylim=(0, 1.05), title=f"automated from {gate:.0%} on", xlabel="calibration labels")
             plotting.percent(axis, "y")
             axis.label_outer()
         axes[0, 0].legend(loc="best", fontsize=9)

@@ -46,7 +46,7 @@ SOURCES = (
     "predictions.py",
 )
 SOURCES += ("sagemaker_job.py", "task.py", "scripts/sagemaker_entry.py")
-NOT_IN_A_JOB = {"torch", "datasets", "pyarrow", "relplot", "openai", "anthropic", "boto3", "botocore"}
+NOT_IN_A_JOB = {"torch", "datasets", "pyarrow", "relplot", "plotly", "openai", "anthropic", "boto3", "botocore"}
 STAGED = {".json", ".safetensors", ".jinja", ".txt", ".model"}  # of a model's folder, what is uploaded
 VOLUME_GB = 100
 SPOT_WAIT_S = 6 * 3600  # for capacity, beyond the running time
