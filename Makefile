@@ -1,13 +1,15 @@
 # make demo   install what is missing, fetch the embedded model once, take the guided tour
 # make test   the same, then the tests;   make lint   ruff;   make benchmark   this machine's speed
 # make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
+# make test-study   makes the README's numbers, outputs and figures again and compares (minutes)
+# make test-browser   the interactive report in headless Chromium (apt-get install chromium)
 # make test-sagemaker   trains and serves end to end on a stand-in for AWS, on this machine (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: two processes of one thread are faster than one of two.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-servers test-sagemaker lint benchmark clean
+.PHONY: demo test test-servers test-study test-browser test-sagemaker lint benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python main.py
@@ -17,6 +19,14 @@ test: .venv/installed-tests
 
 test-servers: .venv/installed-servers
 	$(BIN)/python -m pytest -m servers tests/test_servers.py
+
+test-study: .venv/installed-tests
+	$(PARALLEL) -m study
+	$(BIN)/python scripts/make_figures.py --check
+	$(BIN)/python scripts/record_predictions.py --check
+
+test-browser: .venv/installed-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
 test-sagemaker: .venv/installed-tests
 	$(PARALLEL) -m sagemaker

@@ -142,7 +142,7 @@ def test_help_works_without_the_model_libraries_and_is_the_file_s_own_descriptio
     # A None in sys.modules makes the import fail, as on a machine without the library.
     code = f"""if True:
         import runpy, sys
-        sys.modules.update(dict.fromkeys({MODEL_LIBRARIES | {"datasets", "scipy", "matplotlib", "boto3"}}))
+        sys.modules.update(dict.fromkeys({MODEL_LIBRARIES | {"datasets", "scipy", "matplotlib", "plotly", "boto3"}}))
         sys.argv, sys.path[0] = [sys.argv[1], "--help"], sys.argv[2]
         runpy.run_path(sys.argv[0], run_name="__main__")
     """
