@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -224,12 +225,34 @@ def test_six_texts_are_those_of_the_recorded_tour():
     assert table("text", "prediction", "confidence", "label mass") == expected
 
 
+def first_tokens(pairs):
+    return ", ".join(f'`"{token}"` {100 * probability:.2f}' for token, probability in pairs)
+
+
+def test_first_tokens_are_those_of_the_recorded_tour():
+    lines = (ROOT / "data/predictions/tour.jsonl").read_text(encoding="utf-8").splitlines()
+    recorded = {row["text"]: row["logprobs"] for row in map(json.loads, lines)}
+    shown = table("text", "first tokens of the embedded model, percent", "sums")
+    for text, tokens, sums in shown:
+        row = recorded[text]
+        assert tokens == first_tokens((e["token"], math.exp(e["logprob"])) for e in row["top_tokens"][:4])
+        totals = sorted(row["probabilities"].items(), key=lambda pair: -pair[1])
+        assert sums == ", ".join(f"{label} {100 * p * row['label_mass']:.2f} %" for label, p in totals)
+    assert len(shown) == 3
+
+
 def test_what_the_article_recorded_is_quoted_as_recorded():
-    recorded = json.loads((ROOT / "tests/data/article_token_tables.json").read_text(encoding="utf-8"))
-    for entry in recorded["first_token_tables"]:
-        for total in (entry["printed_totals"] or {}).values():
-            assert f"{total:.2%}".replace("%", " %") in README or total < 0.01
-    assert f"{recorded['first_token_tables'][0]['top_tokens'][0]['probability']:.2%}".replace("%", " %") in README
+    recorded = json.loads((ROOT / "tests/data/article_token_tables.json").read_text(encoding="utf-8"))[
+        "first_token_tables"
+    ]
+    by_text = {entry["text"]: entry for entry in recorded}
+    shown = table("text", "first tokens of Llama 3.1 8B, percent (the article's recording)", "sums")
+    for text, tokens, sums in shown:
+        entry = by_text[text]
+        assert tokens == first_tokens((x["token"], x["probability"]) for x in entry["top_tokens"][:4])
+        totals = sorted(entry["printed_totals"].items(), key=lambda pair: -pair[1])
+        assert sums == ", ".join(f"{label} {100 * total:.2f} %" for label, total in totals)
+    assert len(shown) == 3 and f'{100 * recorded[0]["top_tokens"][0]["probability"]:.2f} % on "Who"' in README
 
 
 @pytest.mark.study
@@ -252,7 +275,9 @@ def test_numbers_that_can_not_be_recomputed_here_say_so(title):
 
 
 def test_no_table_with_numbers_is_left_unchecked():
-    checked = {("", "base"), ("text", "prediction"), ("draws", "distance of agreement from the probability")}
+    checked = {("", "base"), ("text", "prediction"), ("text", "first tokens of the embedded model, percent")}
+    checked |= {("text", "first tokens of Llama 3.1 8B, percent (the article's recording)")}
+    checked |= {("draws", "distance of agreement from the probability")}
     elsewhere = {("task", "rows scored"), ("on the same 120 texts, one run, median of 3 rounds", "texts a second")}
     words = {
         ("it says", "what it means"),
