@@ -41,7 +41,19 @@ import numpy as np
 import predictions
 import sagemaker_job
 import task as tasks
-from llama import ADAPTER_FOLDER, ALIASES, HEAD, Frame, Llama, check_adapter, folder_hash, load_from, load_llama, locate
+from llama import (
+    ADAPTER_FOLDER,
+    ALIASES,
+    HEAD,
+    Frame,
+    Llama,
+    check_adapter,
+    choose_device,
+    folder_hash,
+    load_from,
+    load_llama,
+    locate,
+)
 from llama import add_arguments as add_model_arguments
 from predictions import natural
 from task import Answer, Example, Task
@@ -1021,7 +1033,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import accelerate
 
-    world = accelerate.PartialState(cpu=args.device == "cpu")
+    world = accelerate.PartialState(cpu=choose_device(args.device) == "cpu")
     if world.num_processes > 1:
         args.device = str(world.device)
     llama = load_from(args)
@@ -1033,7 +1045,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world.is_main_process:
         count = sum(weight.numel() for weight in run.weights)
         print(f"training {count:,} weights of {llama.name} on {len(training):,} rows, {run.steps:,} steps at most")
-    if stopped_by := train(run):
+    stopped_by = train(run)
+    world.destroy_process_group()  # else a process that is done first may abort, and take the others along
+    if stopped_by:
         print(f"stopped at step {run.step}, nothing is lost: --resume goes on from there", file=sys.stderr)
         sys.exit(128 + stopped_by)
     if world.is_main_process:
