@@ -1,5 +1,5 @@
 # make demo   install what is missing, fetch the embedded model once, take the guided tour
-# make test   the same, then the tests;   make lint   ruff;   make benchmark   this machine's speed
+# make test   installs too, then runs the tests;   make lint   ruff;   make benchmark   this machine's speed
 # make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
 # make test-study   makes the README's numbers, outputs and figures again and compares (minutes)
 # make test-browser   the interactive report in headless Chromium (apt-get install chromium)

@@ -613,7 +613,9 @@ def _sagemaker_client(url: str, concurrency: int, timeout_s: float) -> tuple[obj
     once = {"mode": "standard", "total_max_attempts": 1}  # the retries are ours
     limits = {"connect_timeout": min(10, timeout_s), "read_timeout": timeout_s, "max_pool_connections": concurrency}
     try:
-        client = boto3.Session().client("sagemaker-runtime", config=Config(retries=once, **limits))
+        session = boto3.Session()
+        region = session.region_name or os.environ.get("AWS_REGION")
+        client = session.client("sagemaker-runtime", region_name=region, config=Config(retries=once, **limits))
     except exceptions.BotoCoreError as error:  # no region, no such profile, half a key
         hint = "set AWS_DEFAULT_REGION and AWS_PROFILE, or run aws configure"
         raise ValueError(f"--endpoint {url}: {str(error).rstrip('.')}; {hint}") from None

@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -800,7 +801,7 @@ def train_on_sagemaker(args: argparse.Namespace) -> None:
     aws, name, hashes = sagemaker_job.connect(args.region, args.dry_run), args.attach or args.stop, {}
     if args.stop:
         sagemaker_job.stop(aws, name)
-    elif not check_folder(args):
+    elif not check_landing(args):
         print(f"{args.output_dir} holds a finished adapter; nothing to do")
         return
     if args.sagemaker:
@@ -812,19 +813,14 @@ def train_on_sagemaker(args: argparse.Namespace) -> None:
         if name is None:
             return
     ours = f"python fine_tune_model.py --region {aws.region}"
-    back, end = f"{ours} --attach {name} --output-dir {args.output_dir}", f"{ours} --stop {name}"
-    then = f"`{back}` comes back to it, `{end}` ends it"
+    back = f"{ours} --attach {name} --output-dir {shlex.quote(args.output_dir)}" + " --overwrite" * args.overwrite
+    end = f"{ours} --stop {name}"
     if args.sagemaker:
         print(f"come back to it:  {back}\nend it:           {end}\n")
     if args.detach:
         return
-    try:
+    with said_if_left(f"{name} goes on and is billed: `{back}` comes back to it, `{end}` ends it"):
         description = sagemaker_job.follow(aws, name, args.poll_seconds)
-    except KeyboardInterrupt:
-        print(f"\nnot followed any more, but {name} goes on and is billed: {then}", file=sys.stderr)
-        sys.exit(130)
-    except sagemaker_job.AwsError as error:
-        raise ValueError(f"{error}; {name} goes on and is billed: {then}") from None
     print(sagemaker_job.billed(aws, description))
     if args.stop:
         return
@@ -832,15 +828,38 @@ def train_on_sagemaker(args: argparse.Namespace) -> None:
         raise ValueError(why)
     needed = ("adapter_config.json", "adapter_model.safetensors", LOG, CONFIG)
     folder = Path(args.output_dir).resolve()
-    part = sagemaker_job.download(aws, description, folder, needed)
+    with said_if_left(f"{name} is done and paid for: `{back}` fetches its adapter"):
+        part = sagemaker_job.download(aws, description, folder, needed)
     try:
         accept(part, hashes)
+        if not check_landing(args):  # again, hours later
+            raise ValueError(f"{args.output_dir} holds a finished adapter by now")
     except ValueError as error:
         raise ValueError(f"the adapter of {name} is refused, its files stay in {part}: {error}") from None
     if folder.exists():
-        shutil.rmtree(folder)  # check_folder has seen that it is a training's, or empty
+        shutil.rmtree(folder)
     part.rename(folder)
     print(WRITTEN.format(args.output_dir))
+
+
+@contextlib.contextmanager
+def said_if_left(what: str) -> Iterator[None]:
+    """Say how a job stands when Ctrl-C or AWS ends what we do with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nleft, but {what}", file=sys.stderr)
+        sys.exit(130)
+    except sagemaker_job.AwsError as error:
+        raise ValueError(f"{error}; {what}") from None
+
+
+def check_landing(args: argparse.Namespace) -> bool:
+    """As `check_folder`, for an adapter that is to land there whole: only --overwrite may replace what is there."""
+    is_wanted, folder = check_folder(args), Path(args.output_dir)
+    if is_wanted and not args.overwrite and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds an unfinished training of this machine; --output-dir names another folder")
+    return is_wanted
 
 
 def start_job(
@@ -890,8 +909,11 @@ def weights_of(args: argparse.Namespace, aws: sagemaker_job.Aws) -> tuple[sagema
             check = sagemaker_job.check_hub(ALIASES.get(args.model, args.model), has_token)
         return sagemaker_job.Weights(None, {}, check), {"weights": ""}
     if args.dry_run and kind == "hub" and args.weights == "upload":  # which would fetch gigabytes
-        uri = f"{sagemaker_job.home(aws, args)}/weights/{args.model.rpartition('/')[2]}/"
-        return sagemaker_job.Weights(uri, {}, say("warning", "weights", "would be fetched here and uploaded")), {}
+        name = ALIASES.get(args.model, args.model).rpartition("/")[2]
+        check = say(
+            "warning", "weights", "would be fetched here and uploaded; the address ends in a hash of its commit"
+        )
+        return sagemaker_job.Weights(f"{sagemaker_job.home(aws, args)}/weights/{name}/", {}, check), {"weights": kind}
     if args.weights.startswith("s3://"):
         uri, files = args.weights.rstrip("/") + "/", {}
         folder = Path(args.model).expanduser().resolve().name

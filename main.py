@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     step(5, "Both (Method 3), where both can be had:")
     print_methods(asked)
 
-    step(6, "Calibration. How often such a confidence was right on 1,000 labelled texts is the calibrated confidence:")
+    step(6, "Calibration. How often this answer, at this confidence, was right on 1,000 labelled texts:")
     calibrated = calibrate(rows)
     if not calibrated:
         return
@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\nWhat it comes to, on 2,000 test texts that nothing was fitted on, as recorded in data/predictions/:\n")
     print_study()
     print("\nThe figures are in images/, all of them made from recordings: python scripts/make_figures.py")
-    print("Your own texts: python logprobs_confidence.py --input data/sample.csv --output predictions.jsonl")
-    print("                python calibration_demo.py predictions.jsonl")
+    print("Your own texts: python logprobs_confidence.py --input data/sample.csv --output sample.jsonl")
+    print("                python calibration_demo.py sample.jsonl")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -160,6 +160,8 @@ def calibrate(rows: Sequence[dict]) -> tuple | None:
         shares = (row.confidence, row.extras["calibrated_confidence"])
         lines.append([row.text, row.prediction, *(f"{100 * share:.1f} %" for share in shares)])
     print(predictions.table(lines, "   "))
+    if found.recipe.class_aware:
+        print("\n   The model leans: at one confidence, one label is right more often than the other.")
     return found, applied
 
 
@@ -185,7 +187,7 @@ def print_study() -> None:
         rows = calibrator.apply(predictions.read(DATA / "predictions" / f"{name}_test.jsonl"))
         confidence, correct = predictions.confidence_and_correct(rows)
         log_loss = -np.mean([np.log(row.probabilities[row.label]) for row in rows])
-        floor = consistency_resampling(confidence, n_draws=200).mean()
+        floor = consistency_resampling(confidence).mean()
         kept = np.array([row.extras["decision"] == "automate" for row in rows])
         shown = [f"{correct.mean():.3f}", f"{log_loss:.3f}"]
         shown.append(f"{expected_calibration_error(confidence, correct):.3f} ({floor:.3f})")

@@ -424,8 +424,8 @@ def find_role(aws: Aws, role: str | None) -> tuple[str, Check]:
         return f"{described['Arn']}, trusts SageMaker"
 
     result = check("role", look)
-    if not role and result.status == "warning":
-        result = Check("failed", "role", f"give --role: {result.detail}")
+    if result.status == "warning" and not (role and role.startswith("arn:")):  # a path may belong to the ARN
+        result = Check("failed", "role", f"give --role as an ARN: {result.detail}")
     return found[0], result
 
 
@@ -527,17 +527,20 @@ def check_hub(model: str, has_token: bool) -> Check:
     from huggingface_hub import errors, model_info
 
     try:
-        gated = model_info(model, timeout=10).gated
+        found = model_info(model, timeout=10)
+        closed = bool(found.gated or found.private)
     except errors.GatedRepoError:
-        gated = True
+        closed = True
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return Check("failed", "weights", f"no model {model} on the Hub that you can see; check the name, or log in")
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         return Check("warning", "weights", f"the Hub can not be asked whether {model} is gated ({_line(error)})")
-    if gated and not has_token:
+    if closed and not has_token:
         ways = "stage its weights with --weights upload, or name a secret with a token with --hf-token-secret"
-        return Check("failed", "weights", f"{model} is gated: {ways}")
-    return Check("ok", "weights", f"the container fetches {model} from the Hub" + (" with your token" if gated else ""))
+        return Check("failed", "weights", f"{model} is gated or private: {ways}")
+    return Check(
+        "ok", "weights", f"the container fetches {model} from the Hub" + (" with your token" if closed else "")
+    )
 
 
 def check_staged(aws: Aws, uri: str) -> Check:
@@ -628,8 +631,8 @@ def price(aws: Aws, instance_type: str, use: str) -> tuple[float | None, str]:
                 return max(prices), f"the AWS price list, {aws.region}"
         except (AwsError, KeyError, TypeError, ValueError):
             pass  # the table below, or none; either is said
-    known = PRICES.get(instance_type)
-    return known, "a table of November 2026 for us-east-1" if known else "not known; see the AWS price list"
+    known = PRICES.get(instance_type) if aws.region == "us-east-1" else None
+    return known, "a table of November 2026 for us-east-1" if known else "not known here; see the AWS price list"
 
 
 def cost(usd_per_hour: float | None, seconds: float) -> str:
@@ -891,16 +894,13 @@ def launch(
         spot=args.spot,
         environment=token_environment(args),
     )
+    if args.resume and aws.account:
+        job = replace(job, checkpoints=earlier_checkpoints(aws, alike))
     print_checks(checks)
     if args.dry_run:
         print(json.dumps(redacted(training_request(job)), indent=1))
         return None
     refuse_failed(checks)
-    if args.resume:
-        found = last_folder(aws, alike)
-        if not found:
-            raise ValueError(f"no checkpoint of a job with these rows and flags is in {alike}; leave out --resume")
-        job = replace(job, checkpoints=found.rstrip("/"))
     if not args.yes:
         confirm(f"start {name} on {args.instance_type}, {checks[-1].detail}?")
     if args.bucket is None:
@@ -919,7 +919,29 @@ def launch(
             raise ValueError(f"{error}; if it started all the same, --stop {name} ends it") from None
         if error.code != "ResourceInUse":  # nobody else has this name: the answer to an earlier try was lost
             raise
+    except KeyboardInterrupt:
+        print(f"\n{name} may have started all the same: --stop {name} ends it", file=sys.stderr)
+        sys.exit(130)
     return name
+
+
+def earlier_checkpoints(aws: Aws, alike: str) -> str:
+    """Where the last job of these rows and flags left its checkpoint; ValueError if there is none or it still runs.
+
+    Two jobs that write into one folder would bill twice and mix their files.
+    """
+    found = last_folder(aws, alike)
+    if not found:
+        raise ValueError(f"no checkpoint of a job with these rows and flags is in {alike}; leave out --resume")
+    found, client = found.rstrip("/"), aws.client("sagemaker")
+    with explained("see whether an earlier job still runs"):
+        for status in ("InProgress", "Stopping"):
+            listed = client.list_training_jobs(StatusEquals=status, NameContains=PREFIX, MaxResults=100)
+            for one in listed["TrainingJobSummaries"]:
+                running = client.describe_training_job(TrainingJobName=one["TrainingJobName"])
+                if running.get("CheckpointConfig", {}).get("S3Uri") == found:
+                    raise ValueError(f"{one['TrainingJobName']} still runs: --attach it, or --stop it first")
+    return found
 
 
 def describe(aws: Aws, name: str) -> dict:
@@ -1027,7 +1049,7 @@ def ended_badly(aws: Aws, description: dict) -> str | None:
             "MaxWaitTimeExceeded": "no spot capacity came in time; repeat it later or without --spot",
         }
         why = over.get(description.get("SecondaryStatus", ""), "it was stopped")
-        then = "the same command with --resume goes on from its checkpoint"
+        then = "the command that started it goes on from its checkpoint with --resume (and without --overwrite)"
         return f"the training job {name} is not finished: {why}; {then}"
     advice = next((then for pattern, then in ADVICE if re.search(pattern, reason)), "")
     log = f"log: aws logs tail {LOG_GROUP} --log-stream-name-prefix {name}/ --since 1d --region {aws.region}"

@@ -26,6 +26,7 @@ from sagemaker_job import Aws, AwsError  # noqa: E402
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     name, aws = args.endpoint, cloud.connect(args.region)
+    args.region = aws.region  # for the command that is printed
     endpoint = cloud.look(aws, "endpoint", name)
     if endpoint and not cloud.is_ours(name, endpoint.get("EndpointConfigName", "")):
         raise ValueError(
@@ -78,8 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def again(args: argparse.Namespace) -> str:
-    region = f" --region {args.region}" if args.region else ""
-    return f"repeat `python scripts/delete_endpoint.py {args.endpoint}{region}`"
+    return f"repeat `python scripts/delete_endpoint.py {args.endpoint} --region {args.region}`"
 
 
 def hourly_cost(aws: Aws, endpoint: dict | None) -> str:

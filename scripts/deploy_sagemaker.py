@@ -89,9 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     adapters = [read_adapter(args.endpoint, text) for text in args.adapter]
     aws = cloud.connect(args.region, args.dry_run)
+    args.region = aws.region  # for the commands that are printed
     bucket = cloud.bucket_name(aws, args.bucket)
     endpoint = find_endpoint(aws, args) if aws.account else None
-    base = running_base(aws, args.endpoint) if endpoint else None
+    base = running_base(aws, args.endpoint) if aws.account else None
+    base = base if endpoint else None
     if base:
         plan = plan_change(aws, args, adapters, bucket, endpoint, base)
     else:
@@ -181,11 +183,13 @@ def find_endpoint(aws: Aws, args: argparse.Namespace) -> dict | None:
 def running_base(aws: Aws, endpoint: str) -> dict | None:
     """The description of the model that the endpoint's base component serves, its tags as `tags`; None if none does."""
     component = cloud.look(aws, "inference_component", cloud.component_name(endpoint))
+    if component and component["EndpointName"] != endpoint:
+        raise ValueError(f"{component['InferenceComponentName']} belongs to the endpoint {component['EndpointName']}")
     if not component or component["InferenceComponentStatus"] not in ("InService", "Updating"):
         return None
     name = component.get("Specification", {}).get("ModelName", "")
     model = cloud.look(aws, "model", name) if name else None
-    if component["EndpointName"] != endpoint or not model:
+    if not model:
         raise ValueError(
             f"{component['InferenceComponentName']} was not made here; choose another name than {endpoint}"
         )
@@ -539,11 +543,7 @@ def rate(hourly: float | None) -> str:
 
 
 def deletion(args: argparse.Namespace) -> str:
-    return f"python scripts/delete_endpoint.py {args.endpoint}{region(args)}"
-
-
-def region(args: argparse.Namespace) -> str:
-    return f" --region {args.region}" if args.region else ""
+    return f"python scripts/delete_endpoint.py {args.endpoint} --region {args.region}"
 
 
 def print_end(aws: Aws, args: argparse.Namespace, plan: Plan) -> None:
@@ -553,9 +553,10 @@ def print_end(aws: Aws, args: argparse.Namespace, plan: Plan) -> None:
     print(f"\n{args.endpoint} serves its base model" + (f" and the adapters {', '.join(names)}" if names else ""))
     print(f"it costs {rate(plan.hourly)}, until it is deleted\n")
     adapter, served = (f" --adapter {names[0]}", f"/{names[0]}") if names else ("", "")
-    print(f"  python scripts/test_endpoint.py {args.endpoint}{adapter}{region(args)}")
+    print(f"  python scripts/test_endpoint.py {args.endpoint}{adapter} --region {args.region}")
     tokenizer = f" --tokenizer {plan.model}" if plan.model else ""
-    print(f'  python logprobs_confidence.py --endpoint sagemaker:{args.endpoint}{served}{tokenizer} "Not bad"')
+    where = f"--endpoint sagemaker:{args.endpoint}{served}{tokenizer}"
+    print(f'  AWS_DEFAULT_REGION={args.region} python logprobs_confidence.py {where} "Not bad"')
     print(f"  {deletion(args)}")
 
 

@@ -1,7 +1,7 @@
 """Everything in data/predictions/: the command that makes each file, made again, or checked against what is there.
 
     python scripts/record_predictions.py --list                       # each file and its command
-    python scripts/record_predictions.py                              # make all again: about half an hour of one core
+    python scripts/record_predictions.py                              # all but ablation.csv, half an hour
     python scripts/record_predictions.py base_test base_combined_test # only these
     python scripts/record_predictions.py --check                      # is it still what the code gives? (3 minutes)
 

@@ -509,7 +509,7 @@ def test_an_endpoint_that_hangs_is_named_with_its_cost_and_can_be_deleted_later(
     assert done.code == 2 and "demo is still Creating after 30 minutes (--max-wait)" in done.err
     for words in ("CUDA leaves no log", "no such instance free", "demo is Creating and costs $2.80 an hour"):
         assert words in done.err
-    assert done.err.strip().endswith("`python scripts/delete_endpoint.py demo` deletes it")
+    assert done.err.strip().endswith("`python scripts/delete_endpoint.py demo --region us-east-1` deletes it")
     done = delete("demo")  # AWS deletes nothing that is on its way
     assert done.code == 1 and "Cannot update in-progress endpoint" in done.err and "costs $2.80 an hour" in done.err
     assert "demo" in fake.left_behind()
@@ -647,7 +647,7 @@ def test_ctrl_c_says_what_goes_on_and_costs(fake, deploy, delete, model, monkeyp
         patch.setattr(cloud, "wait_in_service", interrupt)
         done = deploy("demo", "--model", model, "--yes")
     assert done.code == 130 and "the endpoint demo is InService and costs $2.80 an hour" in done.err
-    assert "`python scripts/delete_endpoint.py demo` deletes it" in done.err
+    assert "`python scripts/delete_endpoint.py demo --region us-east-1` deletes it" in done.err
     with monkeypatch.context() as patch:
         patch.setattr(cloud, "delete_all", interrupt)
         done = delete("demo")
@@ -710,7 +710,7 @@ def test_what_may_not_be_deleted_is_named_with_its_cost(fake, deploy, delete, mo
     fake.fail("DeleteEndpoint", "AccessDeniedException", "not authorized to perform sagemaker:DeleteEndpoint")
     done = delete("demo")
     assert done.code == 1 and "you may not" in done.err and "which costs $2.80 an hour" in done.err
-    assert "repeat `python scripts/delete_endpoint.py demo`" in done.err
+    assert "repeat `python scripts/delete_endpoint.py demo --region us-east-1`" in done.err
     fake.fail("DeleteModel", "AccessDeniedException", "not authorized")
     done = delete("demo")
     assert done.code == 1 and re.search(r"still be there: demo-model-\w+, none of which costs anything", done.err)
@@ -743,7 +743,9 @@ def hub(monkeypatch, tmp_path):
     refs.mkdir()
     (refs / "main").write_text("c0ffee")
     state = SimpleNamespace(gated=False, folder=folder)
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda model, **_: SimpleNamespace(gated=state.gated))
+    monkeypatch.setattr(
+        huggingface_hub, "model_info", lambda model, **_: SimpleNamespace(gated=state.gated, private=False)
+    )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **_: str(folder))
     return state
 
@@ -759,7 +761,7 @@ def test_a_free_model_is_fetched_by_the_container_and_a_gated_one_must_be_staged
     assert delete("demo").code == 0
     hub.gated = "manual"
     done = deploy("demo", "--model", "acme/small", "--yes")
-    assert done.code == 2 and "acme/small is gated: stage its weights with --weights upload" in done.err
+    assert done.code == 2 and "acme/small is gated or private: stage its weights with --weights upload" in done.err
     assert "secret" not in done.err
 
 

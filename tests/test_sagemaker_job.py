@@ -306,7 +306,8 @@ def test_what_may_not_be_looked_at_is_a_warning_not_a_failure(fake, capsys, oper
     fake.client("secretsmanager").create_secret(Name="hf-1", SecretString=TOKEN)
     fake.fail(operation, "AccessDeniedException", "User is not authorized to perform this", times=9)
     arn = fake.client("secretsmanager").list_secrets()["SecretList"][0]["ARN"]
-    seen = look(fake, capsys, "--role", "One", "--hf-token-secret", arn)
+    role = "arn:aws:iam::123456789012:role/One"
+    seen = look(fake, capsys, "--role", role, "--hf-token-secret", arn)
     assert "failed" not in {status for status, _ in seen.values()}, seen
     if operation == "GetProducts":
         assert "table of November 2026" in seen["cost"][1]
@@ -339,12 +340,16 @@ def test_a_gated_model_needs_staged_weights_or_a_secret(monkeypatch):
     import huggingface_hub
 
     class Info:
-        gated = "manual"
+        gated, private = "manual", False
 
     monkeypatch.setattr(huggingface_hub, "model_info", lambda model, timeout: Info)
     without, with_token = (sagemaker_job.check_hub("meta-llama/x", token) for token in (False, True))
     assert without.status == "failed" and "--weights upload" in without.detail and "--hf-token-secret" in without.detail
     assert with_token.status == "ok"
+    monkeypatch.setattr(Info, "gated", False)
+    assert sagemaker_job.check_hub("me/public", False).status == "ok"
+    monkeypatch.setattr(Info, "private", True)  # which your login can see, and the container can not
+    assert sagemaker_job.check_hub("me/private", False).status == "failed"
     monkeypatch.undo()
     assert sagemaker_job.check_hub("meta-llama/x", False).status == "warning"  # no network here
 
@@ -580,7 +585,7 @@ LINE = "the training job x failed: "
         ("Failed", "Failed", "ClientError: OSError: No space left on device", "larger --instance-type"),
         ("Failed", "Failed", "ERROR: Could not find a version that satisfies the requirement x", "PyPI"),
         ("Failed", "Failed", "something new", "something new; log: aws logs tail"),
-        ("Stopped", "MaxRuntimeExceeded", "", "it reached --max-runtime; the same command with --resume"),
+        ("Stopped", "MaxRuntimeExceeded", "", "it reached --max-runtime; the command that started it goes on"),
         ("Stopped", "MaxWaitTimeExceeded", "", "without --spot"),
         ("Stopped", "Stopped", "", "it was stopped"),
     ],
