@@ -810,10 +810,15 @@ def is_empty(aws: Aws, uri: str) -> bool:
 def last_folder(aws: Aws, uri: str) -> str | None:
     """The last, by name, of the folders below an address; our names begin with the time."""
     bucket, key = split(uri)
-    with explained(f"look at {uri}"):
-        asked = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/", "Delimiter": "/"}
-        pages = aws.client("s3").get_paginator("list_objects_v2").paginate(**asked)
-        names = [one["Prefix"] for page in pages for one in page.get("CommonPrefixes", [])]
+    asked = {"Bucket": bucket, "Prefix": key.rstrip("/") + "/", "Delimiter": "/"}
+    try:
+        with explained(f"look at {uri}"):
+            pages = aws.client("s3").get_paginator("list_objects_v2").paginate(**asked)
+            names = [one["Prefix"] for page in pages for one in page.get("CommonPrefixes", [])]
+    except AwsError as error:
+        if not error.is_gone:  # the bucket
+            raise
+        return None
     return f"s3://{bucket}/{max(names)}" if names else None
 
 

@@ -691,6 +691,62 @@ def test_the_probes_of_the_shipped_adapter_are_its_answers(tuned):
         assert found["label_mass"] == pytest.approx(probe["label_mass"], abs=1e-5)
 
 
+def test_resume_is_refused_while_the_earlier_job_still_writes_its_checkpoint(fake, capsys, tmp_path):
+    fake.role("One")
+    flags = [*FEW, "--seed", "41", "--yes", "--detach", "--output-dir", str(tmp_path / "out")]
+    assert main(*flags, "--resume") == 2 and "no checkpoint of a job" in capsys.readouterr().err
+    assert main(*flags) == 0
+    first = fake.calls("CreateTrainingJob")[-1]
+    bucket, key = sagemaker_job.split(first["CheckpointConfig"]["S3Uri"])
+    fake.client("s3").put_object(Bucket=bucket, Key=f"{key}/fine_tuned_model/training_log.jsonl", Body=b"")
+    fake.jobs[first["TrainingJobName"]].left = 10**6
+    assert main(*flags, "--resume", "--instance-type", "ml.g5.2xlarge") == 2
+    assert f"{first['TrainingJobName']} still runs: --attach it" in capsys.readouterr().err
+    fake.jobs[first["TrainingJobName"]].end("Stopped", "MaxRuntimeExceeded")
+    assert main(*flags, "--resume") == 0
+    again = fake.calls("CreateTrainingJob")[-1]
+    assert again["CheckpointConfig"] == first["CheckpointConfig"]
+    assert again["TrainingJobName"] != first["TrainingJobName"]
+
+
+def test_an_adapter_never_lands_on_a_training_that_began_meanwhile(fake, capsys, monkeypatch, tuned, tmp_path):
+    fake.client("sagemaker").create_training_job(**sagemaker_job.training_request(job()))
+    folder = tmp_path / "out"
+
+    def download(aws, description, to, needed):
+        folder.mkdir()
+        (folder / "training_log.jsonl").write_text("{}\n")  # a local training in the same folder
+        return tuned
+
+    monkeypatch.setattr(sagemaker_job, "download", download)
+    assert main("--attach", job().name, "--output-dir", str(folder), "--poll-seconds", "0.01") == 2
+    err = capsys.readouterr().err
+    assert "holds an unfinished training" in err and str(tuned) in err
+    assert (folder / "training_log.jsonl").read_text() == "{}\n" and (tuned / "adapter_config.json").is_file()
+
+
+def test_ctrl_c_in_a_download_names_the_job_that_is_paid_for(fake, capsys, monkeypatch, tmp_path):
+    fake.client("sagemaker").create_training_job(**sagemaker_job.training_request(job()))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sagemaker_job, "download", interrupted)
+    assert main("--attach", job().name, "--output-dir", str(tmp_path / "o ut"), "--poll-seconds", "0.01") == 130
+    err = capsys.readouterr().err
+    assert (
+        f"{job().name} is done and paid for" in err and f"--attach {job().name} --output-dir '{tmp_path}/o ut'" in err
+    )
+
+
+def test_a_price_of_another_region_is_not_made_up(fake):
+    aws = Aws("sa-east-1", "123456789012", sagemaker_job.connect().session)
+    fake.fail("GetProducts", "AccessDeniedException", "no")
+    assert sagemaker_job.price(aws, "ml.g6e.2xlarge", "Training")[0] is None
+    fake.fail("GetProducts", "AccessDeniedException", "no")
+    assert sagemaker_job.check_cost(aws, "ml.g6e.2xlarge", 3600, False).status == "warning"
+
+
 # The entry of the container, where the stand-in's one processor does not lead
 
 
