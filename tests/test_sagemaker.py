@@ -179,7 +179,7 @@ def test_a_stop_at_the_time_limit_is_gone_on_from_in_two_processes_too(fake, com
     fake.plan["env"]["SM_NUM_GPUS"] = "2"  # which has the entry start two; there is no GPU, so on the processor
     fake.plan["stop_at"] = r" 4 of 12 "
     done = train(tmp_path / "out", "--task", "sentiment", code=2)
-    assert "it reached --max-runtime; the same command with --resume goes on" in done.stderr
+    assert "it reached --max-runtime; the command that started it goes on" in done.stderr
     assert not (tmp_path / "out").exists()
     del fake.plan["stop_at"]
     train(tmp_path / "out", "--resume")
