@@ -28,7 +28,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -866,13 +866,53 @@ def launch(
 
     `files` are the source archive's, `data` those of the channel `training`; `rows` is what was seen of the data.
     """
-    name, packed, at = job_name(), archive(files), home(aws, args)
+    packed = archive(files)
+    job, checks = plan(aws, args, packed, data, weights, rows)
+    print_checks(checks)
+    if args.dry_run:
+        print(json.dumps(redacted(training_request(job)), indent=1))
+        return None
+    refuse_failed(checks)
+    if not args.yes:
+        confirm(f"start {job.name} on {job.instance_type}, {checks[-1].detail}?")
+    if args.bucket is None:
+        make_bucket(aws, bucket_name(aws, None))
+    for one, content in data.items():
+        upload(aws, f"{job.data}{one}", content)
+    if weights.files:
+        upload_folder(aws, weights.uri, weights.files)
+    upload(aws, job.source, packed)
+    start(aws, job)
+    return job.name
+
+
+def plan(
+    aws: Aws, args: argparse.Namespace, packed: bytes, data: Mapping[str, bytes], weights: Weights, rows: Check
+) -> tuple[TrainingJob, list[Check]]:
+    """The job that the flags describe, and everything that can be checked before it is billed; the last is its cost."""
+    name, at = job_name(), home(aws, args)
     role, role_check = find_role(aws, args.role)
     image = args.image or image_uri(aws.region, TRAINING_IMAGE)
     source, rows_hash = short_hash(packed), short_hash(*(data[one] for one in sorted(data)))
     # By what is trained, then by job: --resume finds an earlier job's.
     alike = f"{at}/checkpoints/{short_hash(source.encode(), rows_hash.encode(), str(weights.uri).encode())}"
-    checks = [
+    is_resumed = args.resume and aws.account
+    job = TrainingJob(
+        name=name,
+        role=role,
+        image=image,
+        instance_type=args.instance_type,
+        region=aws.region,
+        source=f"{at}/source/{source}/sourcedir.tar.gz",
+        data=f"{at}/data/{rows_hash}/",
+        output=f"{at}/output",
+        checkpoints=earlier_checkpoints(aws, alike) if is_resumed else f"{alike}/{name}",
+        max_runtime_s=args.max_runtime,
+        weights=weights.uri,
+        spot=args.spot,
+        environment=token_environment(args),
+    )
+    return job, [
         check_identity(aws),
         role_check,
         check_bucket(aws, bucket_name(aws, args.bucket), args.bucket is None),
@@ -884,50 +924,23 @@ def launch(
         rows,
         check_cost(aws, args.instance_type, args.max_runtime, args.spot),
     ]
-    job = TrainingJob(
-        name=name,
-        role=role,
-        image=image,
-        instance_type=args.instance_type,
-        region=aws.region,
-        source=f"{at}/source/{source}/sourcedir.tar.gz",
-        data=f"{at}/data/{rows_hash}/",
-        output=f"{at}/output",
-        checkpoints=f"{alike}/{name}",
-        max_runtime_s=args.max_runtime,
-        weights=weights.uri,
-        spot=args.spot,
-        environment=token_environment(args),
-    )
-    if args.resume and aws.account:
-        job = replace(job, checkpoints=earlier_checkpoints(aws, alike))
-    print_checks(checks)
-    if args.dry_run:
-        print(json.dumps(redacted(training_request(job)), indent=1))
-        return None
-    refuse_failed(checks)
-    if not args.yes:
-        confirm(f"start {name} on {args.instance_type}, {checks[-1].detail}?")
-    if args.bucket is None:
-        make_bucket(aws, bucket_name(aws, None))
-    for one, content in data.items():
-        upload(aws, f"{job.data}{one}", content)
-    if weights.files:
-        upload_folder(aws, weights.uri, weights.files)
-    upload(aws, job.source, packed)
-    print(f"starting {name}", flush=True)
+
+
+def start(aws: Aws, job: TrainingJob) -> None:
+    """Start a job; where nobody can say whether it started, say how to end it."""
+    print(f"starting {job.name}", flush=True)
+    end = f"if it started all the same, --stop {job.name} ends it"
     try:
-        with explained(f"start the training job {name}"):
+        with explained(f"start the training job {job.name}"):
             aws.client("sagemaker").create_training_job(**training_request(job))
     except AwsError as error:
         if error.passes:
-            raise ValueError(f"{error}; if it started all the same, --stop {name} ends it") from None
+            raise ValueError(f"{error}; {end}") from None
         if error.code != "ResourceInUse":  # nobody else has this name: the answer to an earlier try was lost
             raise
     except KeyboardInterrupt:
-        print(f"\n{name} may have started all the same: --stop {name} ends it", file=sys.stderr)
+        print(f"\nstopped while {job.name} was being started; {end}", file=sys.stderr)
         sys.exit(130)
-    return name
 
 
 def earlier_checkpoints(aws: Aws, alike: str) -> str:
