@@ -502,6 +502,17 @@ def test_a_start_whose_answer_was_lost_is_no_failure_and_one_that_may_be_is_name
     assert f"if it started all the same, --stop {job().name} ends it" in capsys.readouterr().err
 
 
+def test_ctrl_c_while_a_job_is_being_started_names_it(fake, capsys, monkeypatch, aws):
+    class Interrupted:
+        def create_training_job(self, **_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Aws, "client", lambda *_: Interrupted())
+    with pytest.raises(SystemExit) as end:
+        sagemaker_job.start(aws, job())
+    assert end.value.code == 130 and f"--stop {job().name} ends it" in capsys.readouterr().err
+
+
 def test_another_s_default_bucket_is_never_written_to(fake, capsys, tmp_path):
     fake.role("One")
     fake.fail("HeadBucket", "403", "Forbidden", times=9, status=403)
