@@ -566,7 +566,7 @@ def choose(
         except ValueError as error:  # a fold without any error, or without one of the labels
             problem = problem or str(error)
     if not found:
-        raise ValueError(f"{n} rows with {np.sum(~scores.correct)} wrong can not be cross-fitted: {problem}")
+        raise ValueError(f"{n} rows with {np.sum(~scores.correct)} wrong cannot be cross-fitted: {problem}")
     losses = {r: np.mean([log_loss(c, scores.correct) for c in oof]) for r, oof in found.items()}
     return min(losses, key=losses.__getitem__), found
 

@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import plotting
 import predictions
+import tables
 import task as tasks
 from decisions import (
     BUCKETS,
@@ -111,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{folder / blocked[0]} is a folder; nothing was written")
         for path in made:
             path.replace(folder / path.name)
-    print(f"\nWritten to {predictions.printable(str(folder))}: {', '.join(path.name for path in made)}")
+    print(f"\nWritten to {command_line.printable(str(folder))}: {', '.join(path.name for path in made)}")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("predictions", metavar="PREDICTIONS", nargs="?", help="one labelled predictions file, cross-fitted")
     add("--calibrate-on", metavar="FILE", help="predictions to fit and choose on (default: the recorded ones)")
@@ -124,8 +126,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target-accuracy", type=float, default=0.9, metavar="A", help="of what is automated (default: 0.9)")
     add("--delta", type=float, default=0.05, metavar="D", help="risk that the promise is broken (default: 0.05)")
     add_cost_arguments(parser)
-    tasks.add_groups_argument(parser)
-    add("--seed", type=predictions.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
+    tables.add_groups_argument(parser)
+    add("--seed", type=command_line.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
     add("--html", action="store_true", help="also write report.html, a page with a threshold to move")
     add("--output-dir", default="calibration_report", metavar="FOLDER", help="default: calibration_report")
     args = parser.parse_args(argv)
@@ -155,7 +157,7 @@ def prepare(args: argparse.Namespace) -> Study:
 
     fit_rows, unscored = predictions.read_labelled(args.predictions or args.calibrate_on)
     rows, unscored_test = (fit_rows, 0) if args.predictions else predictions.read_labelled(args.test_on)
-    fit, fit_groups = scores_of(fit_rows), group_numbers(tasks.groups_of(fit_rows, args.groups))
+    fit, fit_groups = scores_of(fit_rows), group_numbers(tables.groups_of(fit_rows, args.groups))
     try:
         recipe, choosing = choose(fit, fit_groups, args.method, range(args.seed, args.seed + 5))
     except ValueError as error:
@@ -181,7 +183,7 @@ def prepare(args: argparse.Namespace) -> Study:
         **common,
         rows=rows,
         test=test,
-        groups=group_numbers(tasks.groups_of(rows, args.groups)),
+        groups=group_numbers(tables.groups_of(rows, args.groups)),
         protocol="held-out",
         calibrated=calibrated,
         unscored=unscored + unscored_test,
@@ -259,7 +261,7 @@ def check_apart(fitted: FittedCalibrator, rows: list[predictions.Prediction], ar
 
 def related(known: list[str], asked: list[str]) -> int:
     """How many of the asked texts have a near-duplicate among the known ones."""
-    pairs = tasks.near_duplicates(known + asked)
+    pairs = tables.near_duplicates(known + asked)
     return len({j for i, j, _ in pairs if i < len(known) <= j})
 
 
@@ -450,7 +452,7 @@ def write_page(data: dict, path: Path) -> None:
 
 def render(study: Study, report: dict) -> str:
     """What a person reads: which calibrator and why, what it does to the numbers, what it allows."""
-    shown = predictions.printable
+    shown = command_line.printable
     held_out, n = study.protocol == "held-out", study.where
     where = shown(report["tested_on"]) if held_out else "the same rows, each by a calibrator that did not see its group"
     unscored = f"; {report['unscored']:,} rows had no score" if report["unscored"] else ""
@@ -479,7 +481,7 @@ def candidates(report: dict) -> str:
     """The calibrators that were tried, the best first."""
     found = sorted(report["candidates"].items(), key=lambda item: item[1]["log_loss"])
     mark = {report["chosen"]: "chosen"}
-    return predictions.table(
+    return command_line.columns(
         [[name, f"{f['log_loss']:.4f}", f"{f['sd_over_seeds']:.4f}", mark.get(name, "")] for name, f in found], "  "
     )
 
@@ -492,12 +494,12 @@ def measurements(report: dict) -> str:
         numbers = ["-" if m[key] is None else f"{m[key]:.3f}" for key in names]
         interval = f"[{m['log_loss_low']:.3f}, {m['log_loss_high']:.3f}]"
         rows.append([name, f"{m['log_loss']:.3f}", interval, *numbers, "chosen" if name == report["chosen"] else ""])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def findings(report: dict) -> str:
     """What the numbers say, in words, good or bad."""
-    shown = predictions.printable
+    shown = command_line.printable
     raw, chosen = report["metrics"]["raw"], report["metrics"][report["chosen"]]
     gain, low, high = report["log_loss_gain"]
     better = "below" if gain > 0 else "NOT below"
@@ -561,7 +563,7 @@ def promises(report: dict) -> str:
         else:
             cells += ["no row", "0.0%"]
         rows.append([*cells, *tail])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def zones(report: dict) -> str:
@@ -573,7 +575,7 @@ def zones(report: dict) -> str:
             cells += [f"{zone['n']:,}", f"{zone['accuracy']:.1%}" if zone["n"] else "-"]
         rows.append(cells)
         upper = f" to {raw['from']:.0%}"
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def gates(report: dict) -> str:
@@ -586,7 +588,7 @@ def gates(report: dict) -> str:
             right = f"{row['accuracy']:.1%}" if row["automated"] else "-"
             cells += [f"{row['share']:.1%}", right, f"${row['review_dollars']:,.0f}", f"${row['dollars']:,.0f}"]
         rows.append(cells)
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 # Figures
@@ -594,7 +596,7 @@ def gates(report: dict) -> str:
 
 def draw(study: Study, report: dict, args: argparse.Namespace, folder: Path) -> None:
     """The eight figures."""
-    tested, fitted = (predictions.printable(Path(report[key]).name) for key in ("tested_on", "calibrated_on"))
+    tested, fitted = (command_line.printable(Path(report[key]).name) for key in ("tested_on", "calibrated_on"))
     how = f"{tested}, fitted on {len(study.fit_rows):,} rows of {fitted}"
     if study.protocol == "out-of-fold":
         how = f"{tested}, each row by a calibrator that did not see its group"
@@ -615,7 +617,7 @@ def draw_histogram(study: Study, source: str, path: Path) -> None:
     test, edges = study.test, np.arange(21) / 20
     confidence, accuracy = test.confidence.mean(), test.correct.mean()
     caption = (
-        f"Raw confidence of {predictions.printable(study.fitted.model)} on {source}, n = {len(study.rows):,}, nothing "
+        f"Raw confidence of {command_line.printable(study.fitted.model)} on {source}, n = {len(study.rows):,}, nothing "
         f"fitted. The gap between the two lines is {'over' if confidence > accuracy else 'under'}confidence."
     )
     with plotting.figure(path, caption, height=4.2) as axes:
@@ -915,4 +917,4 @@ def draw_sample_sizes(drawn: Subsamples, seed: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

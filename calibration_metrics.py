@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import plotting
 import predictions
+import tables
 import task as tasks
 
 if TYPE_CHECKING:
@@ -454,7 +456,7 @@ def table(columns: dict[str, dict]) -> str:
     lines.append(["protocol", *(metrics["protocol"] for metrics in columns.values())])
     for name, (text, decimals) in LINES.items():
         lines.append([text, *(_cell(metrics, name, decimals) for metrics in columns.values())])
-    return predictions.table(lines)
+    return command_line.columns(lines)
 
 
 def _cell(metrics: dict, name: str, decimals: int) -> str:
@@ -473,13 +475,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in dict.fromkeys(args.files):
         scored, failed = predictions.read_labelled(path, args.score)
         arrays[path] = predictions.confidence_and_correct(scored, args.score)
-        groups = tasks.groups_of(scored, args.groups)
+        groups = tables.groups_of(scored, args.groups)
         protocol = "nothing fitted" if args.score == "confidence" else "held-out"
         columns[path] = calibration_metrics(*arrays[path], args.n_bins, groups, protocol, args.seed)
         print(f"{path}: {len(scored):,} of {len(scored) + failed:,} rows scored")
         for label, found in by_predicted_label(scored, args.score).items():
             low, high = exact_interval(found["right"], found["n"])
-            accuracy, label = found["right"] / found["n"], predictions.printable(label)
+            accuracy, label = found["right"] / found["n"], command_line.printable(label)
             print(
                 f"  predicted {label}: {found['n']:,} rows, mean confidence {found['mean_confidence']:.3f}, "
                 f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
@@ -490,13 +492,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("files", metavar="PREDICTIONS", nargs="+", help="predictions files with labels")
     add("--score", default="confidence", choices=["confidence", "calibrated_confidence"], help="what is measured")
     add("--n-bins", type=int, default=N_BINS, metavar="N", help=f"equal-width bins (default: {N_BINS})")
-    tasks.add_groups_argument(parser)
-    add("--seed", type=predictions.natural, metavar="N", default=0, help="of the resampling (default: 0)")
+    tables.add_groups_argument(parser)
+    add("--seed", type=command_line.natural, metavar="N", default=0, help="of the resampling (default: 0)")
     add("--figure", metavar="PNG", help="write reliability diagrams there")
     args = parser.parse_args(argv)
     if args.figure and not args.figure.endswith(".png"):
@@ -525,4 +527,4 @@ def draw(arrays: dict[str, tuple], columns: dict[str, dict], args: argparse.Name
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -31,13 +31,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import consistency_confidence as consistency
 import endpoint
 import logprobs_confidence as logprobs
 import predictions
+import scoring
+import tables
 import task as tasks
 from llama import add_arguments as add_model_arguments
-from llama import load_from, load_reader
+from llama import load_reader, model_arguments
 from predictions import Prediction
 
 if TYPE_CHECKING:
@@ -256,19 +259,19 @@ METHODS = {  # what the report calls each: (fitted?, the features it sees)
 def study(pairs: Sequence[Pair], fit_pairs: Sequence[Pair] | None, groups: str | None, seed: int) -> Study:
     """Fit on `fit_pairs` and measure on `pairs`, or without them cross-fit; ValueErrors say what is wrong."""
     measured, truth = features_of(pairs), truth_of(pairs)
-    by_group = tasks.groups_of([one for one, _ in pairs], groups)
+    by_group = tables.groups_of([one for one, _ in pairs], groups)
     if fit_pairs is None:
         found = cross_fitted(measured, truth, by_group, seed)
         return Study(found, found, truth, truth, by_group, by_group, "out-of-fold")
     check_apart(pairs, fit_pairs)
     features, fit_truth = features_of(fit_pairs), truth_of(fit_pairs)
-    fit_groups = tasks.groups_of([one for one, _ in fit_pairs], groups)
+    fit_groups = tables.groups_of([one for one, _ in fit_pairs], groups)
     held_out = unfitted(measured)
     for name, (fitted, members) in METHODS.items():
         if fitted:
             held_out[name] = pooled(measured, *fit(features, fit_truth, members))
     choosing = cross_fitted(features, fit_truth, fit_groups, seed)
-    alike = tasks.near_duplicates([one.text for one, _ in (*fit_pairs, *pairs)])
+    alike = tables.near_duplicates([one.text for one, _ in (*fit_pairs, *pairs)])
     related = len({j for i, j, _ in alike if i < len(fit_pairs) <= j})
     return Study(held_out, choosing, truth, fit_truth, by_group, fit_groups, "held-out", related)
 
@@ -361,7 +364,7 @@ def render(report: dict, found: Study) -> str:
         f"n = {n:,}{grouped}; {related}fitted ones {found.protocol}, the others as they are; "
         "brackets are 95 % intervals;",
         "votes count as (v + 1/L) / (n + 1):",
-        predictions.table(rows, "  "),
+        command_line.columns(rows, "  "),
         "",
         f"Automated with a promise, {1 - DELTA:.0%} certain: the share of these rows and how many of them are right; "
         "thresholds come from",
@@ -372,7 +375,7 @@ def render(report: dict, found: Study) -> str:
             else "these very rows, so these shares are in-sample."
         )
         + "\nThen ECE (20 equal bins) with its noise floor, and a row's calls and seconds:",
-        predictions.table(promised, "  "),
+        command_line.columns(promised, "  "),
         "",
     ]
     for what, names in (
@@ -427,17 +430,17 @@ OF_FILES |= {"calibrator", "threshold"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, consistency.Sampling]:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
     add("--logprobs", metavar="FILE", help="predictions of Method 1, instead of running it")
     add("--consistency", metavar="FILE", help="predictions of Method 2 on the same rows")
     add("--calibrate-on", metavar="FILE", nargs=2, help="labelled predictions of Method 1 and 2 to fit the weights on")
-    tasks.add_groups_argument(parser)
+    tables.add_groups_argument(parser)
     add("--figure", metavar="PNG", help="risk against coverage of all methods, on labelled rows")
     tasks.add_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
-    predictions.add_arguments(parser)
+    scoring.add_arguments(parser)
     consistency.add_sampling_arguments(parser)
     add_model_arguments(parser)
     endpoint.add_arguments(parser)
@@ -452,16 +455,16 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, con
     if args.logprobs:
         check_join_arguments(parser, args)
     else:
-        predictions.check_arguments(parser, args)
+        scoring.check_arguments(parser, args)
     endpoint.check_arguments(parser, args)
     if args.batch_size is not None and args.batch_size < 1:
         parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args, consistency.sampling_from(parser, args)[0]
 
 
-def check_join_arguments(parser: predictions.ArgumentParser, args: argparse.Namespace) -> None:
-    predictions.allow_only(parser, args, OF_FILES, "two predictions files are joined without a model")
-    predictions.check_calibrator_arguments(parser, args)
+def check_join_arguments(parser: command_line.ArgumentParser, args: argparse.Namespace) -> None:
+    command_line.allow_only_arguments(parser, args, OF_FILES, "two predictions files are joined without a model")
+    scoring.check_calibrator_arguments(parser, args)
     if args.calibrator and not args.output:
         parser.error("--calibrator adds to the rows of --output")
 
@@ -557,7 +560,7 @@ def conclude(
     found, why_not = compared(args, both, fit_pairs)
     if args.output:
         write(args.output, list(combine(pairs, pool)), pool.fingerprint, args.overwrite)
-        print(predictions.report(args.output))
+        print(scoring.report(args.output))
         apart = sum(one.prediction != two.prediction for one, two in both)
         print(f"  {pool.rule}; the methods name different labels in {apart:,} of {len(both):,} rows")
     if calibrator:
@@ -596,7 +599,7 @@ def compared(
     if unlabelled := sum(one.label is None for one, _ in both):
         why_not = f"{unlabelled:,} of {len(both):,} rows have no label"
     if why_not and asked:
-        raise ValueError(f"the methods can not be compared: {why_not}; --output FILE alone writes the combined rows")
+        raise ValueError(f"the methods cannot be compared: {why_not}; --output FILE alone writes the combined rows")
     if why_not:
         return None, why_not
     try:
@@ -683,12 +686,12 @@ def print_explanation(row: dict) -> None:
     ):
         numbers = [f"{100 * found[key]:.2f} %" for key in ("confidence", "label_mass")]
         lines.append([name, found["prediction"], *numbers, source])
-    print(f"Text: {predictions.printable(row['text'])}\n")
-    print(predictions.table(lines, "  "))
+    print(f"Text: {command_line.printable(row['text'])}\n")
+    print(command_line.columns(lines, "  "))
     print(f"\n  Verdict: {row['prediction']}, confidence {100 * row['confidence']:.2f} %: {row['reason']}")
-    predictions.print_decision(row)
+    scoring.print_decision(row)
     print()
 
 
 if __name__ == "__main__":
-    predictions.run(main, resumes=True)
+    command_line.run(main, resumes=True)

@@ -33,9 +33,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import calibration_metrics as metrics
+import command_line
 import decisions
 import plotting
 import predictions
+import tables
 import task as tasks
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = json.dumps(report, indent=1, allow_nan=False, default=float)
         (folder / "report.json").write_text(text + "\n", encoding="utf-8")
         draw(study, report, images)
-    print("\nWritten: report.json and six figures, in " + predictions.printable(" and ".join(dict.fromkeys(folders))))
+    print("\nWritten: report.json and six figures, in " + command_line.printable(" and ".join(dict.fromkeys(folders))))
 
 
 @contextmanager
@@ -128,7 +130,7 @@ def new_files(*folders: Path) -> Iterator[list[Path]]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("base", metavar="BASE", nargs="?", help="predictions of the base model (default: the recorded ones)")
     add("tuned", metavar="TUNED", nargs="?", help="predictions of the fine-tuned model, of the same rows")
@@ -138,8 +140,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", metavar="TABLE", help=f"a table of the rows' ids and columns (default: {OURS} if they are those)")
     add("--by", metavar="COLUMN", nargs="+", help="columns to break down by; a comma joins two, as difficulty,part")
     decisions.add_cost_arguments(parser)
-    tasks.add_groups_argument(parser)
-    add("--seed", type=predictions.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
+    tables.add_groups_argument(parser)
+    add("--seed", type=command_line.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
     add("--output-dir", default="comparison_report", metavar="FOLDER", help="default: comparison_report")
     add("--images", metavar="FOLDER", help="for the figures (default: the same)")
     args = parser.parse_args(argv)
@@ -171,7 +173,7 @@ def use_recorded(args: argparse.Namespace) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Study:
-    """Read both models' rows, refuse what can not be compared, and calibrate each model by itself."""
+    """Read both models' rows, refuse what cannot be compared, and calibrate each model by itself."""
     pairs, left_out = read_pairs(args.base, args.tuned)
     prompt = check_prompt(args, *pairs[0])
     first_tokens = read_first_tokens(args, pairs[0]) if args.first_tokens else []
@@ -181,8 +183,8 @@ def prepare(args: argparse.Namespace) -> Study:
     if args.calibrate_on:
         fit_pairs, left_out_too = read_pairs(*args.calibrate_on)
         left_out, related = left_out + left_out_too, check_apart(args, pairs, fit_pairs)
-    fit_groups = metrics.group_numbers(tasks.groups_of([base for base, _ in fit_pairs], args.groups))
-    groups = metrics.group_numbers(tasks.groups_of(rows, args.groups))
+    fit_groups = metrics.group_numbers(tables.groups_of([base for base, _ in fit_pairs], args.groups))
+    groups = metrics.group_numbers(tables.groups_of(rows, args.groups))
     sides = []
     for k, path in enumerate((args.base, args.tuned)):
         try:
@@ -241,7 +243,7 @@ def check_prompt(args: argparse.Namespace, base: predictions.Prediction, tuned: 
                 f"{file} has the fingerprint {ours}, {path} says {theirs} of the {name} model: another model, prompt "
                 "or precision. Score the rows as after the training, or compare without this check by --adapter none"
             )
-    return f"the prompt is that of the training: both fingerprints stand in {predictions.printable(str(path))}"
+    return f"the prompt is that of the training: both fingerprints stand in {command_line.printable(str(path))}"
 
 
 def check_apart(args: argparse.Namespace, pairs: Sequence[Pair], fit_pairs: Sequence[Pair]) -> int:
@@ -258,7 +260,7 @@ def check_apart(args: argparse.Namespace, pairs: Sequence[Pair], fit_pairs: Sequ
             f"{len(seen)} rows of {args.base} are in {args.calibrate_on[0]} too, the first is {seen[0]!r}; "
             "nothing is measured on rows it was fitted on"
         )
-    alike = tasks.near_duplicates([one.text for one, _ in (*fit_pairs, *pairs)])
+    alike = tables.near_duplicates([one.text for one, _ in (*fit_pairs, *pairs)])
     return len({j for i, j, _ in alike if i < len(fit_pairs) <= j})
 
 
@@ -295,7 +297,7 @@ def calibrate(
 def read_table(args: argparse.Namespace, rows: Sequence[predictions.Prediction]) -> list[Mapping] | None:
     """The columns of each row, from --rows; by default from our dataset where the rows are its own, else None."""
     source, table = args.rows or OURS, {}
-    for where, columns in tasks.read_rows(source):
+    for where, columns in tables.read_rows(source):
         if "id" not in columns:
             raise ValueError(f"{where}: --rows needs the column id; it has {', '.join(map(str, columns))}")
         if (id := str(columns["id"])) in table:
@@ -557,7 +559,7 @@ def read_first_tokens(args: argparse.Namespace, pair: Pair) -> list[dict]:
     The files hold what `logprobs_confidence.py --json` printed.
     """
     files = base, tuned = args.first_tokens
-    said = [[explanation(row, where) for where, row in tasks.read_rows(path)] for path in files]
+    said = [[explanation(row, where) for where, row in tables.read_rows(path)] for path in files]
     if not len(said[0]) == len(said[1]) > 0:
         raise ValueError(f"{base} has {len(said[0])} texts and {tuned} {len(said[1])}; they must be the same")
     for number, both in enumerate(zip(*said, strict=True), 1):
@@ -630,7 +632,7 @@ def render(study: Study, report: dict) -> str:
     ]
     for column, values in report["parts"].items():
         sections.append(
-            f"By {predictions.printable(column)}, {where}; accuracies exact, as of independent rows; means are of the "
+            f"By {command_line.printable(column)}, {where}; accuracies exact, as of independent rows; means are of the "
             "raw and the calibrated confidence:\n" + parts_table(values)
         )
         if COIN in values:
@@ -639,7 +641,7 @@ def render(study: Study, report: dict) -> str:
 
 
 def header(study: Study, report: dict) -> str:
-    shown, files = predictions.printable, report["calibrated_on"]
+    shown, files = command_line.printable, report["calibrated_on"]
     lines = [
         f"{name:5}  {shown(side.row.model)}, fingerprint {shown(side.row.fingerprint)}, {shown(side.path)}\n"
         f"       calibrator: {side.calibrator}; fitted temperature {side.temperature:.2f}"
@@ -680,7 +682,7 @@ def right_answers(report: dict) -> str:
     for name, found in report.items():
         counts = (f"{found[key]:,}" for key in ("n", "both", "only_base", "only_tuned", "neither"))
         rows.append([name, *counts, f"{found['p']:.2g}"])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 FLOORS = (
@@ -701,7 +703,7 @@ def score_table(report: dict) -> str:
     key = f"mce_{metrics.MIN_COUNT}"
     mce = [(report[side][key], report[side][f"{key}_count"]) for side in NAMES]
     cells = ["-" if value is None else f"{value:.3f} of {count:,} rows" for value, count in mce]
-    return predictions.table([*rows, [f"MCE, bins of {metrics.MIN_COUNT} or more", *cells, ""]], "  ")
+    return command_line.columns([*rows, [f"MCE, bins of {metrics.MIN_COUNT} or more", *cells, ""]], "  ")
 
 
 def calibrators(report: dict) -> str:
@@ -715,7 +717,7 @@ def calibrators(report: dict) -> str:
             if name == "ECE":
                 cells = [f"{pair[side][0]:.3f} ({found[side]['ece_noise_floor']:.3f})" for side in NAMES] + [""]
             rows.append([name, f"{method:11}", *cells])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def findings(steps: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -723,7 +725,7 @@ def findings(steps: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     names = {"temperature": "a temperature", "calibrated": "its own calibrator"}
     rows = [["", *(names[key] for key in steps)]]
     rows += [[name, *(span(found[name], "+z.4f") for found in steps.values())] for name in steps["calibrated"]]
-    lines = [predictions.table(rows, "  ")]
+    lines = [command_line.columns(rows, "  ")]
     for key, found in steps.items():
         signs = (int(round(low, 4) > 0) - int(round(high, 4) < 0) for _, low, high in found.values())
         base, tuning, tuned, _ = signs
@@ -740,7 +742,7 @@ def sure_answers(report: dict) -> str:
         for base, tuned in zip(*(sides[name] for name in NAMES), strict=True):
             cells = [f"{score}, {base['threshold']:.0%} or more"]
             rows.append(cells + [text for row in (base, tuned) for text in (f"{row['automated']:,}", share_right(row))])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def promised(report: Sequence[dict]) -> str:
@@ -757,7 +759,7 @@ def promised(report: Sequence[dict]) -> str:
         base, tuned = (share[name][0] for name in NAMES)
         times = f"{tuned / base:.1f} times" if base else "from nothing" if tuned else ""
         rows.append([*cells, span([100 * value for value in share["difference"]], "+z.1f"), times])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def dollars_table(report: dict) -> str:
@@ -773,7 +775,7 @@ def dollars_table(report: dict) -> str:
             cells = [name, f"{row['share']:.1%}", share_right(row)]
             cells += [dollars(row[key]) for key in ("review_dollars", "error_dollars")]
         rows.append([*cells, point, f"[{low}, {high}]", everything])
-    return predictions.table(rows, "  ") + f"\n  review everything: {dollars(report['review_everything'])}"
+    return command_line.columns(rows, "  ") + f"\n  review everything: {dollars(report['review_everything'])}"
 
 
 def parts_table(values: Mapping[str, dict]) -> str:
@@ -785,7 +787,7 @@ def parts_table(values: Mapping[str, dict]) -> str:
         cells += [span(found["difference"], "+z.3f"), f"{found['only_base']:,}", f"{found['only_tuned']:,}"]
         means = (f"{found[name]['raw']:.2f}, {found[name]['calibrated']:.2f}" for name in NAMES)
         rows.append([*cells, f"{found['p']:.2g}", *means])
-    return predictions.table(rows, "  ")
+    return command_line.columns(rows, "  ")
 
 
 def coin(found: Mapping) -> str:
@@ -803,7 +805,7 @@ def coin(found: Mapping) -> str:
 
 def first_tokens(found: Mapping) -> str:
     """One text: the most probable first tokens of both models side by side, then the sums and the verdicts."""
-    shown, columns = predictions.printable, []
+    shown, columns = command_line.printable, []
     for name in NAMES:
         tokens = found[name]["tokens"]
         cells = [(f'"{shown(t["token"])}"', f"{t['probability']:.2%}", shown(t["label"] or "")) for t in tokens]
@@ -821,7 +823,7 @@ def first_tokens(found: Mapping) -> str:
     ]
     sums.append(["label mass", *(f"{side['label_mass']:.2%}" for side in sides)])
     sums.append(["verdict", *(f"{side['prediction']} {side['confidence']:.2%}" for side in sides)])
-    return f"Text: {shown(found['text'])}\n\n{predictions.table(rows, '  ')}\n\n{predictions.table(sums, '  ')}"
+    return f"Text: {shown(found['text'])}\n\n{command_line.columns(rows, '  ')}\n\n{command_line.columns(sums, '  ')}"
 
 
 # Figures
@@ -829,7 +831,7 @@ def first_tokens(found: Mapping) -> str:
 
 def draw(study: Study, report: dict, folder: Path) -> None:
     """The six figures."""
-    files = " and ".join(predictions.printable(Path(side.path).name) for side in study.sides)
+    files = " and ".join(command_line.printable(Path(side.path).name) for side in study.sides)
     how = "each row by a calibrator that did not see its group"
     if study.protocol == "held-out":
         how = f"calibrators fitted on {len(study.fit_groups):,} other rows"
@@ -859,13 +861,13 @@ def draw_accuracy(report: dict, about: str, path: Path) -> None:
     if len(lines) > MOST_PARTS:
         caption += f" The first {MOST_PARTS} of {len(lines)} lines."
         lines = dict([*lines.items()][:MOST_PARTS])
-    with plotting.figure(path, predictions.printable(caption), height=1.5 + 0.33 * len(lines)) as axes:
+    with plotting.figure(path, command_line.printable(caption), height=1.5 + 0.33 * len(lines)) as axes:
         axis, y = axes[0, 0], np.arange(len(lines))
         for k, (title, color, marker) in enumerate(zip(TITLES, COLORS, "so", strict=True)):
             point, low, high = np.array([both[k] for both in lines.values()]).T
             ends = np.abs([point - low, high - point])
             axis.errorbar(point, y + (k - 0.5) * 0.3, xerr=ends, fmt=marker, color=color, label=title, capsize=2)
-        axis.set_yticks(y, [predictions.printable(name) for name in lines])
+        axis.set_yticks(y, [command_line.printable(name) for name in lines])
         axis.invert_yaxis()
         axis.set(xlim=(0, 1.02), xlabel="accuracy")
         plotting.percent(axis, "x")
@@ -948,4 +950,4 @@ def draw_reliability(study: Study, scores: dict, method: str, about: str, path: 
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

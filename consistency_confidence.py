@@ -40,11 +40,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import endpoint
 import predictions
+import scoring
 import task as tasks
 from endpoint import Endpoint, PassingError
-from llama import Llama, default_llama, load_from, load_reader
+from llama import Llama, default_llama, load_reader, model_arguments
 from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from task import Example, Task
@@ -102,7 +104,7 @@ class Sampler:
 def prepare(llama: Llama, task: Task, sampling: Sampling, truncate: bool = False) -> Sampler:
     """Join a loaded model, a task and how to sample; ValueError when the task does not work with this model."""
     wordings = _wordings(task, sampling)
-    frames = tuple(llama.frame_of(wording) for wording in wordings)
+    frames = tuple(llama.task_prompt(wording) for wording in wordings)
     if sampling.max_tokens >= (llama.context_length or sys.maxsize):
         raise ValueError(f"--max-tokens {sampling.max_tokens} leaves no room: the model reads {llama.context_length}")
     sent = {"temperature": sampling.temperature}
@@ -231,7 +233,7 @@ def vote(answers: Sequence[str], task: Task) -> tuple[dict[str, int], int]:
 
 
 def decided(votes: Sequence[int], left: int) -> bool:
-    """Whether more answers, `left` at most, are not worth their cost: the leader is safe or can not be overtaken.
+    """Whether more answers, `left` at most, are not worth their cost: the leader is safe or cannot be overtaken.
 
     Safe: 1 - I_1/2(v1 + 1, v2 + 1) > 0.95, of the two most frequent labels' votes, I the regularised incomplete beta
     function (Aggarwal et al., "Let's sample step by step", EMNLP 2023, arXiv 2305.11860).
@@ -352,7 +354,7 @@ def sample_window(examples: Sequence[Example], sampler: Sampler, batch_size: int
 
 
 def _encoded(example: Example, sampler: Sampler, room: int) -> tuple[list[list[int]], dict]:
-    """The prompt's ids in each wording, and a mark if they show less than the text; ValueError if it can not be put."""
+    """The prompt's ids in each wording, and a mark if they show less than the text; ValueError if it cannot be put."""
     encoded = [sampler.model.encode_within(frame, example.text, room, sampler.truncate) for frame in sampler.questions]
     cut = any(shown != example.text for _, shown in encoded)
     return [ids for ids, _ in encoded], {"truncated": True} if cut else {}
@@ -490,7 +492,7 @@ def convergence_table(pairs: dict[int, np.ndarray]) -> str:
         lines.append([f"{size:,}", f"{measured:.4f}", f"{predicted:.4f}", f"{low:.4f} to {high:.4f}"])
     rows = len(next(iter(pairs.values())))
     title = f"  distance of agreement from the first token's probability (root mean square, n = {rows:,} rows):\n"
-    return title + predictions.table(lines, "    ")
+    return title + command_line.columns(lines, "    ")
 
 
 def draw_convergence(path: str | Path, pairs: dict[int, np.ndarray], what: str) -> None:
@@ -584,7 +586,7 @@ def _rendered(example: Example, sampler: Sampler) -> list:
         shown = [sampler.model.encode_within(f, example.text, room, sampler.truncate)[1] for f in sampler.questions]
         return [frame.render(text) for frame, text in zip(sampler.questions, shown, strict=True)]
     if reader := sampler.model.reader:
-        return [reader.frame_of(wording).render(example.text) for wording in sampler.wordings]
+        return [reader.task_prompt(wording).render(example.text) for wording in sampler.wordings]
     return [ask(example.text) for ask in sampler.questions]
 
 
@@ -597,12 +599,12 @@ def print_votes(row: dict) -> None:
         lines.append([f"{count:9}", label, shown + (f" and {len(said) - 4} more" if len(said) > 4 else "")])
     width = max(len(label) for _, label, _ in lines)
     for count, label, shown in lines:
-        print(f"{count}  {label:{width}}  {predictions.printable(shown)}".rstrip())
+        print(f"{count}  {label:{width}}  {command_line.printable(shown)}".rstrip())
 
 
 def print_explanation(row: dict) -> None:
     """The votes, how far they can be trusted, the verdict."""
-    print(f"Text: {predictions.printable(row['text'])}\n")
+    print(f"Text: {command_line.printable(row['text'])}\n")
     if "first_token" in row:
         parts = ", ".join(f"P({label}) {100 * p:.2f} %" for label, p in row["first_token"].items())
         print(f"  drawn from the first token's distribution: {parts}\n")
@@ -619,7 +621,7 @@ def print_explanation(row: dict) -> None:
     calls = "1 call" if row["calls"] == 1 else f"{row['calls']} calls"
     print(f"  confidence {100 * row['confidence']:.1f} % among the answers that name a label", end=", ")
     print(f"label mass {100 * row['label_mass']:.1f} %, vote entropy {row['vote_entropy']:.2f} nats, {calls}")
-    predictions.print_decision(row)
+    scoring.print_decision(row)
     print()
 
 
@@ -629,7 +631,7 @@ def print_explanation(row: dict) -> None:
 def report(path: Path) -> str:
     """What a predictions file of Method 2 holds: votes and calls beside the usual lines."""
     rows = [row for row in predictions.iterate(path) if "votes" in row.extras]  # also those without a single vote
-    lines = [predictions.report(path)]
+    lines = [scoring.report(path)]
     if rows:
         agreement = np.array([row.extras["agreement"] or 0.0 for row in rows])
         n = sum(sum(row.extras["votes"].values()) + row.extras["unparsed"] for row in rows)
@@ -712,11 +714,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("sampling").add_argument
     add("--samples", metavar="N", help="answers to each text (default: 10); with --first-token also 10,100,1000")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the sampling, above 0 (default: 1)")
-    add("--adaptive", action="store_true", help="stop asking when the leader is 95 %% safe or can not be overtaken")
+    add("--adaptive", action="store_true", help="stop asking when the leader is 95 %% safe or cannot be overtaken")
     add("--paraphrase", action="store_true", help="ask in the task's several wordings, in turn")
     add("--max-tokens", type=int, default=10, metavar="N", help="of an answer (default: 10)")
     add("--choice", action="store_true", help="have the server force an answer word (vLLM); hides all other answers")
-    add("--seed", type=predictions.natural, default=0, metavar="N", help="of the sampling (default: 0)")
+    add("--seed", type=command_line.natural, default=0, metavar="N", help="of the sampling (default: 0)")
 
 
 def sampling_from(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Sampling, list[int]]:
@@ -744,12 +746,12 @@ OF_RECOUNT = {"recount", "output", "overwrite", "samples", "adaptive", "task", "
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sampling, list[int]]:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
     tasks.add_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
-    predictions.add_arguments(parser)
+    scoring.add_arguments(parser)
     add_sampling_arguments(parser)
     add("--first-token", action="store_true", help="draw from the first token's distribution instead of generating")
     add("--figure", metavar="PNG", help="with --first-token and a table: how agreement approaches the probability")
@@ -759,9 +761,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sam
     add("--batch-size", type=int, metavar="N", help="rows run together (default: by samples and device)")
     args = parser.parse_args(argv)
     if args.recount:
-        predictions.allow_only(parser, args, OF_RECOUNT, "--recount counts stored answers without a model")
+        command_line.allow_only_arguments(parser, args, OF_RECOUNT, "--recount counts stored answers without a model")
     args.input = args.recount or args.input
-    predictions.check_arguments(parser, args)
+    scoring.check_arguments(parser, args)
     endpoint.check_arguments(parser, args)
     sampling, sizes = sampling_from(parser, args)
     if args.first_token and (args.endpoint or args.adaptive or args.temperature != 1):
@@ -863,4 +865,4 @@ def finish(args: argparse.Namespace, calibrator: FittedCalibrator | None) -> Non
 
 
 if __name__ == "__main__":
-    predictions.run(main, resumes=True)
+    command_line.run(main, resumes=True)

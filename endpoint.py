@@ -35,6 +35,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from llama import load_reader
+from tables import check_text
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Prompt = str | list[int] | list[dict[str, str]]
 
@@ -133,7 +136,7 @@ class Endpoint:
 
     def __exit__(self, *_: object) -> None:
         self._end(asyncio.all_tasks(self._loop))
-        with contextlib.suppress(Exception):  # a connection that is already broken can not be closed politely
+        with contextlib.suppress(Exception):  # a connection that is already broken cannot be closed politely
             if closing := self.client.close():
                 self._loop.run_until_complete(closing)
         self._loop.close()
@@ -197,7 +200,7 @@ class Endpoint:
     def question(self, task: object) -> Callable[[str], Prompt]:
         """How a text is put to this server: as ids if we have its tokenizer, else as the task's prompt.
 
-        Raises ValueError for a text that can not be sent as data.
+        Raises ValueError for a text that cannot be sent as data.
         """
         if self.is_anthropic and task.format != "chat":
             raise ValueError(
@@ -205,16 +208,11 @@ class Endpoint:
                 "as --task sentiment-yes-no"
             )
         if self.reader:
-            frame = self.reader.frame_of(task)
-            return lambda text: self.reader.encode_within(frame, text)[0]
+            prompt = self.reader.task_prompt(task)
+            return lambda text: self.reader.encode_within(prompt, text)[0]
 
         def ask(text: str) -> Prompt:
-            if not text.strip():
-                raise ValueError("the text is empty")
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError("the text is not valid Unicode (a lone surrogate)") from None
+            check_text(text)
             # These two tokenize a user's text as characters; of other servers nobody knows.
             safe = self.is_anthropic or urlsplit(self.url).hostname == "api.openai.com"
             if not safe and (spelt := CONTROL.search(text)):
@@ -399,7 +397,7 @@ class Endpoint:
         status = reply["ResponseMetadata"]["HTTPStatusCode"]
         if code == "ModelError":  # the container's, which was too slow if it has no status
             status, said = reply.get("OriginalStatusCode") or 504, reply.get("OriginalMessage") or said
-            status = 422 if status == 424 else status  # LMI's for a request that it can not read or answer
+            status = 422 if status == 424 else status  # LMI's for a request that it cannot read or answer
             with contextlib.suppress(ValueError, RecursionError):
                 said = _words(json.loads(said)) or said
         return code, 429 if "Throttl" in code else status, said
@@ -416,7 +414,7 @@ class Endpoint:
             return self._passing(f"{said}, {1 + RETRIES} times")
         if code == "ModelError" or status == 429 or status >= 500:
             return self._failure(status, said, body)
-        return self._passing(f"AWS says {code}: {said}") if status else OSError(f"AWS can not be asked: {said}")
+        return self._passing(f"AWS says {code}: {said}") if status else OSError(f"AWS cannot be asked: {said}")
 
     def _status_failure(self, error: object, body: dict) -> Exception:
         said = self._redacted(_words(error.body) or error.response.reason_phrase)[:300]
@@ -676,6 +674,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: above 0")
 
 
-def connect_from(args: argparse.Namespace, reader: object | None = None) -> Endpoint:
-    """Connect to the server that the flags of `add_arguments` name."""
-    return connect(args.endpoint, args.model, args.api_key_env, args.concurrency, args.timeout, args.top_tokens, reader)
+def connection_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """What the flags of `add_arguments` say, as keyword arguments of `connect`; loads the tokenizer they name."""
+    return {
+        "url": args.endpoint,
+        "model": args.model,
+        "api_key_env": args.api_key_env,
+        "concurrency": args.concurrency,
+        "timeout_s": args.timeout,
+        "top_tokens": args.top_tokens,
+        "reader": load_reader(args.tokenizer) if args.tokenizer else None,
+    }

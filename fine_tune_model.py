@@ -39,24 +39,16 @@ from pathlib import Path
 
 import numpy as np
 
+import command_line
 import predictions
 import sagemaker_job
+import tables
 import task as tasks
-from llama import (
-    ADAPTER_FOLDER,
-    ALIASES,
-    HEAD,
-    Frame,
-    Llama,
-    check_adapter,
-    choose_device,
-    folder_hash,
-    load_from,
-    load_llama,
-    locate,
-)
+from command_line import natural
+from llama import Llama, RenderedPrompt, choose_device, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
-from predictions import natural
+from lora import ADAPTER_FOLDER, HEAD, check_adapter
+from model_files import ALIASES, folder_hash, locate
 from task import Answer, Example, Task
 
 LOSSES = ("cross-entropy", "brier", "focal", "label-smoothing", "mmce")
@@ -98,7 +90,7 @@ class Student:
 
     llama: Llama
     task: Task
-    frame: Frame
+    frame: RenderedPrompt
     answers: tuple[Answer, ...]
 
     @cached_property
@@ -170,7 +162,7 @@ def row_losses(name: str, answer_log_probs: object, student: Student, target: ob
 
 
 def read_table(student: Student, examples: list[Example], source: str) -> Table:
-    """Examples as prompt ids and label numbers; ValueError names the row that can not be used."""
+    """Examples as prompt ids and label numbers; ValueError names the row that cannot be used."""
     room = max(map(len, student.ids)) - 1
     labels, rows = list(student.task.labels), []
     for example in examples:
@@ -207,7 +199,7 @@ def read_both(args: argparse.Namespace, task: Task) -> tuple[list[Example], list
     args.limit = None  # of the training rows
     validation = read_labelled(args, task, args.validation)
     check_apart(training, validation, args.validation)
-    tasks.groups_of(validation, args.groups)  # a row without a group is told now, not after the training
+    tables.groups_of(validation, args.groups)  # a row without a group is told now, not after the training
     if args.confidence_head and len(validation) < LEAST_ROWS:
         raise ValueError(f"{args.validation}: {len(validation)} rows; --confidence-head needs {LEAST_ROWS} at least")
     return training, validation
@@ -223,7 +215,7 @@ def check_apart(training: list[Example], validation: list[Example], source: str)
         more = f" and {len(shared) - 5:,} more" if len(shared) > 5 else ""
         raise ValueError(f"{source} overlaps the training rows, so it would measure memory: {named}{more}; remove them")
     texts = [example.text for example in (*training, *validation)]
-    alike = {j for i, j, _ in tasks.near_duplicates(texts) if i < len(training) <= j}
+    alike = {j for i, j, _ in tables.near_duplicates(texts) if i < len(training) <= j}
     if alike:
         print(f"note: {len(alike):,} rows of {source} have a near-duplicate in training", file=sys.stderr)
 
@@ -294,7 +286,7 @@ def add_adapter(llama: Llama, args: argparse.Namespace) -> None:
         try:
             llama.model = get_peft_model(llama.model, config).eval()  # in float32, whatever the model's weights are
         except ValueError as error:  # Mamba's layers, or dropout on experts
-            raise ValueError(f"peft can not adapt {llama.name} with --dropout {args.dropout}: {error}") from None
+            raise ValueError(f"peft cannot adapt {llama.name} with --dropout {args.dropout}: {error}") from None
     llama.model.peft_config["default"].base_model_name_or_path = llama.name  # not the folder on this machine
 
 
@@ -419,7 +411,7 @@ def train(run: Run) -> int:
     The folder then holds the best adapter so far, and a checkpoint of the last step.
     """
     args, size = run.args, run.args.batch_size
-    with stop_signals() as stopping, predictions.progress(run.steps * size, run.step * size) as advance:
+    with stop_signals() as stopping, command_line.progress(run.steps * size, run.step * size) as advance:
         while True:
             if run.is_due:
                 validate(run)
@@ -680,7 +672,7 @@ def add_head(run: Run, validation: Table, fingerprint: str) -> str:
     hidden = np.empty((len(validation.rows), run.student.llama.hidden_size), np.float32)
     log_probs, _ = measure(run.student, validation, run.world, hidden)
     correct = log_probs.argmax(axis=1) == validation.targets
-    groups = tasks.groups_of(validation.examples, run.args.groups)
+    groups = tables.groups_of(validation.examples, run.args.groups)
     try:
         head = fit_head(hidden, np.exp(log_probs.max(axis=1)), correct, groups, fingerprint)
     except ValueError as error:
@@ -707,7 +699,7 @@ def render(run: Run) -> str:
             found.append((right.mean(), -log_probs[rows, targets[rows]].mean()))
         return [after - before for before, after in zip(*found, strict=True)]
 
-    groups = tasks.groups_of(run.validation.examples, run.args.groups)
+    groups = tables.groups_of(run.validation.examples, run.args.groups)
     gain, interval = values(np.arange(n)), bootstrap_interval(values, groups, seed=run.args.seed)
     before, after = run.validations[0], run.best_validation
     lines = [["", "base", "fine-tuned", "difference, 95 % interval"]]
@@ -721,7 +713,7 @@ def render(run: Run) -> str:
     verdict = f"\n{chosen} on these n = {n:,} validation rows, so its numbers here are a little too good.\n"
     if after["log_loss"] >= before["log_loss"]:
         verdict += "It is no better than the base model on them: take another --learning-rate or more rows.\n"
-    return verdict + "\n" + predictions.table(lines)
+    return verdict + "\n" + command_line.columns(lines)
 
 
 def draw(run: Run, path: Path) -> None:
@@ -789,7 +781,7 @@ def read_config(folder: Path) -> tuple[str, Task]:
 
 def study(llama: Llama, task: Task) -> Student:
     """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer."""
-    frame = llama.frame_of(task)
+    frame = llama.task_prompt(task)
     return Student(llama, task, frame, tuple(tasks.find_answers(task, llama.tokenizer, frame.render("text"))))
 
 
@@ -879,7 +871,7 @@ def start_job(
         files["task.toml"] = Path(args.task).read_bytes()
     data = {"train.jsonl": as_lines(training), "validation.jsonl": as_lines(validation)}
     if args.groups:
-        groups = zip(validation, tasks.groups_of(validation, args.groups), strict=True)
+        groups = zip(validation, tables.groups_of(validation, args.groups), strict=True)
         rows = [{"id": example.id, "group": group} for example, group in groups]
         data["groups.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
     count = Counter(task.canonical_label(example.label) for example in training)
@@ -954,7 +946,7 @@ def accept(folder: Path, hashes: dict[str, str]) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     parser.add_argument("--task", default="sentiment", help="a task's name or a TOML file (default: sentiment)")
     group = parser.add_argument_group("the rows")
     add = group.add_argument
@@ -962,8 +954,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--validation", metavar="FILE", help="labelled rows to watch (default: data:validation, with data:train)")
     limit = "watch N of them, drawn by the seed (default: 500; 0: all)"
     add("--validation-limit", type=natural, default=500, metavar="N", help=limit)
-    tasks.add_groups_argument(group)
-    tasks.add_column_arguments(group)
+    tables.add_groups_argument(group)
+    tables.add_column_arguments(group)
     add_model_arguments(parser)
     parser.set_defaults(adapter="none")
     add = parser.add_argument_group("the training").add_argument
@@ -992,7 +984,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what can not be trained with, and fill in what depends on other flags."""
+    """Refuse what cannot be trained with, and fill in what depends on other flags."""
     if args.adapter != "none":
         parser.error("--adapter: a new adapter is trained on the base model; --resume goes on with an unfinished one")
     if args.validation is None:
@@ -1018,7 +1010,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def check_together(student: Student, args: argparse.Namespace, world: object) -> None:
-    """Refuse MMCE, which compares the rows of a step with each other, where these can not run as one batch."""
+    """Refuse MMCE, which compares the rows of a step with each other, where these cannot run as one batch."""
     if args.loss == "mmce" and (world.num_processes > 1 or student.llama.needs_one_length(student.ids)):
         raise ValueError(
             "--loss mmce compares the rows of a step with each other, so they must run together: in one process, with "
@@ -1083,4 +1075,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

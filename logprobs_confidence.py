@@ -15,6 +15,19 @@ Single texts are explained: the ranked token table with the label each token cou
 (`--json`: one object a line). A table of texts becomes a predictions file (predictions.py), in input order; repeating
 the command continues a run that was killed. With labels in the table it ends with a short report.
 
+The way of one text, as code:
+
+    1. task.read_task                     what is asked: labels, answer words, template, examples
+    2. llama.load_llama                   the weights, the tokenizer, perhaps an adapter
+    3. Llama.task_prompt                  the prompt around the place of the text, rendered once
+    4. task.find_answers                  the tokens that spell a label's answer word
+    5. Llama.encode_within                the ids of the whole prompt; control strings of the text are characters
+    6. Llama.next_token_log_probs         one forward pass: log-probability of every token as the next
+    7. task.label_probabilities           the answers summed into labels, and their mass
+    8. LabelScorer.explain                prediction and confidence, with the work shown
+    9. scoring.calibrated                 with --calibrator: calibrated confidence and decision
+    10. print_explanation
+
 A server lists only its most probable tokens, so the label mass is an interval there: `label_mass` is what is listed,
 `label_mass_high` adds all that is not. A label that is not listed is `missing` and counts with the most it can have.
 """
@@ -24,68 +37,156 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import endpoint
 import predictions
-import task as tasks
+import scoring
+from command_line import printable
 from endpoint import Endpoint, Listing, PassingError, Prompt
-from llama import HEAD, SLOT, Frame, Llama, default_llama, load_from, load_reader
+from llama import SLOT, Llama, RenderedPrompt, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
+from lora import HEAD
 from predictions import Prediction
-from task import Answer, Example, Task
+from tables import Example
+from task import TASKS, Answer, Task, debias, find_answers, label_probabilities, listed_probabilities, read_task
 
 if TYPE_CHECKING:
-    from calibration import ConfidenceHead, FittedCalibrator
+    from calibration import ConfidenceHead
 
 TOP_TOKENS = 20
+DEBIASED = {"debias": "batch"}  # what --debias adds to the settings of a fingerprint
 NO_LABEL = "the model gives no label any probability"
 # Rows sorted by length and written together, by device: what a killed run can lose, and what memory holds.
 ROWS_PER_WINDOW = {"cpu": 256, "mps": 1024, "cuda": 4096}
 
 
+# A model and a task, joined
+
+
 @dataclass(frozen=True)
-class Scorer:
-    """A model and a task, and what follows from the two: the rendered prompt, the answer tokens, the fingerprint."""
+class LabelScorer:
+    """A loaded model and a task, and what follows from the two: rendered prompt, answer tokens, fingerprint."""
 
     llama: Llama
     task: Task
-    frame: Frame
+    prompt: RenderedPrompt
     answers: tuple[Answer, ...]
     truncate: bool
+    batch_size: int | None
     fingerprint: str
+    debiased_fingerprint: str  # of its predictions after batch calibration
     head: ConfidenceHead | None = None
+    name = "logprobs"
 
     @property
-    def room(self) -> int:
-        """Tokens of the context that an answer needs beyond its first."""
-        return max(len(answer.ids) for answer in self.answers) - 1
+    def model_name(self) -> str:
+        return self.llama.name
+
+    @property
+    def window(self) -> int:
+        return ROWS_PER_WINDOW.get(self.llama.device, 256)
+
+    @property
+    def record_fields(self) -> dict[str, str]:
+        """What all its records say."""
+        return scoring.record_fields(self)
+
+    def encode(self, text: str) -> tuple[list[int], str]:
+        """The ids of the prompt, with room for an answer's later tokens, and the text they show; ValueError if none."""
+        room = max(len(answer.ids) for answer in self.answers) - 1
+        return self.llama.encode_within(self.prompt, text, room, self.truncate)
+
+    def explain(self, text: str) -> dict:
+        """Score a text and show the work: prompt, token table, answers, sums, verdict. One plain forward pass."""
+        ids, shown = self.encode(text)
+        log_probs = self.llama.next_token_log_probs(ids)
+        answer_ids = [answer.ids for answer in self.answers]
+        hidden = np.empty((1, self.llama.hidden_size), np.float32) if self.head else None
+        if self.head or any(len(ids) > 1 for ids in answer_ids):
+            answer_log_probs = self.llama.answer_log_probs([ids], answer_ids, hidden=hidden)
+        else:
+            answer_log_probs = log_probs[None, [first for (first,) in answer_ids]]
+        probabilities, mass = label_probabilities(answer_log_probs, self.answers, list(self.task.labels))
+        if not np.isfinite(probabilities).all():
+            raise ValueError(NO_LABEL)
+        by_label = dict(zip(self.task.labels, probabilities[0].tolist(), strict=True))
+        answer_tokens = {label: [] for label in self.task.labels}
+        for answer, p in zip(self.answers, np.exp(answer_log_probs[0]).tolist(), strict=True):
+            answer_tokens[answer.label].append({"token": answer.text, "ids": list(answer.ids), "probability": p})
+        explanation = verdict(self, text, by_label, float(mass[0])) | {
+            "prompt": self.prompt.render(shown),
+            "prompt_token_ids": ids,
+            "model_path": str(self.llama.path),
+            "top_tokens": top_tokens(self.llama, log_probs, {answer.ids: answer.label for answer in self.answers}),
+            "answer_tokens": {label: _most_probable_first(tokens) for label, tokens in answer_tokens.items()},
+        }
+        if self.head:
+            explanation["head_confidence"] = float(self.head.predict(hidden, probabilities.max(axis=1))[0])
+        return explanation
+
+    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+        """Score examples a window at a time; one that cannot be scored gets its error and no number."""
+        return scoring.by_windows(examples, self.window, lambda window: self.score_together(window, advance))
+
+    def score_together(
+        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda n: None
+    ) -> list[Prediction]:
+        """Score examples in one sorting by length, returned in their order."""
+        common = self.record_fields
+        encoded, errors = scoring.encode_all(examples, self.encode)
+        advance(len(errors))
+        rows = [ids for ids, _ in encoded.values()]
+        hidden = np.empty((len(rows), self.llama.hidden_size), np.float32) if self.head else None
+        answer_ids = [answer.ids for answer in self.answers]
+        log_probs = self.llama.answer_log_probs(rows, answer_ids, self.batch_size, advance, hidden)
+        probabilities, mass = label_probabilities(log_probs, self.answers, list(self.task.labels))
+        head_confidence = self.head.predict(hidden, probabilities.max(axis=1)) if self.head else None
+        records = {}
+        for at, (number, (_, shown)) in enumerate(encoded.items()):
+            if not np.isfinite(probabilities[at]).all():
+                errors[number] = NO_LABEL
+                continue
+            by_label = dict(zip(self.task.labels, probabilities[at].tolist(), strict=True))
+            extras = {"truncated": True} if shown != examples[number].text else {}
+            if self.head:
+                extras["head_confidence"] = float(head_confidence[at])
+            identity = self.task.identify(examples[number])
+            records[number] = predictions.scored(*identity, by_label, float(mass[at]), **common, extras=extras)
+        for number, error in errors.items():
+            records[number] = predictions.failed(*self.task.identify(examples[number]), error, **common)
+        return [records[number] for number in range(len(examples))]
 
 
-def prepare(llama: Llama, task: Task, truncate: bool = False, use_head: bool = False, **settings: object) -> Scorer:
+def label_scorer(
+    llama: Llama,
+    task: Task,
+    truncate: bool = False,
+    batch_size: int | None = None,
+    use_head: bool = False,
+) -> LabelScorer:
     """Join a model and a task; ValueError when the task's answers do not work with this model's tokenizer.
 
     `use_head`: also what the confidence head beside the model's adapter says; ValueError if there is none.
     """
-    frame = llama.frame_of(task)
-    answers = tasks.find_answers(task, llama.tokenizer, frame.render("text"))
-    settings = {"truncate": True} | settings if truncate else settings
+    prompt = llama.task_prompt(task)
+    answers = tuple(find_answers(task, llama.tokenizer, prompt.render("text")))
+    settings: dict[str, object] = {"truncate": True} if truncate else {}
     known = {**llama.identity, "task": task.settings(), "method": "logprobs"}
-    fingerprint, head = predictions.fingerprint(**known, settings=settings), None
+    head = None
     if use_head:
         head = read_head(llama, predictions.fingerprint(**known, settings={}))
-        fingerprint = predictions.fingerprint(**known, settings=settings | {"head": head.digest})
-    return Scorer(llama, task, frame, tuple(answers), truncate, fingerprint, head)
+        settings["head"] = head.digest
+    fingerprint = predictions.fingerprint(**known, settings=settings)
+    debiased = predictions.fingerprint(**known, settings=settings | DEBIASED)
+    return LabelScorer(llama, task, prompt, answers, truncate, batch_size, fingerprint, debiased, head)
 
 
 def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
@@ -104,126 +205,22 @@ def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
     return head
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A server and a task, and what follows from the two: how a text is sent, the answer ids, the fingerprint."""
-
-    server: Endpoint
-    task: Task
-    ask: Callable[[str], Prompt]
-    ids: tuple[int, ...]  # of the answers, where we have the tokenizer
-    fingerprint: str
-
-    async def listing(self, text: str) -> Listing:
-        return await self.server.first_token(self.ask(text), self.ids)
-
-
-def prepare_remote(server: Endpoint, task: Task, **settings: object) -> Remote:
-    """Join a server and a task, with one request to see that it gives log-probabilities; ValueError if it does not."""
-    if server.is_anthropic:
-        raise ValueError(endpoint.NO_LOGPROBS.format(server.name))
-    if task.scoring != "first-token":
-        raise ValueError('a server lists first tokens; scoring = "sequence" needs a model loaded here')
-    ask, ids = server.question(task), ()
-    if server.reader:
-        rendered = server.reader.frame_of(task).render("text")
-        ids = tuple(answer.ids[0] for answer in tasks.find_answers(task, server.reader.tokenizer, rendered))
-    server.probe(lambda: server.first_token(ask("A text."), ids))
-    settings |= {"sent": server.sent(temperature=1.0), "listed": "ids" if server.by_id else server.top_tokens}
-    fingerprint = predictions.fingerprint(**server.identity, task=task.settings(), method="logprobs", settings=settings)
-    return Remote(server, task, ask, ids, fingerprint)
-
-
-def get_confidence(text: str, llama: Llama | None = None, task: Task | None = None) -> tuple[str, float]:
-    """(predicted label, its confidence in [0, 1]) of one text; by default the embedded model and task `sentiment`.
-
-    Raises ValueError for an empty text and for one too long for the model.
-    """
-    task = task or tasks.TASKS["sentiment"]
-    row = explain(text, prepare(llama or default_llama(json.dumps(task.settings())), task))
-    return row["prediction"], row["confidence"]
-
-
-# One text, explained
-
-
-def explain(text: str, scorer: Scorer) -> dict:
-    """Score a text and show the work: prompt, token table, answers, sums, verdict. One plain forward pass, for JSON."""
-    llama, task, answers = scorer.llama, scorer.task, scorer.answers
-    ids, shown = llama.encode_within(scorer.frame, text, scorer.room, scorer.truncate)
-    log_probs = llama.next_token_log_probs(ids)
-    hidden = np.empty((1, llama.hidden_size), np.float32) if scorer.head else None
-    if scorer.room or scorer.head:
-        answer_log_probs = llama.answer_log_probs([ids], [answer.ids for answer in answers], hidden=hidden)
-    else:
-        answer_log_probs = log_probs[None, [answer.ids[0] for answer in answers]]
-    probabilities, mass = tasks.label_probabilities(answer_log_probs, answers, list(task.labels))
-    if not np.isfinite(probabilities).all():
-        raise ValueError(NO_LABEL)
-    by_label = dict(zip(task.labels, probabilities[0].tolist(), strict=True))
+def verdict(method: scoring.Method, text: str, by_label: Mapping[str, float], label_mass: float) -> dict:
+    """What every explanation says, whoever computed the probabilities."""
     prediction = max(by_label, key=by_label.__getitem__)
-    counted = [
-        {"token": answer.text, "ids": list(answer.ids), "probability": float(p), "label": answer.label}
-        for answer, p in zip(answers, np.exp(answer_log_probs[0]), strict=True)
-    ]
-    counted.sort(key=lambda entry: -entry["probability"])
-    confidence = by_label[prediction]
-    extras = {"head_confidence": float(scorer.head.predict(hidden, confidence)[0])} if scorer.head else {}
     return {
         "text": text,
-        "prompt": scorer.frame.render(shown),
-        "prompt_token_ids": ids,
-        "model": llama.name,
-        "model_path": str(llama.path),
-        "top_tokens": top_tokens(llama, log_probs, {answer.ids: answer.label for answer in answers}),
-        "answer_tokens": {
-            label: [{k: v for k, v in entry.items() if k != "label"} for entry in counted if entry["label"] == label]
-            for label in task.labels
-        },
+        "model": method.model_name,
         "probabilities": by_label,
-        "label_mass": float(mass[0]),
-        "total_probability": by_label[prediction] * float(mass[0]),
-        "prediction": prediction,
-        "confidence": confidence,
-        **extras,
-        "fingerprint": scorer.fingerprint,
-    }
-
-
-def explain_remote(text: str, remote: Remote) -> dict:
-    """As `explain`, from what the server lists; what only a model loaded here knows is None."""
-    task, prompt = remote.task, remote.ask(text)
-    listing = remote.server.wait(remote.listing(text))
-    by_label, mass, extras = tasks.listed_probabilities(listing.tokens, task, listing.complete)
-    prediction = max(by_label, key=by_label.__getitem__)
-    tokens = [{"token": t, "id": None, "logprob": p, "label": task.label_of(t)} for t, p in listing.tokens]
-    is_ids = bool(remote.server.reader)
-    return {
-        "text": text,
-        "prompt": remote.server.reader.frame_of(task).render(text) if is_ids else prompt,
-        "prompt_token_ids": prompt if is_ids else None,
-        "model": remote.server.name,
-        "model_path": None,
-        "top_tokens": tokens[:TOP_TOKENS],
-        "answer_tokens": {
-            label: [
-                {"token": entry["token"], "ids": None, "probability": math.exp(entry["logprob"])}
-                for entry in tokens
-                if entry["label"] == label
-            ]
-            for label in task.labels
-        },
-        "probabilities": by_label,
-        "label_mass": mass,
-        "total_probability": by_label[prediction] * (extras["label_mass_high"] if extras.get("missing") else mass),
+        "label_mass": label_mass,
+        "total_probability": by_label[prediction] * label_mass,
         "prediction": prediction,
         "confidence": by_label[prediction],
-        **extras,
-        "fingerprint": remote.fingerprint,
+        "fingerprint": method.fingerprint,
     }
 
 
-def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: dict[tuple[int, ...], str]) -> list[dict]:
+def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: Mapping[tuple[int, ...], str]) -> list[dict]:
     """The most probable next tokens, best first, each under its own id, with the label it counts for or None."""
     order = np.argsort(-log_probs, kind="stable")[:TOP_TOKENS].tolist()
     return [
@@ -232,36 +229,174 @@ def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: dict[tuple[int, ..
     ]
 
 
-def print_token_table(tokens: list[dict], rows: int = 12) -> None:
+def _most_probable_first(tokens: list[dict]) -> list[dict]:
+    return sorted(tokens, key=lambda token: -token["probability"])
+
+
+# A server and a task, joined
+
+
+@dataclass(frozen=True)
+class RemoteLabelScorer:
+    """A server and a task, and what follows from the two: how a text is sent, the answer ids, the fingerprint."""
+
+    server: Endpoint
+    task: Task
+    ask: Callable[[str], Prompt]
+    ids: tuple[int, ...]  # of the answers, where we have the tokenizer
+    fingerprint: str
+    debiased_fingerprint: str
+    name = "logprobs"
+    window = 1
+
+    @property
+    def model_name(self) -> str:
+        return self.server.name
+
+    @property
+    def record_fields(self) -> dict[str, str]:
+        """What all its records say."""
+        return scoring.record_fields(self)
+
+    async def listing(self, text: str) -> Listing:
+        return await self.server.first_token(self.ask(text), self.ids)
+
+    def explain(self, text: str) -> dict:
+        """As of a model loaded here, from what the server lists; what only a loaded model knows is None."""
+        prompt, reader = self.ask(text), self.server.reader
+        listing = self.server.wait(self.listing(text))
+        by_label, mass, extras = listed_probabilities(listing.tokens, self.task, listing.complete)
+        tokens, answer_tokens = [], {label: [] for label in self.task.labels}
+        for token, logprob in listing.tokens:
+            label = self.task.label_of(token)
+            tokens.append({"token": token, "id": None, "logprob": logprob, "label": label})
+            if label:
+                answer_tokens[label].append({"token": token, "ids": None, "probability": math.exp(logprob)})
+        explanation = verdict(self, text, by_label, mass) | {
+            "prompt": reader.task_prompt(self.task).render(text) if reader else prompt,
+            "prompt_token_ids": prompt if reader else None,
+            "model_path": None,
+            "top_tokens": tokens[:TOP_TOKENS],
+            "answer_tokens": answer_tokens,
+        }
+        if extras.get("missing"):
+            explanation["total_probability"] = explanation["confidence"] * extras["label_mass_high"]
+        return explanation | extras
+
+    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+        """Score several examples at a time, in their order; one that fails gets its error and no number."""
+        for row in self.server.in_order(self.score_one, examples):
+            advance(1)
+            yield row
+
+    async def score_one(self, example: Example) -> Prediction:
+        identity = self.task.identify(example)
+        try:
+            listing = await self.listing(example.text)
+            by_label, mass, extras = listed_probabilities(listing.tokens, self.task, listing.complete)
+        except ValueError as error:
+            extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
+            return predictions.failed(*identity, str(error), **self.record_fields, extras=extras)
+        return predictions.scored(*identity, by_label, mass, **self.record_fields, extras=extras)
+
+
+def remote_label_scorer(server: Endpoint, task: Task) -> RemoteLabelScorer:
+    """Join a server and a task, with one request to see that it gives log-probabilities; ValueError if it does not."""
+    if server.is_anthropic:
+        raise ValueError(endpoint.NO_LOGPROBS.format(server.name))
+    if task.scoring != "first-token":
+        raise ValueError('a server lists first tokens; scoring = "sequence" needs a model loaded here')
+    ask, ids = server.question(task), ()
+    if server.reader:
+        rendered = server.reader.task_prompt(task).render("text")
+        ids = tuple(answer.ids[0] for answer in find_answers(task, server.reader.tokenizer, rendered))
+    server.probe(lambda: server.first_token(ask("A text."), ids))
+    settings = {"sent": server.sent(temperature=1.0), "listed": "ids" if server.by_id else server.top_tokens}
+    known = {**server.identity, "task": task.settings(), "method": "logprobs"}
+    fingerprint = predictions.fingerprint(**known, settings=settings)
+    debiased = predictions.fingerprint(**known, settings=settings | DEBIASED)
+    return RemoteLabelScorer(server, task, ask, ids, fingerprint, debiased)
+
+
+# From Python
+
+
+def get_confidence(text: str, llama: Llama | None = None, task: Task | None = None) -> tuple[str, float]:
+    """(predicted label, its confidence in [0, 1]) of one text; by default the embedded model and task `sentiment`.
+
+    Raises ValueError for an empty text and for one too long for the model.
+    """
+    task = task or TASKS["sentiment"]
+    llama = llama or default_llama(json.dumps(task.settings()))
+    explanation = label_scorer(llama, task).explain(text)
+    return explanation["prediction"], explanation["confidence"]
+
+
+class Classifier:
+    """Method 1 for programs: the model is loaded once, then lists of texts become lists of predictions.
+
+    `task` is a Task, a built-in task's name or a TOML file; `calibrator` a calibrator file. The other arguments are
+    those of `llama.load_llama`.
+    """
+
+    def __init__(
+        self,
+        task: str | Task = "sentiment",
+        model: str = "default",
+        adapter: str | None = "auto",
+        calibrator: str | Path | None = None,
+        **loading: object,
+    ) -> None:
+        task = task if isinstance(task, Task) else read_task(task)
+        self.scorer = label_scorer(load_llama(model, adapter, task=task.settings(), **loading), task)
+        self.calibrator = None
+        if calibrator is not None:
+            from calibration import load_calibrator
+
+            self.calibrator = load_calibrator(calibrator)
+            scoring.check_calibrator(self.calibrator, self.scorer)
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """A `predictions.Prediction` for each text, in order; one that cannot be scored carries an `error`."""
+        if isinstance(texts, str):
+            raise ValueError("predict takes a list of texts; put the one text into a list")
+        examples = [Example(str(number), text, None) for number, text in enumerate(texts, 1)]
+        rows = self.scorer.score_together(examples)
+        return self.calibrator.apply(rows) if self.calibrator else rows
+
+
+# Printing
+
+
+def print_token_table(tokens: Sequence[Mapping], rows: int = 12) -> None:
     print("  rank  token            log-prob    percent  counts for")
     for rank, entry in enumerate(tokens[:rows], 1):
-        token = f'"{predictions.printable(entry["token"])}"'
+        token = f'"{printable(entry["token"])}"'
         percent = 100 * np.exp(entry["logprob"])
         print(f"  {rank:4}  {token:15} {entry['logprob']:9.3f}  {percent:7.2f} %  {entry['label'] or ''}".rstrip())
 
 
-def print_answer_sums(row: dict) -> None:
+def print_answer_sums(row: Mapping) -> None:
     """Per label: its probability, as the sum it is; then the label mass."""
     width = max(map(len, [*row["probabilities"], "label mass"])) + 3
     shared = row["label_mass_high" if row.get("missing") else "label_mass"]  # what the probabilities are shares of
     for label, entries in row["answer_tokens"].items():
+        name = f"{f'P({label})':{width}}"
         if label in row.get("missing", ()):
-            print(
-                f"  {f'P({label})':{width}}          not listed; it counts with all that is not, the most it can have"
-            )
+            print(f"  {name}          not listed; it counts with all that is not, the most it can have")
             continue
         total = 100 * row["probabilities"][label] * shared
-        parts = [f'{100 * e["probability"]:.2f} "{predictions.printable(e["token"])}"' for e in entries[:4]]
+        parts = [f'{100 * e["probability"]:.2f} "{printable(e["token"])}"' for e in entries[:4]]
         rest = f" + {len(entries) - 4} more" if len(entries) > 4 else ""
-        print(f"  {f'P({label})':{width}} {total:6.2f} %  = {' + '.join(parts)}{rest}")
+        print(f"  {name} {total:6.2f} %  = {' + '.join(parts)}{rest}")
     high = row.get("label_mass_high", row["label_mass"])
     more = f", up to {100 * high:.2f} % with what is not listed" if high > row["label_mass"] else ""
     print(f"  {'label mass':{width}} {100 * row['label_mass']:6.2f} %  of the distribution names a label{more}")
 
 
-def print_explanation(row: dict) -> None:
+def print_explanation(row: Mapping) -> None:
     """The token table, the sums and the verdict, as the article prints them."""
-    print(f"Text: {predictions.printable(row['text'])}\n")
+    print(f"Text: {printable(row['text'])}\n")
     print_token_table(row["top_tokens"])
     print()
     print_answer_sums(row)
@@ -269,137 +404,58 @@ def print_explanation(row: dict) -> None:
     print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)")
     if "head_confidence" in row:
         print(f"  Confidence head: {100 * row['head_confidence']:.2f} % that this is right")
-    predictions.print_decision(row)
+    scoring.print_decision(row)
     print()
 
 
-# A table of texts
-
-
-def score(
-    examples: Sequence[Example],
-    scorer: Scorer,
-    batch_size: int | None = None,
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[Prediction]:
-    """Score examples together, in their order; one that can not be scored gets its error and no number."""
-    llama, task = scorer.llama, scorer.task
-    common = {"method": "logprobs", "model": llama.name, "task": task.name, "fingerprint": scorer.fingerprint}
-    errors: dict[int, str] = {}
-    rows: dict[int, tuple[list[int], str]] = {}
-    for i, example in enumerate(examples):
-        try:
-            rows[i] = llama.encode_within(scorer.frame, example.text, scorer.room, scorer.truncate)
-        except ValueError as error:
-            errors[i] = str(error)
-    advance(len(errors))
-    hidden = np.empty((len(rows), llama.hidden_size), np.float32) if scorer.head else None
-    log_probs = llama.answer_log_probs(
-        [ids for ids, _ in rows.values()], [answer.ids for answer in scorer.answers], batch_size, advance, hidden
-    )
-    probabilities, mass = tasks.label_probabilities(log_probs, scorer.answers, list(task.labels))
-    head_confidence = scorer.head.predict(hidden, probabilities.max(axis=1)) if scorer.head else None
-    result: dict[int, Prediction] = {}
-    for at, (i, (_, shown)) in enumerate(rows.items()):
-        if not np.isfinite(probabilities[at]).all():
-            errors[i] = NO_LABEL
+def show_next_tokens(texts: Sequence[str], llama: Llama, as_json: bool) -> None:
+    """The next token after each text as it stands, its outer white space too."""
+    for text in texts:
+        before, inner, after = text.partition(text.strip())
+        ids, _ = llama.encode_within(RenderedPrompt(before, after, llama.rendered_prompt(SLOT).start), inner)
+        tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
+        if as_json:
+            print(json.dumps({"text": text, "prompt_token_ids": ids, "top_tokens": tokens}))
             continue
-        by_label = dict(zip(task.labels, probabilities[at].tolist(), strict=True))
-        extras = {"truncated": True} if shown != examples[i].text else {}
-        if scorer.head:
-            extras["head_confidence"] = float(head_confidence[at])
-        record = *task.identify(examples[i]), by_label, float(mass[at])
-        result[i] = predictions.scored(*record, **common, extras=extras)
-    for i, message in errors.items():
-        result[i] = predictions.failed(*task.identify(examples[i]), message, **common)
-    return [result[i] for i in range(len(examples))]
+        print(f"After: {printable(text)}\n")
+        print_token_table(tokens)
+        print()
 
 
-def score_remote(examples: Iterator[Example], advance: Callable[[int], None], remote: Remote) -> Iterator[Prediction]:
-    """Score examples by a server, several at a time, in their order; one that fails gets its error and no number."""
-    server, task = remote.server, remote.task
-    common = {"method": "logprobs", "model": server.name, "task": task.name, "fingerprint": remote.fingerprint}
-
-    async def score_one(example: Example) -> Prediction:
-        record = task.identify(example)
-        try:
-            listing = await remote.listing(example.text)
-            by_label, mass, extras = tasks.listed_probabilities(listing.tokens, task, listing.complete)
-        except ValueError as error:
-            extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
-            return predictions.failed(*record, str(error), **common, extras=extras)
-        return predictions.scored(*record, by_label, mass, **common, extras=extras)
-
-    for row in server.in_order(score_one, examples):
-        advance(1)
-        yield row
+# Batch calibration of a finished file
 
 
-def score_windows(
-    examples: Iterator[Example], advance: Callable[[int], None], scorer: Scorer, batch_size: int | None, size: int
-) -> Iterator[Prediction]:
-    """Score examples by the model loaded here, a window of rows at a time."""
-    while window := list(islice(examples, size)):
-        yield from score(window, scorer, batch_size, advance)
-
-
-def score_table(args: argparse.Namespace, scorer: Scorer | Remote, path: Path, total: int) -> int:
-    """Write or continue the predictions file of a whole table; returns how many rows were scored now."""
-    size = 1 if args.endpoint else ROWS_PER_WINDOW.get(scorer.llama.device, 256)
-    score_rows = partial(score_remote, remote=scorer)
-    if not args.endpoint:
-        score_rows = partial(score_windows, scorer=scorer, batch_size=args.batch_size, size=size)
-    examples, identify = partial(tasks.examples_from, args), scorer.task.identify
-    return predictions.write_table(
-        path, examples, identify, score_rows, scorer.fingerprint, total, size, args.overwrite
-    )
-
-
-def write_debiased(args: argparse.Namespace, scorer: Scorer | Remote, raw: Path, path: Path) -> None:
+def debiased_rows(raw: Path, labels: Sequence[str], fingerprint: str) -> Iterator[Prediction]:
     """Batch calibration of a finished predictions file by the labels' mean over all its rows; see task.debias."""
-    labels = list(scorer.task.labels)
-    sums, count, total = np.zeros(len(labels)), 0, 0
+    total, count = np.zeros(len(labels)), 0
     for row in predictions.iterate(raw):
-        total += 1
         if row.error is None:
-            sums, count = sums + [row.probabilities[label] for label in labels], count + 1
-
-    def corrected() -> Iterator[Prediction]:
-        for row in predictions.iterate(raw):
-            common = {"method": row.method, "model": row.model, "task": row.task, "fingerprint": scorer.fingerprint}
-            if row.error is not None:
-                yield predictions.failed(row.id, row.text, row.label, row.error, **common)
-                continue
-            p = tasks.debias(np.array([[row.probabilities[label] for label in labels]]), sums / count)[0]
-            by_label = dict(zip(labels, p.tolist(), strict=True))
-            extras = {k: v for k, v in row.extras.items() if k not in predictions.CALIBRATED}
-            yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=extras)
-
-    with predictions.open_output(path) as file:
-        expected = (scorer.task.identify(example) for example in tasks.examples_from(args))
-        done = predictions.resume(file, expected, scorer.fingerprint, args.overwrite)
-    if done < total:
-        predictions.replace(path, corrected())
+            total, count = total + [row.probabilities[label] for label in labels], count + 1
+    for row in predictions.iterate(raw):
+        if row.error is not None:
+            yield replace(row, fingerprint=fingerprint)
+            continue
+        p = debias(np.array([[row.probabilities[label] for label in labels]]), total / count)[0]
+        common = {"method": row.method, "model": row.model, "task": row.task, "fingerprint": fingerprint}
+        extras = {name: value for name, value in row.extras.items() if name not in predictions.CALIBRATED}
+        by_label = dict(zip(labels, p.tolist(), strict=True))
+        yield predictions.scored(row.id, row.text, row.label, by_label, row.label_mass, **common, extras=extras)
 
 
 # Command line
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
+    scoring.add_arguments(parser)
     add("--raw-prompt", action="store_true", help="no task: show the next token after each TEXT as it stands")
-    tasks.add_arguments(parser)
-    add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
     add("--debias", choices=["batch"], help="divide by the labels' mean over the table; for balanced labels only")
     add("--confidence-head", action="store_true", help="add the adapter's own estimate of being right")
-    predictions.add_arguments(parser)
     add_model_arguments(parser)
     endpoint.add_arguments(parser)
-    add("--batch-size", type=int, metavar="N", help="rows run together (default: by length and device)")
     args = parser.parse_args(argv)
-    predictions.check_arguments(parser, args)
+    scoring.check_arguments(parser, args)
     endpoint.check_arguments(parser, args)
     if args.debias and not args.input:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
@@ -407,105 +463,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--confidence-head reads the last hidden state of an adapter's own answer; leave the other out")
     if args.raw_prompt and (args.input or args.calibrator or args.endpoint):
         parser.error("--raw-prompt shows the next token after texts, of a model loaded here; it gives no label")
-    if args.batch_size is not None and args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: at least 1")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    task = tasks.read_task(args.task)
-    total = 0 if args.text else check_table(args, task)
-    calibrator = None
-    if args.calibrator:
-        from calibration import load_calibrator
-
-        calibrator = load_calibrator(args.calibrator)
+    task = read_task(args.task)
+    raw = Path(args.output).with_suffix(".raw.jsonl") if args.debias else args.output  # the model's own answers
+    job = scoring.job_from_arguments(args, task, outputs=[raw, args.output])
     with ExitStack() as stack:
         if args.endpoint:
-            server = stack.enter_context(endpoint.connect_from(args, args.tokenizer and load_reader(args.tokenizer)))
-            model, join = server, prepare_remote
+            server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))
+            scorer = remote_label_scorer(server, task)
         else:
-            model = load_from(args, task.settings())
-            join = partial(prepare, truncate=args.truncate, use_head=args.confidence_head)
-        if args.raw_prompt:
-            show_next_tokens(args, model)
+            llama = load_llama(**model_arguments(args), task=task.settings())
+            if args.raw_prompt:
+                show_next_tokens(args.text, llama, args.json)
+                return
+            scorer = label_scorer(llama, task, args.truncate, args.batch_size, args.confidence_head)
+        fingerprint = scorer.debiased_fingerprint if args.debias else scorer.fingerprint
+        job.check(replace(scorer, fingerprint=fingerprint))
+        if job.texts:
+            scoring.explain_texts(job, scorer, print_explanation)
             return
-        scorer = join(model, task)
-        final = join(model, task, debias=args.debias) if args.debias else scorer
-        if calibrator:
-            calibrator.check(final.fingerprint, model.name, task.name, list(task.labels))
-        if args.text:
-            explain_texts(args, scorer, calibrator)
-        else:
-            run_table(args, scorer, final, total, calibrator)
-
-
-def show_next_tokens(args: argparse.Namespace, llama: Llama) -> None:
-    """The next token after each text as it stands, its outer white space too."""
-    for text in args.text:
-        before, inner, after = text.partition(text.strip())
-        ids, _ = llama.encode_within(Frame(before, after, llama.frame(SLOT).start), inner)
-        tokens = top_tokens(llama, llama.next_token_log_probs(ids), {})
-        if args.json:
-            print(json.dumps({"text": text, "prompt_token_ids": ids, "top_tokens": tokens}))
-            continue
-        print(f"After: {predictions.printable(text)}\n")
-        print_token_table(tokens)
-        print()
-
-
-def explain_texts(args: argparse.Namespace, scorer: Scorer | Remote, calibrator: FittedCalibrator | None) -> None:
-    for text in args.text:
-        row = explain_remote(text, scorer) if args.endpoint else explain(text, scorer)
-        if calibrator:
-            common = {"method": "logprobs", "task": scorer.task.name, "model": row["model"]}
-            common["fingerprint"] = row["fingerprint"]
-            record = predictions.scored("", text, None, row["probabilities"], row["label_mass"], **common)
-            row |= calibrator.apply([record], args.threshold)[0].extras
-        if args.json:
-            print(json.dumps(row))
-        else:
-            print_explanation(row)
-
-
-def check_table(args: argparse.Namespace, task: Task) -> int:
-    """Check everything about a table that can be checked without the model; returns its rows."""
-    for path in outputs(args):
-        predictions.check_output(path, args.input)
-        predictions.check_output(path, args.calibrator)
-    return tasks.check_examples(tasks.examples_from(args), task, args.input)
-
-
-def outputs(args: argparse.Namespace) -> list[Path]:
-    """The file of the model's own predictions, and with --debias that of the corrected ones."""
-    output = Path(args.output)
-    return [output.with_suffix(".raw.jsonl"), output] if args.debias else [output]
-
-
-def run_table(
-    args: argparse.Namespace,
-    scorer: Scorer | Remote,
-    final: Scorer | Remote,
-    total: int,
-    calibrator: FittedCalibrator | None,
-) -> None:
-    """Score a table; report what the file now holds."""
-    raw, output = outputs(args)[0], outputs(args)[-1]
-    started = time.monotonic()
-    count = score_table(args, scorer, raw, total)
-    if count:
-        seconds = time.monotonic() - started
-        print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
-    print(predictions.report(raw))
+        scoring.score_table(scorer, job.table, job.total, raw, job.overwrite)
     if args.debias:
-        write_debiased(args, final, raw, output)
-        print(predictions.report(output))
-    if calibrator:
-        from calibration import calibrate_file
-
-        print(calibrate_file(output, calibrator, args.threshold))
+        print(scoring.report(raw))
+        identities = map(task.identify, job.table)
+        rows = debiased_rows(raw, list(task.labels), fingerprint)
+        scoring.write_derived(job.output, identities, rows, job.total, fingerprint, job.overwrite)
+    scoring.finish_table(job, scoring.report(job.output))
 
 
 if __name__ == "__main__":
-    predictions.run(main, resumes=True)
+    command_line.run(main, resumes=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+import command_line
 import predictions
-from llama import add_arguments, load_from
+from llama import add_arguments, model_arguments
 from logprobs_confidence import print_answer_sums, print_token_table
 from task import TASKS
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"The model is {model}.")
 
     step(1, "The prompt. A language model continues a text, so we write one whose continuation is the answer:")
-    print("\n".join(f"   | {predictions.printable(line)}" for line in rows[0]["prompt"].splitlines()))
+    print("\n".join(f"   | {command_line.printable(line)}" for line in rows[0]["prompt"].splitlines()))
 
     step(2, "The next token. Of all the tokens it knows, the model finds these the most probable:")
     print_token_table(rows[0]["top_tokens"], rows=8)
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     parser.add_argument("--text", metavar="TEXT", nargs="+", help="take these texts through the steps")
     parser.add_argument("--replay", action="store_true", help="show the recorded tour, without loading a model")
     add_arguments(parser)
@@ -119,7 +120,7 @@ def print_verdicts(rows: Sequence[dict]) -> None:
     for row in rows:
         shares = (f"{100 * row[key]:.1f} %" for key in ("confidence", "label_mass"))
         lines.append([row["text"], row["prediction"], *shares])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
 
 
 def print_votes(rows: Sequence[dict]) -> None:
@@ -128,7 +129,7 @@ def print_votes(rows: Sequence[dict]) -> None:
         votes = sorted(row["votes"].items(), key=lambda pair: -pair[1])
         said = ", ".join(f"{count} {label}" for label, count in (*votes, ("neither", row["unparsed"])) if count)
         lines.append([row["text"], said, f"{row['agreement']:.0%}"])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
 
 
 def print_methods(asked: Sequence[dict]) -> None:
@@ -138,7 +139,7 @@ def print_methods(asked: Sequence[dict]) -> None:
         of = (one, one["confidence"]), (two, two["agreement"]), (row, row["confidence"])
         shares = [f"{found['prediction']} {100 * share:.0f} %" for found, share in of]
         lines.append([row["text"], *shares])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
 
 
 def calibrate(rows: Sequence[dict]) -> tuple | None:
@@ -159,7 +160,7 @@ def calibrate(rows: Sequence[dict]) -> tuple | None:
     for row in applied:
         shares = (row.confidence, row.extras["calibrated_confidence"])
         lines.append([row.text, row.prediction, *(f"{100 * share:.1f} %" for share in shares)])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
     if found.recipe.class_aware:
         print("\n   The model leans: at one confidence, one label is right more often than the other.")
     return found, applied
@@ -173,7 +174,7 @@ def print_decisions(calibrator: object, rows: Sequence[predictions.Prediction]) 
     for row in rows:
         lines.append([row.text, f"{100 * row.extras['calibrated_confidence']:.1f} %"])
         lines[-1].append(row.extras["decision"])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
 
 
 def print_study() -> None:
@@ -193,8 +194,8 @@ def print_study() -> None:
         shown.append(f"{expected_calibration_error(confidence, correct):.3f} ({floor:.3f})")
         shown += [f"{calibrator.threshold['target_accuracy']:.0%}", f"{kept.mean():.1%}", f"{correct[kept].mean():.1%}"]
         lines.append([title, *shown])
-    print(predictions.table(lines, "   "))
+    print(command_line.columns(lines, "   "))
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

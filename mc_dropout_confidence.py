@@ -32,10 +32,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+import command_line
 import predictions
+import scoring
+import tables
 import task as tasks
 from calibration_metrics import auroc, bootstrap_interval
-from llama import Frame, Llama, default_llama, load_from
+from llama import Llama, RenderedPrompt, default_llama, model_arguments
 from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from task import Answer, Example, Task
@@ -57,7 +60,7 @@ class Scorer:
 
     llama: Llama
     task: Task
-    frame: Frame
+    frame: RenderedPrompt
     answers: tuple[Answer, ...]
     passes: int
     seed: int
@@ -71,7 +74,7 @@ class Scorer:
         return names | {"fingerprint": self.fingerprint}
 
     def encode(self, text: str) -> tuple[list[int], str]:
-        """(ids of the prompt, the text that it shows); ValueError for a text that can not be put to the model."""
+        """(ids of the prompt, the text that it shows); ValueError for a text that cannot be put to the model."""
         room = max(len(answer.ids) for answer in self.answers) - 1
         return self.llama.encode_within(self.frame, text, room, self.truncate)
 
@@ -86,7 +89,7 @@ def prepare(llama: Llama, task: Task, passes: int = PASSES, seed: int = 0, trunc
     if passes < 2:
         raise ValueError(f"passes is {passes}: at least 2, for one alone differs from nothing")
     check_dropout(llama)
-    frame = llama.frame_of(task)
+    frame = llama.task_prompt(task)
     answers = tasks.find_answers(task, llama.tokenizer, frame.render("text"))
     settings = {"passes": passes, "seed": seed} | ({"truncate": True} if truncate else {})
     identity = {**llama.identity, "task": task.settings(), "method": "mc-dropout", "settings": settings}
@@ -101,7 +104,7 @@ def check_dropout(llama: Llama) -> None:
     if not any(adapter.lora_dropout for adapter in adapters):
         raise ValueError(f"the adapter has lora_dropout 0 (adapter_config.json), so nothing is drawn; {TRAIN_ONE}")
     if any(getattr(layer, "lora_variant", None) for layer in llama.model.modules()):
-        raise ValueError(f"the adapter is a variant of LoRA, as DoRA, whose dropout can not be drawn; {TRAIN_ONE}")
+        raise ValueError(f"the adapter is a variant of LoRA, as DoRA, whose dropout cannot be drawn; {TRAIN_ONE}")
 
 
 def get_mc_dropout_confidence(
@@ -164,7 +167,7 @@ def score(
     batch_size: int | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Prediction]:
-    """Score examples together, in their order; one that can not be scored gets its error and no number."""
+    """Score examples together, in their order; one that cannot be scored gets its error and no number."""
     rows, errors = {}, {}
     for i, example in enumerate(examples):
         try:
@@ -233,15 +236,15 @@ def print_explanation(row: dict) -> None:
         values = [one["probabilities"].get(name, one["label_mass"]) for one in (plain, row, *passes)]
         shown = (*values[:2], min(values[2:]), max(values[2:]))
         lines.append([name, *(f"{100 * value:.2f} %" for value in shown)])
-    print(f"Text: {predictions.printable(row['text'])}\n")
-    print(predictions.table(lines, "  "))
+    print(f"Text: {command_line.printable(row['text'])}\n")
+    print(command_line.columns(lines, "  "))
     total = row["aleatoric"] + row["epistemic"]
     parts = [f"{name} {row[name]:.3g} ({share(row[name], total)})" for name in ("aleatoric", "epistemic")]
     print(f"\n  entropy {total:.3g} nats = {' + '.join(parts)}")
     agree = sum(one["prediction"] == row["prediction"] for one in passes)
     print(f"\n  Verdict: {row['prediction']}, confidence {100 * row['confidence']:.2f} %", end=" ")
     print(f"({agree} of {n} passes; without dropout {plain['prediction']}, {100 * plain['confidence']:.2f} %)")
-    predictions.print_decision(row)
+    scoring.print_decision(row)
     print()
 
 
@@ -273,14 +276,14 @@ def report(path: str, groups: str | None = None) -> str:
     `groups` is a table of id and group, by default near-duplicate texts are one.
     """
     rows = [row for row in predictions.iterate(path) if row.error is None]
-    lines = [predictions.report(path)]
+    lines = [scoring.report(path)]
     if rows:
         aleatoric, epistemic = (np.mean([row.extras[name] for row in rows]) for name in ("aleatoric", "epistemic"))
         of_it = share(epistemic, aleatoric + epistemic)
         lines.append(f"  mean entropy: aleatoric {aleatoric:.3g} nats, epistemic {epistemic:.3g} nats ({of_it} of it)")
     labelled = [row for row in rows if row.label is not None]
     if 0 < sum(row.prediction == row.label for row in labelled) < len(labelled):
-        lines.append(ranking(labelled, tasks.groups_of(labelled, groups)))
+        lines.append(ranking(labelled, tables.groups_of(labelled, groups)))
     return "\n".join(lines)
 
 
@@ -307,19 +310,19 @@ def ranking(rows: Sequence[Prediction], groups: Sequence[object]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
     add("--passes", type=int, default=PASSES, metavar="N", help=f"draws of the dropout (default: {PASSES})")
-    add("--seed", type=predictions.natural, default=0, metavar="N", help="of the draws (default: 0)")
+    add("--seed", type=command_line.natural, default=0, metavar="N", help="of the draws (default: 0)")
     tasks.add_arguments(parser)
-    tasks.add_groups_argument(parser)
+    tables.add_groups_argument(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
-    predictions.add_arguments(parser)
+    scoring.add_arguments(parser)
     add_model_arguments(parser)
     add("--batch-size", type=int, metavar="N", help="rows run together (default: by length and device)")
     args = parser.parse_args(argv)
-    predictions.check_arguments(parser, args)
+    scoring.check_arguments(parser, args)
     if args.groups is not None and not args.input:
         parser.error("--groups is for the report on a table (--input FILE)")
     for name, least in (("passes", 2), ("batch_size", 1)):
@@ -353,7 +356,7 @@ def check_table(args: argparse.Namespace, task: Task) -> int:
     for other in (args.input, args.calibrator, args.groups):
         predictions.check_output(args.output, other)
     if args.groups is not None:
-        tasks.groups_of(list(tasks.examples_from(args)), args.groups)
+        tables.groups_of(list(tasks.examples_from(args)), args.groups)
     return tasks.check_examples(tasks.examples_from(args), task, args.input)
 
 
@@ -383,4 +386,4 @@ def run_table(args: argparse.Namespace, scorer: Scorer, total: int, calibrator: 
 
 
 if __name__ == "__main__":
-    predictions.run(main, resumes=True)
+    command_line.run(main, resumes=True)

@@ -9,26 +9,23 @@ after the model runs on a laptop, in seconds, without torch.
 
 Writing is an append in input order, so a run that was killed is continued by the same command: a torn last line is
 dropped, finished rows are checked against the input and skipped. A row that could not be scored carries `error` and
-nulls, never a number. Below the record stand the habits all our command lines share: one-line errors, exit codes,
-progress.
+nulls, never a number.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from files import whole_file
 
 try:
     import fcntl
@@ -98,8 +95,6 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 
 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
-
-
 CALIBRATED = ("calibrated_confidence", "decision", "fitted_on")  # extras that a calibrator adds
 RETRY = "retry"  # the extra of a row that failed for a passing reason
 
@@ -269,7 +264,7 @@ def score_of(row: Prediction, score: str = "confidence") -> float:
 
 
 def check_output(path: str | os.PathLike, input_path: str | None = None) -> None:
-    """Refuse an output that can not be written, before any model is loaded. Creates nothing."""
+    """Refuse an output that cannot be written, before any model is loaded. Creates nothing."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"the output {path} is a folder; name a file in it, as {path / 'predictions.jsonl'}")
@@ -278,7 +273,7 @@ def check_output(path: str | os.PathLike, input_path: str | None = None) -> None
     if not path.parent.is_dir():
         raise ValueError(f"the output's folder {path.parent} does not exist; create it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"the output {path} can not be written: permission denied")
+        raise ValueError(f"the output {path} cannot be written: permission denied")
     if input_path is not None and path.exists() and Path(input_path).exists() and path.samefile(input_path):
         raise ValueError(f"{path} is both input and output; choose another --output")
 
@@ -347,14 +342,8 @@ def _verify(file: BinaryIO, expected: Iterable[tuple], expected_fingerprint: str
 
 def replace(path: str | os.PathLike, rows: Iterable[Prediction]) -> None:
     """Write a whole file at once: the old one stays until the new one is complete. A link is written through."""
-    path = os.path.realpath(path)
-    scratch = Path(f"{path}.part")
-    try:
-        with open(scratch, "wb") as file:
-            file.writelines(map(to_line, rows))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch, open(scratch, "wb") as file:
+        file.writelines(map(to_line, rows))
 
 
 def append(file: BinaryIO, rows: Iterable[Prediction]) -> None:
@@ -367,199 +356,5 @@ def append(file: BinaryIO, rows: Iterable[Prediction]) -> None:
     except OSError as error:
         file.truncate(end)
         raise OSError(
-            f"can not write {file.name}: {error.strerror}; nothing is lost, repeat the command to continue"
+            f"cannot write {file.name}: {error.strerror}; nothing is lost, repeat the command to continue"
         ) from None
-
-
-def write_table(
-    path: str | os.PathLike,
-    examples: Callable[[], Iterator[object]],
-    identify: Callable[[object], tuple[str, str, str | None]],
-    score: Callable[[Iterator[object], Callable[[int], None]], Iterable[Prediction]],
-    fingerprint: str,
-    total: int,
-    window: int = 1,
-    overwrite: bool = False,
-) -> int:
-    """Write or continue the predictions file of a whole table; returns how many rows were scored now.
-
-    `examples()` reads the table anew, `identify` gives an example's (id, text, label), and `score(examples, advance)`
-    yields a prediction for each in order, calling `advance(n)` after every n. Scoring starts at a multiple of `window`
-    rows, so that a continued run makes the same batches and numbers as an unbroken one. Rows that failed for a passing
-    reason (RETRY among their extras: a server's error, a lost connection) are asked again, once, at the end.
-    """
-    with open_output(path) as file:
-        done = resume(file, map(identify, examples()), fingerprint, overwrite)
-        start = done - done % window
-        with progress(total, start) as advance:
-            if done < total:
-                rows = score(islice(examples(), start, None), advance)
-                for row in islice(rows, done - start, None):
-                    append(file, [row])
-        again = {number for number, row in enumerate(iterate(path)) if row.extras.get(RETRY)}
-        if again:
-            print(f"asking again for {len(again):,} rows that failed for a passing reason", file=sys.stderr)
-            chosen = (example for number, example in enumerate(examples()) if number in again)
-            fresh = dict(zip(sorted(again), score(chosen, lambda n: None), strict=True))
-            replace(path, (fresh.get(number, row) for number, row in enumerate(iterate(path))))
-    return total - done + sum(number < done for number in again)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that writes predictions."""
-    add = parser.add_argument
-    add("--json", action="store_true", help="print each explanation as one JSON object a line")
-    add("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
-    add("--overwrite", action="store_true", help="replace an output made with other settings or input")
-    add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
-    add(
-        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
-    )
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what never goes together: `args` has the flags above, the texts `text` and the table `input`."""
-    if bool(args.text) == bool(args.input):
-        parser.error("give either texts or a table (--input FILE)")
-    if bool(args.input) != bool(args.output):
-        parser.error("--input and --output go together")
-    if args.json and args.input:
-        parser.error("--json is for texts; a table becomes a predictions file, which is JSON Lines")
-    check_calibrator_arguments(parser, args)
-    if number := next((number for number, text in enumerate(args.text, 1) if not text.strip()), None):
-        parser.error(f"text {number} is empty")
-
-
-def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.calibrator == "":
-        parser.error("--calibrator needs a file name")
-    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
-        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
-
-
-def allow_only(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Collection[str], why: str) -> None:
-    """Refuse every flag or text that was given and is not among `names`, rather than ignore it."""
-    given = [name for name, value in vars(args).items() if value and value != parser.get_default(name)]
-    if other := [name.replace("_", "-") for name in given if name not in names]:
-        parser.error(f"{why}; --{other[0]} has no part in it".replace("--text", "a text"))
-
-
-def report(path: str | os.PathLike) -> str:
-    """Counts, label mass and confidence of a predictions file; with labels, accuracy and its exact interval."""
-    total, rows = 0, []
-    for row in iterate(path):
-        total += 1
-        if row.error is None:
-            last, probability = list(row.probabilities.items())[-1]
-            right, is_last = row.label and row.prediction == row.label, last == row.label
-            rows.append((row.confidence, row.label_mass, right, probability, is_last))
-            labels = list(row.probabilities)
-    lines = [f"{path}: {len(rows):,} of {total:,} rows scored, {total - len(rows):,} with an error"]
-    if rows:
-        confidence, mass, _, _, _ = zip(*rows, strict=True)
-        lines.append(
-            f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(mass):.3f} (lowest {min(mass):.3f})"
-        )
-    if labelled := [row[2:] for row in rows if row[2] is not None]:
-        from scipy.stats import binomtest, mannwhitneyu
-
-        right, probability, is_last = map(np.array, zip(*labelled, strict=True))
-        n, k = len(right), int(right.sum())
-        low, high = binomtest(k, n).proportion_ci(0.95, "exact")
-        lines.append(f"  accuracy {k / n:.3f}, 95 % exact interval {low:.3f} to {high:.3f}, n = {n:,} labelled rows")
-        if len(labels) == 2 and 0 < is_last.sum() < n:
-            u = mannwhitneyu(probability[is_last], probability[~is_last]).statistic
-            lines.append(f"  AUC of P({last}) {u / (is_last.sum() * (~is_last).sum()):.3f}")
-    return "\n".join(lines)
-
-
-# The habits of every command line
-
-
-def print_decision(row: Mapping[str, object]) -> None:
-    """What a calibrator added to an explained text, if one did."""
-    if "decision" in row:
-        seen = "; the calibrator was fitted on this very text" if row.get("fitted_on") else ""
-        print(f"  Calibrated confidence {100 * row['calibrated_confidence']:.2f} %: {row['decision']}{seen}")
-
-
-def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Rows of cells in columns as wide as they need be, the first to the left, the others to the right; printable."""
-    rows = [list(map(printable, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join(indent + "  ".join(line).rstrip() for line in lines)
-
-
-def printable(text: str) -> str:
-    """Text for a terminal: whatever could move the cursor or change colours is shown as its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def natural(text: str) -> int:
-    """A whole number that is not negative, for argparse."""
-    if (number := int(text)) < 0:
-        raise ValueError
-    return number
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, with the module docstring as help and errors in our one-line form."""
-
-    def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        print(f"error: {printable(' '.join(message.split()))} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def run(main: Callable[[], None], resumes: bool = False) -> None:
-    """Run a script: bad input is one line and exit code 2, Ctrl-C is 130, a closed pipe is no error.
-
-    Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
-    """
-    try:
-        try:
-            main()
-        finally:  # also when main ends with an exit code of its own
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
-        sys.exit(1)
-    except (ValueError, OSError, MemoryError) as error:
-        named = getattr(error, "filename", None) and error.strerror
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
-        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        then = (
-            "repeat the same command to continue where it was" if resumes else "repeat the same command to begin again"
-        )
-        print(f"\nstopped; {then}", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextmanager
-def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr)."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, smoothing=0.05) as bar:
-            yield bar.update
-        return
-    start = last = time.monotonic()
-    now_done = done
-
-    def advance(n: int) -> None:
-        nonlocal last, now_done
-        now_done += n
-        now = time.monotonic()
-        if now - last >= every_s:
-            last = now
-            rate = (now_done - done) / (now - start)
-            left = f", {(total - now_done) / rate:.0f} s left" if rate else ""
-            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second{left}", file=sys.stderr)
-
-    yield advance

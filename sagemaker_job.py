@@ -75,7 +75,7 @@ REGISTRY = {
     }.items()
     for region in regions.split()
 }
-# USD an hour in us-east-1, where the price list can not be asked: third-party quotes of it, read in November 2026.
+# USD an hour in us-east-1, where the price list cannot be asked: third-party quotes of it, read in November 2026.
 PRICES = {
     "ml.g5.2xlarge": 1.515,
     "ml.g6.2xlarge": 1.222,
@@ -170,9 +170,9 @@ def explained(doing: str) -> Iterator[None]:
         message = f"no AWS credentials ({_line(error)}): run `aws configure` or `aws sso login`, or set AWS_PROFILE"
         raise AwsError(message, "credentials") from None
     except (aws.HTTPClientError, aws.EndpointConnectionError) as error:
-        raise AwsError(f"can not {doing}: AWS can not be reached ({_line(error)})", "network") from None
+        raise AwsError(f"cannot {doing}: AWS cannot be reached ({_line(error)})", "network") from None
     except (aws.BotoCoreError, Boto3Error) as error:
-        raise AwsError(f"can not {doing}: {_line(error)}") from None
+        raise AwsError(f"cannot {doing}: {_line(error)}") from None
 
 
 def _refusal(doing: str, error: object) -> AwsError:
@@ -190,7 +190,7 @@ def _refusal(doing: str, error: object) -> AwsError:
         then = f"AWS asks for patience ({said}); repeat the command in a minute"
     else:
         then = said or code
-    return AwsError(f"can not {doing}: {then}", code)
+    return AwsError(f"cannot {doing}: {then}", code)
 
 
 def _line(value: object) -> str:
@@ -534,7 +534,7 @@ def check_hub(model: str, has_token: bool) -> Check:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return Check("failed", "weights", f"no model {model} on the Hub that you can see; check the name, or log in")
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
-        return Check("warning", "weights", f"the Hub can not be asked whether {model} is gated ({_line(error)})")
+        return Check("warning", "weights", f"the Hub cannot be asked whether {model} is gated ({_line(error)})")
     if closed and not has_token:
         ways = "stage its weights with --weights upload, or name a secret with a token with --hf-token-secret"
         return Check("failed", "weights", f"{model} is gated or private: {ways}")
@@ -698,7 +698,7 @@ def add_account_arguments(add: Callable) -> None:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse cloud flags without --sagemaker, and what can not be meant together."""
+    """Refuse cloud flags without --sagemaker, and what cannot be meant together."""
     ways = [name for name in ("sagemaker", "attach", "stop") if getattr(args, name)]
     if len(ways) > 1:
         parser.error("--sagemaker, --attach and --stop are three things to do; give one of them")
@@ -1147,7 +1147,7 @@ class Serving:
     image: str
     instance_type: str
     base_model: str
-    base_weights: str  # their identity, as llama.locate tells it
+    base_weights: str  # their identity, as model_files.locate tells it
     source: str | None
     max_rank: int
     max_length: int

@@ -1,4 +1,4 @@
-"""What is asked and of which texts: the Task, the answers that count for each label, and tables of examples.
+"""What is asked: the Task, the prompt around a text, and the answers that count for each label.
 
     Task  ->  prompt(text)  ->  answers: token sequences, each counting for one label  ->  label probabilities
 
@@ -26,33 +26,28 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import re
 import tomllib
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
+from files import validated
+from tables import Example, read_examples
 
-@dataclass(frozen=True)
-class Example:
-    """One text of a table; `label` is None when unknown."""
-
-    id: str
-    text: str
-    label: str | None
+__all__ = ["TASKS", "Answer", "Example", "Task", "read_examples", "read_task"]  # `read_examples` lives in tables.py
 
 
 @dataclass(frozen=True)
 class Task:
     """A classification question: how a text is shown to the model, and which answer words mean which label."""
+
+    __pydantic_config__: ClassVar[dict] = {"extra": "forbid"}  # `files.validated` refuses unknown keys
 
     name: str
     labels: Mapping[str, tuple[str, ...]]  # label -> its answer words, in the order that breaks ties
@@ -64,29 +59,35 @@ class Task:
     paraphrases: tuple[str, ...] = ()  # other templates for the same question; only `wordings` uses them
 
     def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(f"task {self.name!r}: {problem}")
+
+    def _problems(self) -> Iterator[str]:
         words = [word for words in self.labels.values() for word in words]
-        foreign = [label for _, label in self.examples if label not in self.labels]
         templates = (self.template, *self.paraphrases)
-        shared = [word for label, words in self.labels.items() for word in words if self.label_of(word) != label]
-        problems = {
-            "it needs at least two labels": len(self.labels) < 2,
-            "every label needs an answer word": not all(self.labels.values()) or not all(w.strip() for w in words),
-            "a template must hold {text} exactly once": any(t.count("{text}") != 1 for t in templates),
-            "a template ends in a space, which would split the answer's token; remove it": any(
-                t.endswith(" ") for t in templates
-            ),
-            "two of its templates are the same": len(set(templates)) < len(templates),
-            f'format is "completion" or "chat", not {self.format!r}': self.format not in ("completion", "chat"),
-            f'scoring is "first-token" or "sequence", not {self.scoring!r}': self.scoring
-            not in ("first-token", "sequence"),
-            f"an example has the label {foreign[:1]}, the task has {list(self.labels)}": foreign,
-            f"two labels share the answer word {shared[:1]}; give each its own": shared,
-            f"two labels differ by case only: {list(self.labels)}": len({*map(str.casefold, self.labels)})
-            < len(self.labels),
-        }
-        for problem, present in problems.items():
-            if present:
-                raise ValueError(f"task {self.name!r}: {problem}")
+        if len(self.labels) < 2:
+            yield "it needs at least two labels"
+        if len({label.casefold() for label in self.labels}) < len(self.labels):
+            yield f"two labels differ by case only: {list(self.labels)}"
+        if not all(self.labels.values()) or not all(word.strip() for word in words):
+            yield "every label needs an answer word"
+        if any(template.count("{text}") != 1 for template in templates):
+            yield "a template must hold {text} exactly once"
+        if any(template.endswith(" ") for template in templates):
+            yield "a template ends in a space, which would split the answer's token; remove it"
+        if len(set(templates)) < len(templates):
+            yield "two of its templates are the same"
+        if self.format not in ("completion", "chat"):
+            yield f'format is "completion" or "chat", not {self.format!r}'
+        if self.scoring not in ("first-token", "sequence"):
+            yield f'scoring is "first-token" or "sequence", not {self.scoring!r}'
+        for _, label in self.examples:
+            if label not in self.labels:
+                yield f"an example has the label {label!r}, the task has {list(self.labels)}"
+        for label, of_label in self.labels.items():
+            for word in of_label:
+                if self.label_of(word) != label:
+                    yield f"two labels share the answer word {word!r}; give each its own"
 
     @cached_property
     def _label_of(self) -> dict[str, str]:
@@ -196,40 +197,21 @@ def read_task(name: str) -> Task:
     if not name.endswith(".toml"):
         raise ValueError(f"no task {name!r}: the built-in ones are {', '.join(TASKS)}; your own is a .toml file")
     try:
-        table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(Path(name).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # of TOML, and of UTF-8
         raise ValueError(f"{name}: {error}") from None
-    known = set(Task.__dataclass_fields__)
-    if unknown := sorted(set(table) - known):
-        raise ValueError(f"{name}: unknown key {unknown[0]!r}; a task has {', '.join(sorted(known))}")
-    if missing := sorted({"name", "labels", "template"} - set(table)):
-        raise ValueError(f"{name}: no {missing[0]!r}; see the top of task.py for an example")
-    try:
-        return _task_from(**table)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    if isinstance(labels := table.get("labels"), dict):  # a single word may stand without its brackets
+        table["labels"] = {label: [words] if isinstance(words, str) else words for label, words in labels.items()}
+    if isinstance(examples := table.get("examples"), list):
+        table["examples"] = [_pair(example) for example in examples]
+    return validated(Task, table, f"{name} (see the top of task.py for an example)")
 
 
-def _task_from(labels: object, examples: object = (), paraphrases: object = (), **strings: object) -> Task:
-    """A Task from TOML values, whose types nobody has checked yet."""
-    if wrong := [key for key, value in strings.items() if not isinstance(value, str)]:
-        raise ValueError(f"{wrong[0]} is not a string")
-    if not isinstance(labels, dict):
-        raise ValueError("labels is not a table; write [labels] and under it label = [answer words]")
-    words = {label: [given] if isinstance(given, str) else given for label, given in labels.items()}
-    for label, given in words.items():
-        if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
-            raise ValueError(f"the answer words of label {label!r} are not a list of strings")
-    try:
-        pairs = tuple((example["text"], example["label"]) for example in examples)
-    except (TypeError, KeyError):
-        pairs = ((None, None),)
-    if not all(isinstance(part, str) for pair in pairs for part in pair):
-        raise ValueError("each of examples needs a text and a label, both strings")
-    if not isinstance(paraphrases, list | tuple) or not all(isinstance(template, str) for template in paraphrases):
-        raise ValueError("paraphrases is not a list of templates")
-    labels = {label: tuple(given) for label, given in words.items()}
-    return Task(labels=labels, examples=pairs, paraphrases=tuple(paraphrases), **strings)
+def _pair(example: object) -> object:
+    """A [[examples]] table as (text, label); anything else as it is, to be refused."""
+    if isinstance(example, dict) and set(example) == {"text", "label"}:
+        return example["text"], example["label"]
+    return example
 
 
 # Answers: the token sequences that count for a label
@@ -368,52 +350,7 @@ def debias(probabilities: np.ndarray, mean_probabilities: np.ndarray) -> np.ndar
     return corrected / corrected.sum(axis=1, keepdims=True)
 
 
-# Tables of examples
-
-DATASET = Path(__file__).resolve().parent / "data" / "sentiment"  # ours; data/README.md tells how it was made
-
-
-def read_examples(
-    source: str,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    id_column: str | None = None,
-    header: bool = True,
-    label_map: Mapping[str, str] | None = None,
-    limit: int | None = None,
-) -> Iterator[Example]:
-    """Yield the rows of a table, one at a time: .csv .tsv .jsonl .parquet .txt, `data:SPLIT` or `hf:NAME[:SPLIT]`.
-
-    Columns default to `text` (required), `label` and `id` (used when there); ids default to the row number.
-    Without a header, columns are named 1, 2, ... and the text is column 1. `label_map` renames label values.
-    A .tsv has no quoting, as its media type says; a .csv follows RFC 4180. Raises ValueError with file and line.
-    """
-    wanted = {"text": text_column, "label": label_column, "id": id_column}
-    default = {"text": "text" if header else "1", "label": "label" if header else None, "id": "id" if header else None}
-    rows = read_rows(source, header)
-    number = 0
-    for number, (where, row) in enumerate(islice(rows, limit), 1):
-        value = {}
-        for role, column in wanted.items():
-            name = column or default[role]
-            if name not in row and (column or role == "text"):
-                raise ValueError(f"{where}: no column {name!r} for the {role}; it has {', '.join(map(str, row))}")
-            value[role] = row.get(name)
-        text = "" if value["text"] is None else value["text"]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: the text is {text!r}, not a string")
-        label = None if value["label"] in (None, "") else str(value["label"])
-        if label is not None and label_map:
-            label = label_map.get(label, label)
-        identifier = str(number) if value["id"] is None else str(value["id"])
-        if not identifier:
-            raise ValueError(f"{where}: the id is empty")
-        yield Example(identifier, text, label)
-    if not number:
-        raise ValueError(f"{source} has no rows")
-
-
-def check_examples(examples: Iterator[Example], task: Task, source: str = "the table") -> int:
+def check_examples(examples: Iterable[Example], task: Task, source: str = "the table") -> int:
     """Count a table by reading it once, before any model is loaded; ValueError on a double id or a foreign label."""
     count, seen = 0, set()
     for count, example in enumerate(examples, 1):
@@ -428,248 +365,9 @@ def check_examples(examples: Iterator[Example], task: Task, source: str = "the t
     return count
 
 
-def read_rows(source: str | Path, header: bool = True) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """(where it stands, column -> value) of every row, whatever the format."""
-    source = str(source)
-    if source.startswith("hf:"):
-        return _hub_rows(source)
-    if source.startswith("data:"):
-        return _dataset_rows(source)
-    suffix = Path(source).suffix.lower()
-    readers = {
-        ".csv": _delimited_rows,
-        ".tsv": _delimited_rows,
-        ".jsonl": _json_rows,
-        ".parquet": _parquet_rows,
-        ".txt": _text_rows,
-    }
-    if not Path(source).exists():
-        raise ValueError(f"no such file: {source}")
-    if Path(source).is_dir() or suffix not in readers:
-        raise ValueError(
-            f"{source} is not a table; it must be one of {' '.join(readers)}, data:SPLIT or hf:NAME[:SPLIT]"
-        )
-    return readers[suffix](source, header)
+# Flags
 
 
-def _lines(source: str) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, line ends kept, a byte-order mark dropped."""
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source} line {number} is not UTF-8 ({error.reason}); convert the file") from None
-
-
-def _delimited_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.lower().endswith(".tsv") else {"strict": True}
-    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
-    reader = csv.reader((line for _, line in _lines(source)), **style)
-    names: list[str] | None = None
-    try:
-        for cells in reader:
-            where = f"{source} line {reader.line_num}"
-            if not cells:
-                continue
-            if names is None:
-                names = cells if header else [str(n) for n in range(1, len(cells) + 1)]
-                if len(set(names)) < len(names):
-                    raise ValueError(f"{where}: two columns have the same name")
-                if header:
-                    continue
-            if len(cells) != len(names):
-                raise ValueError(f"{where} has {len(cells)} cells where {len(names)} are expected")
-            yield where, dict(zip(names, cells, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{source} line {reader.line_num}: {error}") from None
-
-
-def _json_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
-    for number, line in _lines(source):
-        where = f"{source} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not a JSON object")
-        yield where, row
-
-
-def _text_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    for number, line in _lines(source):
-        yield f"{source} line {number}", {"text" if header else "1": line.rstrip("\r\n")}
-
-
-def _parquet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        number = 0
-        for batch in ParquetFile(source).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{source} row {number}", row
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{source} is not a readable Parquet file: {error}") from None
-
-
-def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of one split: the columns of splits.csv, the text it points to, and the two parts of the category."""
-    wanted, mend = source.removeprefix("data:"), "python scripts/build_dataset.py mends it"
-    rows, texts, seen = list(read_rows(DATASET / "splits.csv")), {}, set()
-    for where, row in rows:
-        if not {"id", "category", "line", "domain", "group", "split"} <= row.keys():
-            raise ValueError(f"{where}: a column is missing; {mend}")
-        if row["id"] in seen:
-            raise ValueError(f"{where}: the id {row['id']!r} stands twice; {mend}")
-        seen.add(row["id"])
-    if wanted not in (splits := list(dict.fromkeys(row["split"] for _, row in rows))):
-        raise ValueError(f"{source}: no such split; the dataset has {', '.join(splits)}")
-    for where, row in rows:
-        if row["split"] == wanted:
-            category, line = row["category"], row["line"]
-            if category not in texts:
-                texts[category] = {
-                    str(n): text for n, (_, text) in enumerate(read_rows(DATASET / f"{category}.txt"), 1)
-                }
-            if line not in texts[category]:
-                raise ValueError(f"{where}: {category}.txt has no line {line!r}; {mend}")
-            difficulty, _, label = category.partition("_")
-            part = "domain" if row["domain"] in ("sports", "workplace") else "other"  # in the hidden rule, or not
-            yield where, row | texts[category][line] | {"label": label, "difficulty": difficulty, "part": part}
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, dict]]:
-    from datasets import ClassLabel, get_dataset_split_names, load_dataset
-
-    name, _, split = source.removeprefix("hf:").partition(":")
-    splits = get_dataset_split_names(name)
-    if split not in splits and not (not split and len(splits) == 1):
-        raise ValueError(f"{source}: choose a split, as hf:{name}:{splits[0]}; it has {', '.join(splits)}")
-    data = load_dataset(name, split=split or splits[0], streaming=True)
-    classes = {column: f for column, f in (data.features or {}).items() if isinstance(f, ClassLabel)}
-    for number, row in enumerate(data, 1):
-        for column, feature in classes.items():  # class numbers become the names they stand for; -1 is "unlabelled"
-            value = row[column]
-            row[column] = None if value is None or value < 0 else feature.int2str(value)
-        yield f"{source} row {number}", row
-
-
-# Near-duplicate texts: they belong on one side of every split and fold
-
-
-def shingles(text: str, width: int = 2) -> frozenset[tuple[str, ...]]:
-    """The runs of `width` words of a text, in lower case, without punctuation; of a shorter text, the whole.
-
-    Broder, "On the resemblance and containment of documents", 1997. Words are runs of letters and digits, so a
-    script without spaces counts as one word a sentence, and only its repeated sentences are found.
-    """
-    words = re.findall(r"\w+(?:['\u2019]\w+)*", text.casefold()) or [text.strip()]
-    return frozenset(tuple(words[i : i + width]) for i in range(max(1, len(words) - width + 1)))
-
-
-def near_duplicates(texts: Sequence[str], threshold: float = 0.6, width: int = 2) -> Iterator[tuple[int, int, float]]:
-    """Yield (i, j, Jaccard similarity of their shingles), i < j, for the texts at least `threshold` alike.
-
-    Exact, by prefix filtering (Bayardo et al., "Scaling up all pairs similarity search", 2007): two sets this alike
-    share one of their rarest shingles. A text with the same shingles as an earlier one is paired with the first such
-    text alone, so that a thousand copies are a thousand pairs and not half a million.
-    """
-    first: dict[frozenset, int] = {}
-    for number, text in enumerate(texts):
-        if (earlier := first.setdefault(shingles(text, width), number)) < number:
-            yield earlier, number, 1.0
-    frequency = Counter(shingle for distinct in first for shingle in distinct)
-    holders: dict[tuple, list[frozenset]] = defaultdict(list)
-    for one in sorted(first, key=len):
-        needed = math.ceil(threshold * len(one) - 1e-9)  # shingles that any set this alike has in common with it
-        rarest = sorted(one, key=lambda shingle: (frequency[shingle], shingle))[: len(one) - needed + 1]
-        alike = {other for shingle in rarest for other in holders[shingle] if len(other) >= needed}
-        for other in sorted(alike, key=first.get):
-            shared = len(one & other)
-            jaccard = shared / (len(one) + len(other) - shared)
-            if jaccard >= threshold:
-                yield *sorted((first[one], first[other])), jaccard
-        for shingle in rarest:
-            holders[shingle].append(one)
-
-
-def duplicate_groups(texts: Sequence[str], threshold: float = 0.6, width: int = 2) -> list[int]:
-    """For each text the number of the first text it is linked to by a chain of near-duplicates; its own if none."""
-    parent = list(range(len(texts)))
-
-    def root(number: int) -> int:
-        while parent[number] != number:
-            parent[number] = number = parent[parent[number]]
-        return number
-
-    for i, j, _ in near_duplicates(texts, threshold, width):
-        low, high = sorted((root(i), root(j)))
-        parent[high] = low
-    return [root(number) for number in range(len(texts))]
-
-
-def add_groups_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says which rows belong together."""
-    parser.add_argument(
-        "--groups",
-        metavar="FILE",
-        help="a table of id and group: rows that belong in one fold (default: near-duplicate texts, found here)",
-    )
-
-
-def groups_of(rows: Sequence[object], source: str | None = None) -> list[object]:
-    """The group of each row (anything with `id` and `text`): from a table's id and group, or its near-duplicates'."""
-    if source is None:
-        return duplicate_groups([row.text for row in rows])
-    group = {}
-    for where, columns in read_rows(source):
-        if not {"id", "group"} <= columns.keys():
-            raise ValueError(f"{where}: --groups needs the columns id and group; it has {', '.join(columns)}")
-        if not isinstance(columns["group"], str | int):
-            raise ValueError(f"{where}: the group is {columns['group']!r}, not a name")
-        group[str(columns["id"])] = str(columns["group"])
-    if lost := next((row.id for row in rows if row.id not in group), None):
-        raise ValueError(f"{source} names no group for the row {lost!r}")
-    return [group[row.id] for row in rows]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is asked and of which texts; the same in every script."""
+def add_task_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag that says what is asked; the same in every script."""
     parser.add_argument("--task", default="sentiment", help="a task's name or a TOML file (default: sentiment)")
-    group = parser.add_argument_group("a table of texts")
-    group.add_argument(
-        "--input", metavar="FILE", help=".csv .tsv .jsonl .parquet .txt, data:SPLIT (ours), or hf:NAME[:SPLIT]"
-    )
-    add_column_arguments(group)
-
-
-def add_column_arguments(group: argparse._ActionsContainer) -> None:
-    """The flags that say how a table is read."""
-    group.add_argument("--text-column", metavar="NAME", help="column of the texts (default: text)")
-    group.add_argument("--label-column", metavar="NAME", help="column of the true labels (default: label, if there)")
-    group.add_argument("--id-column", metavar="NAME", help="column of the ids (default: id, else row numbers)")
-    group.add_argument(
-        "--no-header", action="store_true", help="no header: columns are named 1, 2, ... and the text is 1"
-    )
-    group.add_argument(
-        "--label-map", metavar="OLD=NEW", nargs="+", default=[], help="rename labels: 0=negative 1=positive"
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
-
-
-def examples_from(args: argparse.Namespace, source: str | None = None) -> Iterator[Example]:
-    """The examples that the flags of `add_arguments` name, or those of `source` with the same columns."""
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least one row is needed")
-    pairs = [pair.partition("=") for pair in args.label_map]
-    if wrong := [old for old, equals, new in pairs if not (old and equals and new)]:
-        raise ValueError(f"--label-map {wrong[0]}: write it as OLD=NEW")
-    label_map = {old: new for old, _, new in pairs}
-    columns = (args.text_column, args.label_column, args.id_column)
-    return read_examples(args.input if source is None else source, *columns, not args.no_header, label_map, args.limit)

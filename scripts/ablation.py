@@ -24,7 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import command_line
 import predictions
+import tables
 import task as tasks
 
 RECORDING = Path(__file__).resolve().parent.parent / "data" / "predictions" / "ablation.csv"
@@ -51,7 +53,7 @@ def train_and_score(llama: object, loss: str, seed: int, folder: Path) -> dict[s
     student = tuning.study(llama, tasks.TASKS[args.task])
     tables = {name: tuning.read_table(student, examples(name), f"data:{name}") for name in ROWS}
     run = tuning.prepare(student, tables["train"], tables["validation"], args, accelerate.PartialState(cpu=True))
-    with predictions.progress(run.steps, 0, "steps") as advance:
+    with command_line.progress(run.steps, 0, "steps") as advance:
         while run.step < run.steps:
             run.step += 1
             tuning.take_step(run, False)
@@ -66,7 +68,7 @@ def train_and_score(llama: object, loss: str, seed: int, folder: Path) -> dict[s
     if loss == "cross-entropy":
         from calibration import fit_head
 
-        groups = tasks.duplicate_groups([example.text for example in tables["validation"].examples])
+        groups = tables.duplicate_groups([example.text for example in tables["validation"].examples])
         head = fit_head(hidden["validation"], confidence["validation"], correct["validation"], groups, "ablation")
         found["head"] = head.predict(hidden["test"], confidence["test"]).tolist()
         some = tuning.read_table(student, examples("test")[:DROPOUT_ROWS], "data:test")
@@ -80,8 +82,8 @@ def train_and_score(llama: object, loss: str, seed: int, folder: Path) -> dict[s
     return found
 
 
-def examples(split: str) -> list[tasks.Example]:
-    return list(islice(tasks.read_examples(f"data:{split}"), ROWS[split]))
+def examples(split: str) -> list[tables.Example]:
+    return list(islice(tables.read_examples(f"data:{split}"), ROWS[split]))
 
 
 def run_all(folder: Path, only: Sequence[str]) -> bool:
@@ -209,20 +211,20 @@ def render(report: dict[str, dict]) -> str:
         f"on rows of data:test. Dropout is the mean of {PASSES} passes. Gain: how much less log loss than\n"
         "cross-entropy without a temperature on the same rows; 95 % cluster bootstrap over frames.\n\n"
     )
-    return head + predictions.table(lines)
+    return head + command_line.columns(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.run and not run_all(Path(args.run), args.only):
         return
-    group = {row["id"]: row["group"] for _, row in tasks.read_rows("data:test")}
+    group = {row["id"]: row["group"] for _, row in tables.read_rows("data:test")}
     values, positive, test = read_recording()
     print(render(compare(variants(values, positive, test), [group[e.id] for e in examples("test")])))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     parser.add_argument("--run", metavar="FOLDER", help="train the variants again; finished runs are kept here")
     parser.add_argument("--only", nargs="+", choices=LOSSES, default=LOSSES, metavar="LOSS", help="train these alone")
     args = parser.parse_args(argv)
@@ -232,4 +234,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    predictions.run(main, resumes=True)
+    command_line.run(main, resumes=True)

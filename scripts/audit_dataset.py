@@ -32,7 +32,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
+import tables  # noqa: E402
 import task as tasks  # noqa: E402
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     answers = predictions.read(args.predictions) if args.predictions else []
     rows = list(read(args))
-    likenesses = list(tasks.near_duplicates([row.text for row in rows], args.threshold, args.shingle))
+    likenesses = list(tables.near_duplicates([row.text for row in rows], args.threshold, args.shingle))
     within, elsewhere = partners(rows, likenesses)
     print_splits(rows, within, elsewhere)
     leaks = print_leaks(rows, elsewhere)
@@ -69,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("files", metavar="FILE", nargs="*", default=OURS, help="tables; each is a split (default: our dataset's four)")
-    tasks.add_column_arguments(parser)
+    tables.add_column_arguments(parser)
     add("--split-column", metavar="NAME", help="column that names the split, instead of a file for each")
     add("--group-column", metavar="NAME", help="column of what belongs in one split (default: group, if there)")
     add("--domain-column", metavar="NAME", help="column of the domain (default: domain, if there)")
@@ -95,7 +97,7 @@ def read(args: argparse.Namespace) -> Iterator[Row]:
     seen = set()
     wanted = {"split": args.split_column, "group": args.group_column, "domain": args.domain_column}
     for file in args.files:
-        table = tasks.read_rows(file, not args.no_header)
+        table = tables.read_rows(file, not args.no_header)
         for example, (where, columns) in zip(tasks.examples_from(args, file), table, strict=False):  # --limit ends it
             named = [name for name in (*wanted.values(), *(args.by or ())) if name]
             if absent := [name for name in named if name not in columns]:
@@ -148,7 +150,7 @@ def print_splits(rows: list[Row], within: dict[int, int], elsewhere: dict[int, i
         cells = [split, f"{len(numbers):,}", ", ".join(f"{n:,} {label}" for label, n in sorted(labels.items()))]
         cells += [f"{min(words)}, {median(words):g}, {max(words)}", f"{repeated:,}"]
         table.append(cells + [f"{sum(n in found for n in numbers):,}" for found in (within, elsewhere)])
-    print(predictions.table([heads, *table]))
+    print(command_line.columns([heads, *table]))
 
 
 def print_leaks(rows: list[Row], elsewhere: dict[int, int]) -> bool:
@@ -162,7 +164,7 @@ def print_leaks(rows: list[Row], elsewhere: dict[int, int]) -> bool:
         print(f"\nLEAK: {len(elsewhere):,} rows have a near-duplicate in another split. The first:")
     for number in list(elsewhere)[:SHOWN]:
         for row in (rows[number], rows[elsewhere[number]]):
-            print(f"  {row.split} {predictions.printable(row.id)}: {predictions.printable(row.text[:100])}")
+            print(f"  {row.split} {command_line.printable(row.id)}: {command_line.printable(row.text[:100])}")
         print()
     if groups:
         print(f"\nLEAK: {len(groups):,} groups stand in more than one split, the first is {groups[0]!r}")
@@ -205,7 +207,7 @@ def print_baselines(rows: list[Row], answers: list[predictions.Prediction]) -> N
         for name, p in probabilities.items():
             table[-1] += [accuracy(right[name][numbers]), auc(p[numbers], [test[n].label for n in numbers], labels)]
     heads = ["", "rows", *(head for name in probabilities for head in (name, "AUC"))]
-    print(predictions.table([heads, *table]))
+    print(command_line.columns([heads, *table]))
 
 
 def bag_of_words(
@@ -220,12 +222,12 @@ def bag_of_words(
     if train[0].split == test[0].split:
         groups = [row.group for row in train]
         if None in groups:
-            groups = tasks.duplicate_groups([row.text for row in train])
+            groups = tables.duplicate_groups([row.text for row in train])
         folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(train, [r.label for r in train], groups)
     probabilities = np.zeros((len(test), len(labels)))
     for learn, answer in folds:
         lessons = [train[n] for n in learn]
-        words = CountVectorizer(analyzer=lambda text: tasks.shingles(text, 1), binary=True)
+        words = CountVectorizer(analyzer=lambda text: tables.shingles(text, 1), binary=True)
         counts = words.fit_transform(row.text for row in lessons)
         used = ~domain_words(counts, lessons) if without_domain_words else np.ones(counts.shape[1], bool)
         model = LogisticRegression(max_iter=1000).fit(counts[:, used], [row.label for row in lessons])
@@ -295,4 +297,4 @@ def auc(probabilities: np.ndarray, truth: list[str], labels: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

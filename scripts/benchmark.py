@@ -34,9 +34,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
 import task as tasks  # noqa: E402
-from llama import TOKENS_PER_BATCH, Llama, add_arguments, load_from, load_llama  # noqa: E402
+from llama import TOKENS_PER_BATCH, Llama, add_arguments, load_llama, model_arguments  # noqa: E402
 from logprobs_confidence import prepare  # noqa: E402
 
 PLAIN_BATCH = 32
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     tasks.add_arguments(parser)
     add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
@@ -339,4 +340,4 @@ def first_answer(args: argparse.Namespace) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -32,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
 from task import near_duplicates, shingles  # noqa: E402
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="another seed, another dataset (default: 0)")
     parser.add_argument("--output", type=Path, default=SENTIMENT, metavar="FOLDER", help="default: data/sentiment")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the folder's files differ")
@@ -264,4 +265,4 @@ def render(rows: list[Row], seed: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

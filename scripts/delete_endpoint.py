@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
 import sagemaker_job as cloud  # noqa: E402
 from sagemaker_job import Aws, AwsError  # noqa: E402
@@ -56,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         names = ", ".join(one for _, one in still)
         costs = f"which costs {hourly}" if ("endpoint", name) in still else "none of which costs anything"
         line = f"{problem}; may still be there: {names}, {costs}: {again(args)}"
-        print(f"error: {predictions.printable(line)}", file=sys.stderr)
+        print(f"error: {command_line.printable(line)}", file=sys.stderr)
         sys.exit(1)
     print(f"nothing of {name} is left; uploads in s3://{bucket}/{cloud.PREFIX}/ remain (cents a month)")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("endpoint", metavar="ENDPOINT", help="its name, as given to deploy_sagemaker.py")
     add("--region", metavar="NAME", help="default: that of your AWS settings")
@@ -103,4 +104,4 @@ def bucket_of(aws: Aws, found: Sequence[tuple[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -28,7 +28,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import llama  # noqa: E402
+import lora  # noqa: E402
+import model_files  # noqa: E402
 import predictions  # noqa: E402
 import sagemaker_job as cloud  # noqa: E402
 from sagemaker_job import Aws, AwsError, Check, Serving  # noqa: E402
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("endpoint", metavar="ENDPOINT", help="its name: letters, digits and inner hyphens, 39 at most")
     many = {"nargs": "+", "action": "extend", "default": []}
@@ -122,9 +125,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", default="auto", metavar="WHERE", help=where)
     add("--instance-type", metavar="TYPE", help=f"the machine (default: {cloud.INSTANCE})")
     rank = f"largest LoRA rank, for all adapters to come (default: {MAX_RANK}, or what these need)"
-    add("--max-rank", type=predictions.natural, metavar="N", help=rank)
+    add("--max-rank", type=command_line.natural, metavar="N", help=rank)
     length = f"tokens of the longest prompt (default: {MAX_LENGTH}, or what the model reads)"
-    add("--max-length", type=predictions.natural, metavar="N", help=length)
+    add("--max-length", type=command_line.natural, metavar="N", help=length)
     wait = "give up on what is not ready after this, as 30m or 1800 (default: 30m)"
     add("--max-wait", type=cloud.seconds, default="30m", metavar="TIME", help=wait)
     cloud.add_account_arguments(add)
@@ -153,7 +156,7 @@ def read_adapter(endpoint: str, text: str) -> Adapter:
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"--adapter {text}: there is no folder {folder}")
-    llama.check_adapter(path)
+    lora.check_adapter(path)
     files = {one: (path / one).read_bytes() for one in ("adapter_config.json", "adapter_model.safetensors")}
     record = (path / RECORD).read_bytes() if (path / RECORD).is_file() else b""
     try:
@@ -168,7 +171,7 @@ def read_adapter(endpoint: str, text: str) -> Adapter:
 
 
 def find_endpoint(aws: Aws, args: argparse.Namespace) -> dict | None:
-    """The endpoint of this name; ValueError for one that was not made here or can not be gone on with."""
+    """The endpoint of this name; ValueError for one that was not made here or cannot be gone on with."""
     found = cloud.look(aws, "endpoint", args.endpoint)
     if found is None:
         return None
@@ -288,8 +291,8 @@ def refuse_other_settings(
         "role": (args.role and args.role.rpartition("/")[2], base["ExecutionRoleArn"].rpartition("/")[2]),
     }
     if args.model:
-        is_hub, model = on_hub(args.model), llama.ALIASES.get(args.model, args.model)
-        runs["model"] = (model, weights.partition("@")[0]) if is_hub else (llama.locate(model)[2], weights)
+        is_hub, model = on_hub(args.model), model_files.ALIASES.get(args.model, args.model)
+        runs["model"] = (model, weights.partition("@")[0]) if is_hub else (model_files.locate(model)[2], weights)
     for flag, (wanted, running) in runs.items():
         if wanted and wanted != running:
             raise ValueError(
@@ -330,14 +333,14 @@ def adapter_steps(
 
 
 def on_hub(model: str) -> bool:
-    """Whether --model names a model of the Hub, as `llama.locate` understands it."""
+    """Whether --model names a model of the Hub, as `model_files.locate` understands it."""
     path = Path(model).expanduser()
     return not (model == "default" or path.exists() or path.is_absolute() or model.startswith((".", "~")))
 
 
 def find_base(aws: Aws, args: argparse.Namespace, bucket: str) -> Base:
     """The weights of --model, and where the container gets them from; what is wrong with them is in its `check`."""
-    model = llama.ALIASES.get(args.model or "default", args.model or "default")
+    model = model_files.ALIASES.get(args.model or "default", args.model or "default")
     found = []
 
     def look() -> Check:
@@ -356,7 +359,7 @@ def find_base(aws: Aws, args: argparse.Namespace, bucket: str) -> Base:
 
 def local_base(model: str, bucket: str) -> Base:
     """Weights that are here, or are fetched, to be uploaded."""
-    name, folder, identity = llama.locate(model)
+    name, folder, identity = model_files.locate(model)
     files, subfolder = cloud.staged_files(name, folder, identity)
     prefix = staged_prefix(bucket, name, identity)
     size = sum(path.stat().st_size for path in files.values())
@@ -379,7 +382,7 @@ def hub_base(args: argparse.Namespace, model: str, bucket: str) -> Base:
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         said = " ".join(str(error).split())[:200]
         if not args.dry_run:
-            raise ValueError(f"the Hub can not be asked for {model}: {said}") from None
+            raise ValueError(f"the Hub cannot be asked for {model}: {said}") from None
         check = (
             Check("warning", "weights", f"{check.detail}; its commit is not known here")
             if check.status == "ok"
@@ -449,7 +452,7 @@ def check_adapter(adapter: Adapter, weights: str, max_rank: int, limit: str) -> 
                 f"{cloud.served_rank(rank)}, or train with --rank {max_rank}"
             )
         if weights:
-            llama.check_base(adapter.folder, weights)
+            lora.check_base(adapter.folder, weights)
         trained = adapter.recorded("base_model")
         return f"rank {rank}, " + (
             f"trained from {trained}" if trained else f"without {RECORD}, so its base is not known"
@@ -561,4 +564,4 @@ def print_end(aws: Aws, args: argparse.Namespace, plan: Plan) -> None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -52,7 +52,7 @@ try:
     import sagemaker_job as cloud
     import task as tasks
     from endpoint import Endpoint
-    from llama import Frame, Llama
+    from llama import Llama, RenderedPrompt
     from logprobs_confidence import Scorer
     from predictions import Prediction
     from sagemaker_job import Check
@@ -98,12 +98,12 @@ class Report:
     checks: list[Check] = field(default_factory=list)
 
     def title(self, text: str) -> None:
-        print(("\n" if self.checks else "") + predictions.printable(text), flush=True)
+        print(("\n" if self.checks else "") + command_line.printable(text), flush=True)
 
     def add(self, check: Check) -> None:
         self.checks.append(check)
         begin = f"  {check.status:8} {check.subject:17} "
-        detail = predictions.printable(cloud.redacted(" ".join(check.detail.split())))
+        detail = command_line.printable(cloud.redacted(" ".join(check.detail.split())))
         width = max(60, min(shutil.get_terminal_size((110, 24)).columns, 120))
         options = {"subsequent_indent": " " * len(begin), "break_long_words": False, "break_on_hyphens": False}
         print("\n".join(textwrap.wrap(begin + detail, width, **options)), flush=True)
@@ -203,7 +203,7 @@ def hub_id(model: str) -> str | None:
     path = Path(model).expanduser()
     if model == "default" or path.exists() or path.is_absolute() or model.startswith((".", "~")):
         return None
-    return models.ALIASES.get(model, model)
+    return model_files.ALIASES.get(model, model)
 
 
 def check_login(name: str | None) -> Finding:
@@ -217,7 +217,7 @@ def check_login(name: str | None) -> Finding:
     except errors.HfHubHTTPError:
         return Finding("warning", "the Hub refuses the token: `hf auth login`, or another HF_TOKEN")
     except Exception as error:  # the HTTP library's, which has other names in other versions
-        return Finding("warning", f"a token is set, but the Hub can not be reached to try it ({words(error)})")
+        return Finding("warning", f"a token is set, but the Hub cannot be reached to try it ({words(error)})")
 
 
 def check_hub(name: str) -> Finding:
@@ -237,7 +237,7 @@ def check_hub(name: str) -> Finding:
 
 def check_disk(name: str | None, stored: int) -> Finding:
     """Whether the cache can be written and has room for what is not in it yet."""
-    folder, move, needed = models.cache_dir(), "CALIBRATED_CONFIDENCE_CACHE", stored
+    folder, move, needed = embedded_model.cache_dir(), "CALIBRATED_CONFIDENCE_CACHE", stored
     if name:
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -248,7 +248,7 @@ def check_disk(name: str | None, stored: int) -> Finding:
     free = shutil.disk_usage(there).free
     seen = f"{folder}: {size(free)} free" + (f", {size(needed)} to fetch" if needed else "")
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        return Finding("failed" if needed else "warning", f"{there} can not be written; set {move} to another folder")
+        return Finding("failed" if needed else "warning", f"{there} cannot be written; set {move} to another folder")
     if free < needed:
         return Finding("failed", f"{seen}; make room, or set {move} to a folder on another disk")
     return Finding("ok", seen)
@@ -256,14 +256,14 @@ def check_disk(name: str | None, stored: int) -> Finding:
 
 def made_at() -> int:
     """When the embedded model was made, 0 if it is not there."""
-    manifest = models.cache_dir() / models.DEFAULT_NAME / "manifest.json"
+    manifest = embedded_model.cache_dir() / embedded_model.DEFAULT_NAME / "manifest.json"
     return manifest.stat().st_mtime_ns if manifest.is_file() else 0
 
 
 def check_files(model: str) -> Finding:
     """Find the model's files, or fetch them; the embedded model is verified, and made anew when it is broken."""
     before = made_at()
-    _, path, weights = models.locate(model)
+    _, path, weights = model_files.locate(model)
     if model == "default":
         weights = "intact" if made_at() == before else "it was broken and is made anew" if before else "made now"
     return Finding("ok", f"{path} ({weights})", path)
@@ -307,13 +307,13 @@ def load(args: argparse.Namespace, task: Task) -> Finding:
 
 def check_template(llama: Llama, task: Task) -> Finding:
     """Render the task's prompt. A completion does not depend on the chat template, which then is worth a warning."""
-    frame, not_used = llama.frame_of(task), 'this task (format = "completion") does not use it'
+    frame, not_used = llama.task_prompt(task), 'this task (format = "completion") does not use it'
     if task.format == "chat":
         return Finding("ok", "shows a text once", frame)
     if not llama.tokenizer.chat_template:
         return Finding("ok", f"there is no chat template; {not_used}", frame)
     try:
-        llama.frame_of(tasks.TASKS["sentiment-yes-no"])
+        llama.task_prompt(tasks.TASKS["sentiment-yes-no"])
     except Exception as error:
         return Finding("warning", f"{words(error)}; {not_used}", frame)
     return Finding("ok", f"shows a text once; {not_used}", frame)
@@ -327,7 +327,7 @@ def whole_ids(llama: Llama, prompt: str | list[dict[str, str]]) -> list[int]:
     return llama.tokenizer.apply_chat_template(prompt, **options)["input_ids"]
 
 
-def check_bos(llama: Llama, task: Task, frame: Frame) -> Finding:
+def check_bos(llama: Llama, task: Task, frame: RenderedPrompt) -> Finding:
     """One BOS at most, but for models that begin every turn with it (ChatML): there a longer chat has more."""
     bos, ids = llama.tokenizer.bos_token_id, llama.encode(frame, UNDECIDED)
     count, name = ids.count(bos), llama.tokenizer.bos_token
@@ -341,7 +341,7 @@ def check_bos(llama: Llama, task: Task, frame: Frame) -> Finding:
     return Finding("failed", f"{name} stands {count} times in the prompt; take all but the first out of the {where}")
 
 
-def check_ids(llama: Llama, task: Task, frame: Frame) -> Finding:
+def check_ids(llama: Llama, task: Task, frame: RenderedPrompt) -> Finding:
     """Our ids against the tokenizer's for the whole prompt, after which some put a token that ends it."""
     ids, whole = llama.encode(frame, UNDECIDED), whole_ids(llama, task.prompt(UNDECIDED))
     if whole[: len(ids)] == ids and set(whole[len(ids) :]) <= set(llama.tokenizer.all_special_ids):
@@ -351,7 +351,7 @@ def check_ids(llama: Llama, task: Task, frame: Frame) -> Finding:
     return Finding("failed", f"{why}: the tokenizer's files do not fit together, fetch them again")
 
 
-def check_control(llama: Llama, frame: Frame) -> Finding:
+def check_control(llama: Llama, frame: RenderedPrompt) -> Finding:
     """Whether a text that spells a control token is read as characters; of very many tokens some fifty are tried."""
     named = {i: str(token) for i, token in llama.tokenizer.added_tokens_decoder.items() if str(token).strip()}
     named |= dict(zip(llama.tokenizer.all_special_ids, llama.tokenizer.all_special_tokens, strict=True))
@@ -365,7 +365,7 @@ def check_control(llama: Llama, frame: Frame) -> Finding:
     return Finding("ok", f"{len(tried)} of {len(named)} tried: in a text they are characters")
 
 
-def check_answers(llama: Llama, task: Task, _: Frame) -> Finding:
+def check_answers(llama: Llama, task: Task, _: RenderedPrompt) -> Finding:
     """Each label's own tokens; `prepare` refuses a label without one and two that share one."""
     scorer, seen = logprobs.prepare(llama, task), []
     for label in task.labels:
@@ -490,7 +490,7 @@ def examine_model(report: Report, args: argparse.Namespace, task: Task) -> None:
         fits = run("memory", weigh, use, path, remedy=AGAIN)
     if args.adapter not in ("auto", "none"):
         remedy = "fine_tune_model.py makes one; or --adapter none"
-        adapter = run("adapter", lambda: models.check_adapter(Path(args.adapter)) or args.adapter, remedy=remedy)
+        adapter = run("adapter", lambda: lora.check_adapter(Path(args.adapter)) or args.adapter, remedy=remedy)
     llama = run("loads", lambda *_: load(args, task), path, fits, adapter, remedy=AGAIN)
 
     report.title(f"Prompt and answers of task {task.name}")
@@ -599,7 +599,7 @@ def examine_sagemaker(report: Report, args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     parser.add_argument("--task", default="sentiment", help="a task's name or a TOML file (default: sentiment)")
     models.add_arguments(parser)
     endpoint.add_arguments(parser)
@@ -634,4 +634,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -32,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import plotting  # noqa: E402
 import predictions  # noqa: E402
 import task as tasks  # noqa: E402
@@ -244,7 +245,7 @@ def check(names: Sequence[str]) -> list[str]:
         found = {
             name: difference(ROOT / file, Path(folder) / file) for name, file in ((n, FIGURES[n].file) for n in names)
         }
-    print(predictions.table([[FIGURES[name].file, words] for name, (words, _) in found.items()]))
+    print(command_line.columns([[FIGURES[name].file, words] for name, (words, _) in found.items()]))
     if tools() != MADE_WITH:
         ours, theirs = ("matplotlib {} and freetype {}".format(*versions) for versions in (tools(), MADE_WITH))
         print(f"the images were made with {theirs}, here are {ours}: a rough comparison")
@@ -271,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("names", metavar="NAME", nargs="*", help="a figure or a group of --list (default: all)")
     add("--check", action="store_true", help="write nothing; exit 1 when an image is not what the recordings give")
@@ -283,4 +284,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

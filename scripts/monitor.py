@@ -28,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{current[0].fingerprint}: another model, task or method is no drift; fit a new calibrator"
         )
     for name, rows, failed in (("reference", reference, failed_before), ("current", current, failed_now)):
-        path = predictions.printable(getattr(args, name))
+        path = command_line.printable(getattr(args, name))
         print(f"{name} {path}: {len(rows):,} rows" + (f", {failed:,} more with an error" if failed else ""))
     if min(len(reference), len(current)) < FEWEST:
         print(f"fewer than {FEWEST} rows in a file: most drift would go unseen")
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("reference", metavar="REFERENCE", help="labelled predictions that the calibrator was not fitted on")
     add("current", metavar="CURRENT", help="today's predictions, the audited ones with a label")
@@ -67,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--target-accuracy", type=float, default=0.9, metavar="A", help="promised of automated rows (default: 0.9)")
     add("--alpha", type=float, default=0.05, metavar="P", help="risk of a false alarm, over all looks (default: 0.05)")
     add("--looks", type=int, default=1, metavar="N", help="how often this promise is audited (default: 1)")
-    add("--seed", type=predictions.natural, metavar="N", default=0, help="of the bootstrap (default: 0)")
+    add("--seed", type=command_line.natural, metavar="N", default=0, help="of the bootstrap (default: 0)")
     args = parser.parse_args(argv)
     for name in ("target_accuracy", "alpha"):
         if not 0 < getattr(args, name) < 1:
@@ -152,7 +153,7 @@ def print_drift(reference: list[Prediction], current: list[Prediction]) -> None:
         table.append(["predicted labels, PSI", *shares, f"{index:.4f}", f"{p:.3g}"])
     masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in (reference, current)]
     table.append(["mean label mass", *masses, "", ""])
-    print("\n" + predictions.table(table))
+    print("\n" + command_line.columns(table))
 
 
 # Accuracy without labels
@@ -190,7 +191,7 @@ def print_estimates(reference: list[Prediction], current: list[Prediction], args
         means = [np.mean(draw.choice(calibrated, len(calibrated))) for _ in range(500)]
         low, high = np.quantile(means, [0.025, 0.975])
         table.append(["mean calibrated confidence", f"{np.mean(calibrated):.3f}", f"[{low:.3f}, {high:.3f}]"])
-    print(f"\n{predictions.table(table)}")
+    print(f"\n{command_line.columns(table)}")
     print(
         f"reference accuracy {right.mean():.3f}, n = {len(right):,}; a change of P(right | confidence) is not seen here"
     )
@@ -246,4 +247,4 @@ def rows_for_power(args: argparse.Namespace, fall: float = 0.1, power: float = 0
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

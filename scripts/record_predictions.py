@@ -32,6 +32,7 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import combined_confidence as combined
+import command_line
 import predictions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,7 +211,7 @@ def unlike(new: object, old: object, close: float = CLOSE, where: str = "") -> I
         if not abs(new - old) <= close:
             yield f"{where} is {new:.6g}, recorded as {old:.6g}"
     elif new != old:
-        shown = (predictions.printable(json.dumps(value))[:60] for value in (new, old))
+        shown = (command_line.printable(json.dumps(value))[:60] for value in (new, old))
         yield "{} is {}, recorded as {}".format(where, *shown)
 
 
@@ -244,7 +245,7 @@ def check_all(chosen: Sequence[Recording], limit: int) -> bool:
             details += [f"{recording.path.name}: {difference}" for difference in differences[:3]]
             if len(differences) > 3:
                 details.append(f"{recording.path.name}: and {len(differences) - 3:,} more differences")
-    print(predictions.table(table))
+    print(command_line.columns(table))
     if details:
         print("\n" + "\n".join(details))
     return not details
@@ -283,12 +284,12 @@ def make_all(chosen: list[Recording]) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("name", metavar="NAME", nargs="*", help="files of data/predictions/, without their ending (default: all)")
     add("--check", action="store_true", help="compare with the recordings instead of replacing them")
     add("--list", action="store_true", help="print each file and the command that makes it")
-    add("--limit", type=predictions.natural, metavar="N", help="with --check: rows of a table to run (default: 24)")
+    add("--limit", type=command_line.natural, metavar="N", help="with --check: rows of a table to run (default: 24)")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.name if name not in RECORDINGS]:
         parser.error(f"no recording {unknown[0]!r}; there are {', '.join(RECORDINGS)}")
@@ -301,4 +302,4 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

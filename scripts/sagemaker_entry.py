@@ -25,6 +25,7 @@ if not (HERE / "predictions.py").is_file():  # in the repository it is one folde
     HERE = HERE.parent
 sys.path.insert(0, str(HERE))
 
+import command_line  # noqa: E402
 import predictions  # noqa: E402
 
 LOG, CONFIG = "training_log.jsonl", "training_config.json"
@@ -32,7 +33,7 @@ STOPPED = 128 + signal.SIGTERM  # no failure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    predictions.ArgumentParser(__doc__).parse_args(argv)
+    command_line.ArgumentParser(__doc__).parse_args(argv)
     if "SM_MODEL_DIR" not in os.environ:
         raise ValueError("this runs inside a SageMaker training container; fine_tune_model.py --sagemaker starts it")
     model_dir, output_dir = Path(os.environ["SM_MODEL_DIR"]), Path(os.environ["SM_OUTPUT_DIR"])
@@ -97,7 +98,7 @@ def secret(arn: str) -> str:
     try:
         text = client.get_secret_value(SecretId=arn)
     except (BotoCoreError, ClientError) as error:
-        raise ValueError(f"can not read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
+        raise ValueError(f"cannot read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
     token = text.get("SecretString", "").strip()
     if token.startswith("{"):
         values = list(json.loads(token).values())
@@ -141,4 +142,4 @@ def deliver(job: dict, work: Path, model_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

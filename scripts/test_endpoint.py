@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import command_line  # noqa: E402
 import endpoint  # noqa: E402
 import fine_tune_model  # noqa: E402
 import llama  # noqa: E402
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = predictions.ArgumentParser(__doc__)
+    parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("endpoint", metavar="ENDPOINT", help="its name, as given to deploy_sagemaker.py")
     add("--adapter", metavar="NAME", help="one of its adapters (default: the base model)")
@@ -82,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tokenizer = "whose tokenizer makes the ids, as --model; none: send text (default: the model that is served)"
     add("--tokenizer", metavar="MODEL", help=tokenizer)
     add("--recorded", metavar="FILE", help="compare with this predictions file instead of the adapter's record")
-    add("--limit", type=predictions.natural, default=20, metavar="N", help="rows of --recorded (default: 20)")
+    add("--limit", type=command_line.natural, default=20, metavar="N", help="rows of --recorded (default: 20)")
     tolerance = "most that a probability may differ (default: 0.02)"
     add("--tolerance", type=float, default=0.02, metavar="P", help=tolerance)
     add("--json", action="store_true", help="print one JSON object a text; the verdict goes to stderr")
@@ -188,7 +189,7 @@ def show(args: argparse.Namespace, url: str, question: Question, answer: Mapping
         row = {"endpoint": url} | {key: answer[key] for key in kept}
         print(json.dumps(row | {"recorded": recorded if known else None, "difference": difference}), flush=True)
         return
-    print(f"Text: {predictions.printable(question.text)}")
+    print(f"Text: {command_line.printable(question.text)}")
     rows = [("", "endpoint", "recorded", "difference")]
     before = {**(question.probabilities or {}), "label mass": question.label_mass}
     for name, p in {**answer["probabilities"], "label mass": answer["label_mass"]}.items():
@@ -196,7 +197,7 @@ def show(args: argparse.Namespace, url: str, question: Question, answer: Mapping
         rows.append(
             (name, f"{p:.4f}", *(("", "") if was is None else (f"{was:.4f}", f"{round(p - was, 4) + 0.0:+.4f}")))
         )
-    print(predictions.table([row[:2] for row in rows] if question.probabilities is None else rows, "  "))
+    print(command_line.columns([row[:2] for row in rows] if question.probabilities is None else rows, "  "))
     print(f"  prediction: {answer['prediction']}\n", flush=True)
 
 
@@ -219,4 +220,4 @@ def verdict(args: argparse.Namespace, url: str, differences: Sequence[float], so
 
 
 if __name__ == "__main__":
-    predictions.run(main)
+    command_line.run(main)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 def tokenizer():
     from transformers import AutoTokenizer
 
-    from llama import embedded_model
+    from embedded_model import embedded_model
 
     return AutoTokenizer.from_pretrained(embedded_model())
 

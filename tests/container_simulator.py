@@ -4,7 +4,7 @@
 
 A temporary folder stands for `/`; the SM_* variables point into it. Arguments, variables, requirements and failures are
 those of sagemaker-training 5.1. Nothing is installed: each requirement must be an exact pin of what this interpreter
-has, and a package that neither the requirements nor the image bring can not be imported. It is stricter than AWS where
+has, and a package that neither the requirements nor the image bring cannot be imported. It is stricter than AWS where
 that depends on the image or on luck: clean archives, arguments that survive a shell, a region in AWS_REGION only.
 `job.plan["seen"]` gets a record a container: its env, argv, output (text) and files (path below `/` -> content).
 """

@@ -89,7 +89,7 @@ class LMI:
             raise ValueError(f"{container['Image']} has no adapter inference components; djl-inference since lmi13 has")
         model_id = environment.get("HF_MODEL_ID")
         if "ModelDataSource" not in container:
-            raise ValueError(f"HF_MODEL_ID is {model_id}, and the Hugging Face Hub can not be reached from here")
+            raise ValueError(f"HF_MODEL_ID is {model_id}, and the Hugging Face Hub cannot be reached from here")
         if model_id != "/opt/ml/model":
             raise ValueError(f"HF_MODEL_ID is {model_id}, but ModelDataSource puts the model into /opt/ml/model")
         _check_options(options)
@@ -117,7 +117,7 @@ class LMI:
                         raise ValueError(f"{component.name}: adapter config missing: no {name} at the root of {url}")
                     (Path(folder.name) / name).write_bytes(tar.extractfile(files[name]).read())
         except (ClientError, tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"{component.name}: can not read {url}: {error}") from None
+            raise ValueError(f"{component.name}: cannot read {url}: {error}") from None
         _check_adapter(Path(folder.name) / "adapter_config.json", int(base.options.get("MAX_LORA_RANK", 16)))
         llama = load_llama(base.folder.name, folder.name, device="cpu", dtype="float32")
         return Loaded(llama, base.options, folder)
@@ -190,7 +190,7 @@ def _check_options(options):
     """The engine's own checks of its arguments."""
     loras, rank = int(options.get("MAX_LORAS", 1)), int(options.get("MAX_LORA_RANK", 16))
     if options.get("ENABLE_LORA") != "true":
-        raise ValueError("OPTION_ENABLE_LORA is not true, so adapters can not be loaded")
+        raise ValueError("OPTION_ENABLE_LORA is not true, so adapters cannot be loaded")
     if rank not in RANKS:
         raise ValueError(f"max_lora_rank ({rank}) must be one of {RANKS}.")
     if int(options.get("MAX_CPU_LORAS", loras)) < loras:

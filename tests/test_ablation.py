@@ -8,6 +8,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from test_architecture import ROOT
 
 import ablation
+import tables
 import task as tasks
 from calibration import TemperatureScalingCalibrator
 
@@ -20,7 +21,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def report():
-    group = {row["id"]: row["group"] for _, row in tasks.read_rows("data:test")}
+    group = {row["id"]: row["group"] for _, row in tables.read_rows("data:test")}
     found = ablation.variants(*ablation.read_recording())
     return ablation.compare(found, [group[example.id] for example in ablation.examples("test")])
 

@@ -95,7 +95,7 @@ def test_reading_tables_and_predictions_needs_no_torch(tmp_path):
         import sys
         import {", ".join(names)}
         from predictions import confidence_and_correct, scored
-        example = next(task.read_examples(sys.argv[1]))
+        example = next(tables.read_examples(sys.argv[1]))
         common = dict(method="m", model="m", task="t", fingerprint="f")
         row = scored(example.id, example.text, example.label, dict(negative=0.25, positive=0.75), 1.0, **common)
         assert confidence_and_correct([row])[0].tolist() == [0.75]
@@ -223,7 +223,7 @@ def test_requirements_are_pinned_and_explained():
 def test_the_top_level_holds_only_the_names_of_the_design():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("not a git checkout, so a user's own files can not be told from ours")
+        pytest.skip("not a git checkout, so a user's own files cannot be told from ours")
     names = {line.partition("/")[0] for line in listed.stdout.splitlines()}
     assert names <= OTHER_NAMES | {f"{name}.py" for name in ROW}
     assert not [line for line in listed.stdout.splitlines() if line.endswith("__init__.py")]

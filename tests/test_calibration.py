@@ -798,7 +798,7 @@ def edited(record, path, value):
 
 
 NAMES = ["method", "labels", "parameters", "n", "report_card", "threshold", "class_aware", "fingerprint", "model"]
-BAD = [  # recipe, path of the field, values it can not have
+BAD = [  # recipe, path of the field, values it cannot have
     *((PLATT, name, [GONE]) for name in [*NAMES, "task", "groups", "fitted_on"]),
     (PLATT, "format", [GONE, "calibrated-confidence calibrator, version 2"]),
     (PLATT, "method", ["forest", "beta", None, [], "x" * 10**6]),

@@ -28,6 +28,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration_demo
 import calibration_metrics
+import command_line
 import plotting
 import predictions
 from calibration import load_calibrator
@@ -83,7 +84,7 @@ def demo(*argv):
     out, err, code = StringIO(), StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            predictions.run(lambda: calibration_demo.main([*map(str, argv)]))
+            command_line.run(lambda: calibration_demo.main([*map(str, argv)]))
         except SystemExit as stop:
             code = stop.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())

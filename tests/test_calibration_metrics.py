@@ -24,6 +24,7 @@ from scipy.stats import beta, binom, chisquare, kstest
 from sklearn import metrics as sklearn_metrics
 
 import calibration_metrics as cm
+import command_line
 import plotting
 import predictions
 
@@ -717,7 +718,7 @@ def write(path, rows):
 def fails(capsys, *arguments):
     """The one line of an error, without a process of its own."""
     with pytest.raises(SystemExit) as stop:
-        predictions.run(lambda: cm.main([str(a) for a in arguments]))
+        command_line.run(lambda: cm.main([str(a) for a in arguments]))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and re.fullmatch(r"error: [ -~]+\n", error), error
     return error

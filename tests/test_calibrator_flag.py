@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import command_line
 import logprobs_confidence
 import predictions
 from calibration import (
@@ -64,7 +65,7 @@ def call(capsys, llama, tmp_path, monkeypatch):
         capsys.readouterr()
         code = 0
         try:
-            predictions.run(lambda: main([*command.split(), *more]))
+            command_line.run(lambda: main([*command.split(), *more]))
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()

@@ -29,6 +29,7 @@ from threadpoolctl import threadpool_limits
 import calibration_demo
 import calibration_metrics
 import combined_confidence as combined
+import command_line
 import consistency_confidence as consistency
 import plotting
 import predictions
@@ -124,7 +125,7 @@ def call(*argv):
     out, err, code = StringIO(), StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            predictions.run(lambda: combined.main([*map(str, argv)]))
+            command_line.run(lambda: combined.main([*map(str, argv)]))
         except SystemExit as stop:
             code = stop.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
@@ -945,10 +946,10 @@ BAD = {
     "an output in no folder": (lambda f, d: (*f.join, "--output", d / "no/o.jsonl"), "the output's folder .+ does not"),
     "few rows to fit on": (few_rows, "19 rows scored by both methods in --calibrate-on; at least 20 are needed"),
     "no row scored by both": (all_failed, "no row was scored by both methods"),
-    "no labels and no output": (lambda f, d: f.plain, "the methods can not be compared: 90 of 90 rows have no label"),
+    "no labels and no output": (lambda f, d: f.plain, "the methods cannot be compared: 90 of 90 rows have no label"),
     "a figure without labels": (
         lambda f, d: (*f.plain, "--output", d / "o.jsonl", "--figure", d / "x.png"),
-        "the methods can not be compared: 90 of 90 rows have no label",
+        "the methods cannot be compared: 90 of 90 rows have no label",
     ),
     "malformed votes": (bad_votes, "row 'rt3': its votes are .+, not a count for each label"),
     "malformed calls": (bad_calls, r"\S+one.jsonl and \S+two.jsonl: row 'rt3' of the consistency file does not say"),

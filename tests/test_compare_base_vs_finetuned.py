@@ -26,9 +26,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
 import calibration_metrics
+import command_line
 import compare_base_vs_finetuned as compare
 import plotting
 import predictions
+import tables
 import task
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +103,7 @@ def command(*argv):
     out, err, code = StringIO(), StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            predictions.run(lambda: compare.main([*map(str, argv)]))
+            command_line.run(lambda: compare.main([*map(str, argv)]))
         except SystemExit as stop:
             code = stop.code
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
@@ -639,7 +641,7 @@ def test_a_picture_of_too_many_parts_says_that_it_leaves_some_out(axes, tmp_path
 
 
 def dataset_rows(n):
-    return [row for _, row in task.read_rows("data:test")][:n]
+    return [row for _, row in tables.read_rows("data:test")][:n]
 
 
 @pytest.fixture(scope="module")

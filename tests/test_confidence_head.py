@@ -20,6 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 import calibration
+import command_line
 import fine_tune_model
 import logprobs_confidence
 import predictions
@@ -33,7 +34,8 @@ from calibration import (
     save_head,
 )
 from calibration_metrics import log_loss
-from llama import HEAD, load_llama
+from llama import load_llama
+from lora import HEAD
 from task import TASKS, Example
 
 SENTIMENT = TASKS["sentiment"]
@@ -214,7 +216,7 @@ BROKEN = {
     "empty": "",
     "too deep": "[" * 100_000,
 }
-BROKEN_FIELDS = {  # field -> values that can not be
+BROKEN_FIELDS = {  # field -> values that cannot be
     "format": ["another", None],
     "slope": ["1", None, True, 10**400],
     "intercept": ["1", None, []],
@@ -300,7 +302,7 @@ def train(base, tmp_path_factory):
 
 def exit_code_of(function):
     try:
-        predictions.run(function)
+        command_line.run(function)
     except SystemExit as stopped:
         return stopped.code or 0
     return 0

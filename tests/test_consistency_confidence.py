@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binomtest, chisquare
 
+import command_line
 import consistency_confidence
 import logprobs_confidence
 import predictions
@@ -108,7 +109,7 @@ def call(capsys, talker, tmp_path, monkeypatch):
         capsys.readouterr()
         code = 0
         try:
-            predictions.run(lambda: main([*command.split(), *map(str, more)]))
+            command_line.run(lambda: main([*command.split(), *map(str, more)]))
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()
@@ -482,7 +483,7 @@ def test_adaptive_asking_costs_and_errs_as_much_as_it_should():
 
     expected = {1: 4.0, 0.99: 4.1, 0.9: 5.4, 0.8: 6.9, 0.7: 8.1, 0.5: 9.1}
     assert {p: round(course(p, safe)[0], 1) for p in expected} == expected
-    # The same votes win; to stop when a lead can not be overtaken saves up to half an answer and changes no winner.
+    # The same votes win; to stop when a lead cannot be overtaken saves up to half an answer and changes no winner.
     cheaper = {1: 4.0, 0.99: 4.12, 0.9: 5.21, 0.8: 6.41, 0.7: 7.51, 0.5: 8.58}
     assert {p: round(course(p, ours)[0], 2) for p in cheaper} == cheaper
     for p, other, fixed in ((0.9, 0.0009, 0.0009), (0.8, 0.020, 0.0196), (0.7, 0.0996, 0.0988)):
@@ -502,7 +503,7 @@ def test_the_answers_are_the_model_s_and_the_votes_are_theirs(talker):
     sampler = prepare(talker, SENTIMENT, Sampling(6, 0.8, max_tokens=4, seed=3))
     found = sample_window(rows, sampler)
     for row, example_ in zip(found, rows, strict=True):
-        ids = talker.encode(talker.frame_of(SENTIMENT), example_.text)
+        ids = talker.encode(talker.task_prompt(SENTIMENT), example_.text)
         seeds = [sampler.seed(example_, number) for number in range(6)]
         assert row.extras["answers"] == talker.sample([ids], [seeds], 0.8, 4, "\n")[0]
         votes, unparsed = vote(row.extras["answers"], SENTIMENT)
@@ -594,7 +595,7 @@ def test_answer_n_is_to_wording_n_modulo_their_number(talker):
     for row, example_ in zip(sample_window(rows, sampler), rows, strict=True):
         for number, answer in enumerate(row.extras["answers"]):
             template = [task.template, *task.paraphrases][number % 3]
-            frame = talker.frame_of(replace(SENTIMENT, template=template, paraphrases=()))
+            frame = talker.task_prompt(replace(SENTIMENT, template=template, paraphrases=()))
             ids, seed = talker.encode(frame, example_.text), sampler.seed(example_, number)
             assert talker.sample([ids], [[seed]]) == [[answer]]
     adaptive = sample_window(rows, prepare(talker, task, Sampling(8, paraphrase=True, adaptive=True)))
@@ -687,7 +688,7 @@ def test_paraphrases_of_a_task_file_are_read_and_a_task_without_any_is_one_clear
 
 def shares_of(talker, task, text):
     """P of each label's answer tokens by one plain pass."""
-    log_probs = talker.next_token_log_probs(talker.encode(talker.frame_of(task), text))
+    log_probs = talker.next_token_log_probs(talker.encode(talker.task_prompt(task), text))
     words = [talker.tokenizer.decode([i]).strip().casefold() for i in range(len(log_probs))]
     named = {label: [i for i, word in enumerate(words) if word in task.labels[label]] for label in task.labels}
     return {label: float(np.exp(log_probs[ids]).sum()) for label, ids in named.items()}
@@ -820,7 +821,7 @@ def test_a_table_without_a_single_text_has_nothing_to_converge(call):
 def test_first_token_draws_of_whole_answers_leave_room_for_them(talker):
     # Answers of several tokens are scored whole: a prompt that fills the context has no place for the second token.
     task = Task("t", {"good": ("not positive",), "bad": ("negative",)}, "{text}\nMood:", scoring="sequence")
-    frame = talker.frame_of(task)
+    frame = talker.task_prompt(task)
     text = "a" + " a" * 600
     while len(talker.encode(frame, text)) > 512:
         text = text.removesuffix(" a")

@@ -577,7 +577,7 @@ def test_many_at_once(ask, truth):
     [
         ({"prefix": "nothing/"}, "could not find model data"),
         ({"prefix": "weights"}, "ends with a slash"),
-        ({"prefix": None}, "can not be reached"),
+        ({"prefix": None}, "cannot be reached"),
         ({"HF_MODEL_ID": "meta-llama/Llama-3.1-8B-Instruct"}, "puts the model into /opt/ml/model"),
         ({"OPTION_ENABLE_LORA": None}, "OPTION_ENABLE_LORA"),
         ({"OPTION_MAX_LORA_RANK": "24"}, "max_lora_rank (24) must be one of"),
@@ -600,7 +600,7 @@ def test_bases_that_do_not_start(fake, lmi, changes, reason):
         ({"use_dora": True}, "vLLM does not yet support DoRA."),
         ({"bias": "all"}, "Adapter bias is not supported."),
         ({"modules_to_save": ["lm_head"]}, "vLLM only supports modules_to_save being None."),
-        ({"r": 4}, "can not load the adapter"),  # the weights have another rank
+        ({"r": 4}, "cannot load the adapter"),  # the weights have another rank
     ],
 )
 def test_adapters_that_vllm_refuses(fake, lmi, adapter_files, changes, reason):
@@ -615,14 +615,14 @@ def test_adapter_archives(fake, lmi, adapter_files, ask):
     for name, files, reason in (
         ("a", {f"adapter/{name}": content for name, content in adapter_files.items()}, "adapter config missing"),
         ("b", {"adapter_config.json": adapter_files["adapter_config.json"]}, "no adapter_model.safetensors"),
-        ("c", b"not an archive", "can not read"),
+        ("c", b"not an archive", "cannot read"),
     ):
         with pytest.raises(ValueError) as error:
             lmi.load(fake, adapter(fake, files, name))
         assert reason in str(error.value)
     gone = adapter(fake, adapter_files, "d")
     fake.client("s3").delete_object(Bucket=BUCKET, Key="adapters/d.tar.gz")
-    with pytest.raises(ValueError, match="can not read"):
+    with pytest.raises(ValueError, match="cannot read"):
         lmi.load(fake, gone)
     with pytest.raises(ValueError, match="nobody is not loaded"):
         lmi.load(fake, adapter(fake, adapter_files, "e", base="nobody"))

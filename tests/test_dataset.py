@@ -18,6 +18,7 @@ import pytest
 
 import audit_dataset
 import build_dataset
+import tables
 import task
 from task import TASKS, read_examples, read_rows
 
@@ -83,7 +84,7 @@ def test_frames_are_in_one_split_small_and_give_both_labels_where_a_coin_does(ro
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_no_two_texts_are_near_duplicates(rows, width):
-    assert list(task.near_duplicates([row["text"] for row in rows], 0.6, width)) == []
+    assert list(tables.near_duplicates([row["text"] for row in rows], 0.6, width)) == []
 
 
 def test_no_text_resembles_what_the_prompt_or_the_sample_shows(rows):

@@ -25,6 +25,8 @@ import pytest
 from fake_sagemaker import Fake, problems, service_model
 from safetensors.numpy import save_file
 
+import command_line
+import model_files
 import predictions
 import sagemaker_job as cloud
 
@@ -74,7 +76,7 @@ def command(capsys):
         capsys.readouterr()
         code = 0
         try:
-            predictions.run(lambda: module.main([*map(str, argv)]))
+            command_line.run(lambda: module.main([*map(str, argv)]))
         except SystemExit as end:
             code = end.code or 0
         out, err = capsys.readouterr()
@@ -115,7 +117,7 @@ def adapter(tmp_path, model):
         plain = {"peft_type": "LORA", "r": 4, "bias": "none", "init_lora_weights": True}
         (folder / "adapter_config.json").write_text(json.dumps(plain | config))
         save_file({"lora_A": np.full(3, value, np.float32)}, folder / "adapter_model.safetensors")
-        record = {"base_model": str(model), "base_weights": base_weights or deploying.llama.folder_hash(model)}
+        record = {"base_model": str(model), "base_weights": base_weights or deploying.model_files.folder_hash(model)}
         (folder / "training_config.json").write_text(json.dumps(record))
         return folder
 
@@ -794,9 +796,9 @@ def test_without_the_hub_only_a_dry_run_goes_on(fake, deploy, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     done = deploy("demo", "--model", "acme/small", "--dry-run")
     assert done.code == 0 and dict(bodies(done.out))["CreateModel"]["ModelName"].startswith("demo-model-")
-    assert re.search("warning +weights +the Hub can not be asked", done.out)
+    assert re.search("warning +weights +the Hub cannot be asked", done.out)
     done = deploy("demo", "--model", "acme/small", "--yes")
-    assert done.code == 2 and "weights: the Hub can not be asked for acme/small" in done.err
+    assert done.code == 2 and "weights: the Hub cannot be asked for acme/small" in done.err
 
 
 # Asking an endpoint

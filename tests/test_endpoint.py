@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import command_line
 import consistency_confidence
 import endpoint
 import logprobs_confidence
@@ -322,7 +323,7 @@ def call(capsys, fake, tmp_path):
         code = 0
         capsys.readouterr()
         try:
-            predictions.run(lambda: script.main(argv), resumes=True)
+            command_line.run(lambda: script.main(argv), resumes=True)
         except SystemExit as stopped:
             code = stopped.code
         out, err = capsys.readouterr()
@@ -816,7 +817,7 @@ def test_max_completion_tokens_takes_the_place_of_max_tokens(call, fake):
 
 
 def test_a_parameter_rejected_in_the_middle_of_a_run_is_the_row_s_error(call, fake, tmp_path):
-    # What was sent is part of the fingerprint, so it can not change under way.
+    # What was sent is part of the fingerprint, so it cannot change under way.
     flags, output = table(tmp_path, ["FAKE-TEMPERATURE-400", "good"], "--concurrency", 1)
     assert logprobs(call, *flags).code == 0
     failed, good = records(output)
@@ -1057,7 +1058,7 @@ def test_a_full_disk_is_one_line_though_requests_are_under_way(call, fake, tmp_p
     limit = len(whole) // 2  # a file-size limit makes a write fail in its middle, as a full disk does
     limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
     out, err, code = finish(start(logprobs_confidence, [*flags, "--endpoint", fake.url], **limited))
-    assert (code, out) == (2, "") and err.startswith("error: can not write") and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.startswith("error: cannot write") and err.count("\n") == 1
     begun = output.read_bytes()
     assert whole.startswith(begun) and begun.endswith(b"\n") and begun
     assert logprobs(call, *flags).code == 0 and output.read_bytes() == whole

@@ -29,6 +29,7 @@ import pytest
 from conftest import tiny
 
 import calibration_metrics
+import command_line
 import fine_tune_model
 import llama as loader
 import logprobs_confidence
@@ -53,7 +54,8 @@ from fine_tune_model import (
     study,
     take_step,
 )
-from llama import folder_hash, load_llama
+from llama import load_llama
+from model_files import folder_hash
 from task import TASKS, Answer, Example, Task
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +141,7 @@ def command(base, tables):
 
 def exit_code_of(function):
     try:
-        predictions.run(function)
+        command_line.run(function)
     except SystemExit as stopped:
         return stopped.code or 0
     return 0
@@ -781,7 +783,7 @@ DISTURBED = """if True:
             os.read(read, 1)
         return real(number, *rest)
     fine_tune_model.batch_of = batch_of
-    predictions.run(lambda: fine_tune_model.main(sys.argv[4:]))
+    command_line.run(lambda: fine_tune_model.main(sys.argv[4:]))
 """
 
 
@@ -1009,7 +1011,7 @@ def test_two_processes_make_the_adapter_of_one_also_when_they_are_stopped(call, 
     assert config_of(folder)["processes"] == 2
 
 
-# What can not be trained
+# What cannot be trained
 
 
 def with_rows(name, rows, **options):
@@ -1104,7 +1106,7 @@ def test_several_processes_and_mmce_do_not_go_together(tiny_llama):
 
 
 def test_what_peft_can_not_adapt_is_one_line_that_names_the_model(tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"^peft can not adapt tiny-mamba with --dropout 0\.05: "):
+    with pytest.raises(ValueError, match=r"^peft cannot adapt tiny-mamba with --dropout 0\.05: "):
         begin(tiny("mamba", tokenizer), SENTIMENT, tmp_path / "run")
 
 

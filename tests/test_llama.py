@@ -824,7 +824,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "problem"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_in_the_flags_is_one_line_before_anything_is_fetched(monkeypatch, arguments, problem):
     def fetch(*arguments):
-        raise AssertionError("fetched a model for a command that can not work")
+        raise AssertionError("fetched a model for a command that cannot work")
 
     monkeypatch.setattr(loader, "_download", fetch)
     monkeypatch.setattr(loader, "embedded_model", fetch)
@@ -1142,15 +1142,15 @@ FAILURES = {  # name -> (model, environment, what the error says)
     "private": ("org/private", {}, "no such model on the Hub; check the name, or log in"),
     "missing": ("org/missing", {}, "no such model on the Hub; check the name, or log in"),
     "an expired token": ("org/expired-token", {}, "401"),
-    "an error of the Hub": ("org/broken", {}, "can not be reached|did not give"),
-    "a connection closed": ("org/hangs-up", {}, "can not be reached|did not give"),
-    "a download broken off": ("org/breaks-off", {}, "can not be reached|did not give"),
-    "no connection": ("org/any", {"HF_ENDPOINT": NOTHING}, "can not be reached.*or pass a folder"),
-    "offline": ("org/any", {"HF_HUB_OFFLINE": "1"}, "can not be reached.*or pass a folder"),
+    "an error of the Hub": ("org/broken", {}, "cannot be reached|did not give"),
+    "a connection closed": ("org/hangs-up", {}, "cannot be reached|did not give"),
+    "a download broken off": ("org/breaks-off", {}, "cannot be reached|did not give"),
+    "no connection": ("org/any", {"HF_ENDPOINT": NOTHING}, "cannot be reached.*or pass a folder"),
+    "offline": ("org/any", {"HF_HUB_OFFLINE": "1"}, "cannot be reached.*or pass a folder"),
     "a proxy that refuses": (
         "org/any",
         {"HF_ENDPOINT": "https://127.0.0.1:9", "HTTPS_PROXY": "{hub}"},
-        "can not be reached|did not give",
+        "cannot be reached|did not give",
     ),
     "not an id": ("org/model/part", {}, "neither a folder nor a model id"),
 }
@@ -1287,7 +1287,7 @@ def test_first_tokens_are_as_frequent_as_the_softmax_says(name, temperature):
     llama, n = letters_of(name), 8000
     logits = llama.model(input_ids=torch.tensor([BEGINNING])).logits[0, -1].double()
     p = (logits / temperature).softmax(-1).numpy()
-    # A model that can not share runs a row as often as it has answers, so these come in several rows.
+    # A model that cannot share runs a row as often as it has answers, so these come in several rows.
     rows, seeds = [BEGINNING] * 8, np.arange(n).reshape(8, -1).tolist()
     answers = [answer for of_row in llama.sample(rows, seeds, temperature, 1, "") for answer in of_row]
     counts = Counter(answers)

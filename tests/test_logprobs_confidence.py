@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+import command_line
 import llama
 import logprobs_confidence
 import predictions
@@ -70,7 +71,7 @@ def call(capsys, tiny_folder, single_thread):
         code = 0
         capsys.readouterr()
         try:
-            predictions.run(lambda: main(argv))
+            command_line.run(lambda: main(argv))
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()
@@ -598,7 +599,7 @@ def test_a_full_disk_loses_nothing(unbroken, tmp_path):
     with start(arguments, output, **limited) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and err.count("\n") == 1
-    assert err.startswith("error: can not write") and str(output) in err and "repeat the command" in err
+    assert err.startswith("error: cannot write") and str(output) in err and "repeat the command" in err
     kept = output.read_bytes()
     assert kept.endswith(b"\n") and whole.startswith(kept) and 0 < len(kept) < limit
     with start(arguments, output) as process:

@@ -31,7 +31,7 @@ def test_the_replay_loads_no_model_library():
 
 
 def test_another_model_and_texts_of_one_s_own_stop_where_no_calibrator_fits(run):
-    from llama import embedded_model
+    from embedded_model import embedded_model
 
     done = run("main.py", "--model", embedded_model(), "--text", "One text", "An \x1b[31mother")
     assert done.returncode == 0 and "\x1b" not in done.stdout and "One text" in done.stdout

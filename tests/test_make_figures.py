@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from test_architecture import MODEL_LIBRARIES, ROOT
 
+import command_line
 import make_figures
 import predictions
 from make_figures import FIGURES, GROUPS, MADE_WITH, build, check, difference, main, squares
@@ -298,7 +299,7 @@ def test_an_unknown_name_is_one_line_and_2(run):
 def test_a_missing_recording_is_one_line_and_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_figures, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as ended:
-        predictions.run(lambda: main(["training_curves"]))
+        command_line.run(lambda: main(["training_curves"]))
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and "training_log.jsonl" in err

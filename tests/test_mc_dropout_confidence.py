@@ -24,6 +24,7 @@ import pytest
 from conftest import tiny
 from scipy.stats import entropy as scipy_entropy
 
+import command_line
 import logprobs_confidence
 import mc_dropout_confidence
 import predictions
@@ -108,7 +109,7 @@ def call(capsys, loaded, monkeypatch):
         capsys.readouterr()
         code = 0
         try:
-            predictions.run(lambda: main([*map(str, arguments)]), resumes=True)
+            command_line.run(lambda: main([*map(str, arguments)]), resumes=True)
         except SystemExit as stopped:
             code = stopped.code
         return code, *capsys.readouterr()

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, chi2
 
+import command_line
 import monitor
 import predictions
 from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator, text_key
@@ -70,7 +71,7 @@ def call(capsys):
     def run_main(*arguments):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            predictions.run(lambda: monitor.main([*map(str, arguments)]))
+            command_line.run(lambda: monitor.main([*map(str, arguments)]))
         return stopped.value.code, *capsys.readouterr()
 
     return run_main
@@ -417,7 +418,7 @@ def test_a_hostile_label_can_not_command_the_terminal(label, call, tmp_path):
     names = ("a", label)
     rows = write(tmp_path / "r.jsonl", [row(0.9, labels=names, predicted=name) for name in names])
     code, out, err = call(rows, rows)
-    assert (code, err) == (0, "") and out.isascii() and "\x1b" not in out and predictions.printable(label) in out
+    assert (code, err) == (0, "") and out.isascii() and "\x1b" not in out and command_line.printable(label) in out
 
 
 def test_a_text_with_a_lone_surrogate_can_be_calibrated(report_on):

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import command_line
 import predictions
 from predictions import (
     RETRY,
@@ -453,7 +454,7 @@ def test_what_a_user_can_mend_is_one_line_and_an_exit_code(raised, code, printed
         raise raised
 
     with pytest.raises(SystemExit) as caught:
-        predictions.run(main)
+        command_line.run(main)
     assert caught.value.code == code and capsys.readouterr().err == printed
 
 
@@ -466,24 +467,24 @@ def test_a_stopped_script_says_whether_it_can_be_continued(capsys):
         (False, "repeat the same command to begin again"),
     ):
         with pytest.raises(SystemExit) as caught:
-            predictions.run(main, resumes)
+            command_line.run(main, resumes)
         assert caught.value.code == 130 and capsys.readouterr().err == f"\nstopped; {then}\n"
 
 
 def test_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        predictions.run(lambda: 1 / 0)
+        command_line.run(lambda: 1 / 0)
 
 
 def test_text_for_a_terminal_can_not_command_it():
-    assert predictions.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
-    assert predictions.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
+    assert command_line.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
+    assert command_line.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
     seconds = iter([0.0, 4.0, 12.0, 13.0, 24.0])
     monkeypatch.setattr(predictions.time, "monotonic", lambda: next(seconds))
-    with predictions.progress(total=1000, done=100) as advance:
+    with command_line.progress(total=1000, done=100) as advance:
         for n in (10, 10, 100, 100):
             advance(n)
     lines = capsys.readouterr().err.splitlines()
@@ -497,7 +498,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
 def test_progress_survives_a_long_wait_for_the_first_row(capsys, monkeypatch):
     seconds = iter([0.0, 60.0, 70.0])
     monkeypatch.setattr(predictions.time, "monotonic", lambda: next(seconds))
-    with predictions.progress(total=10, done=0) as advance:
+    with command_line.progress(total=10, done=0) as advance:
         advance(0)  # as after a window's tokens were counted, with no row scored yet
         advance(5)
     assert "5 of 10 rows" in capsys.readouterr().err
@@ -509,6 +510,6 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with predictions.progress(total=10, done=4) as advance:
+    with command_line.progress(total=10, done=4) as advance:
         advance(6)
     assert "10/10" in sys.stderr.getvalue() and "rows" in sys.stderr.getvalue()

@@ -14,6 +14,7 @@ import logprobs_confidence
 import main as tour
 import predictions
 import record_predictions as record
+import tables
 import task as tasks
 from record_predictions import RECORDINGS
 
@@ -29,7 +30,8 @@ def read_json(name):
 @pytest.fixture(scope="module")
 def fingerprints():
     """Model -> method -> the fingerprint that today's code gives, from the tokenizer and the files' hashes alone."""
-    from llama import folder_hash, load_reader, locate
+    from llama import load_reader
+    from model_files import folder_hash, locate
 
     reader, found = load_reader("default"), {}
     for model, adapter in record.MODELS.items():
@@ -56,7 +58,7 @@ def test_every_file_has_its_command_and_every_command_its_file():
 def test_a_table_holds_its_split_in_order_scored_by_one_model_and_method(name, fingerprints):
     model, split, recording = name.partition("_")[0], name.rpartition("_")[2], RECORDINGS[name]
     rows = predictions.read(ROOT / recording.path)
-    examples = [(e.id, e.text, e.label) for e in tasks.read_examples(f"data:{split}")]
+    examples = [(e.id, e.text, e.label) for e in tables.read_examples(f"data:{split}")]
     assert [(row.id, row.text, row.label) for row in rows] == examples and len(rows) == recording.rows
     said = {(row.error, row.method, row.model, row.task, row.fingerprint) for row in rows}
     expected = fingerprints[model][recording.method]

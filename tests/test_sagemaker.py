@@ -166,7 +166,7 @@ def test_from_training_to_deletion(fake, command, train, run, tiny_folder, tmp_p
 
 
 def test_the_default_model_trains_there_as_it_does_here(fake, command, tmp_path):
-    from llama import cache_dir
+    from embedded_model import cache_dir
 
     fake.plan["env"]["CALIBRATED_CONFIDENCE_CACHE"] = str(cache_dir())  # in place of fetching it through pip
     flags = ["--limit", "32", "--validation-limit", "30", "--epochs", "1", "--batch-size", "16"]

@@ -29,6 +29,7 @@ from fake_lmi import LMI, Loaded
 from fake_sagemaker import Fake
 
 import combined_confidence
+import command_line
 import consistency_confidence
 import endpoint
 import logprobs_confidence
@@ -177,7 +178,7 @@ def call(capsys, fake, tmp_path):
         argv += [] if "--endpoint" in argv else ["--endpoint", "sagemaker:demo/reviews"]
         capsys.readouterr()
         try:
-            predictions.run(lambda: script.main(argv), resumes=True)
+            command_line.run(lambda: script.main(argv), resumes=True)
         except SystemExit as stopped:
             code = stopped.code
         out, err = capsys.readouterr()

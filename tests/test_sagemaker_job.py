@@ -21,6 +21,7 @@ import pytest
 from fake_sagemaker import Fake, check_request
 from safetensors.numpy import load_file, save_file
 
+import command_line
 import fine_tune_model
 import sagemaker_job
 from sagemaker_job import Aws, AwsError, Check, TrainingJob
@@ -84,7 +85,7 @@ def main(*arguments):
         fine_tune_model.main(list(arguments))
     except SystemExit as end:
         return end.code
-    except (ValueError, OSError) as error:  # as predictions.run does
+    except (ValueError, OSError) as error:  # as command_line.run does
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
@@ -348,7 +349,7 @@ def test_a_gated_model_needs_staged_weights_or_a_secret(monkeypatch):
     assert with_token.status == "ok"
     monkeypatch.setattr(Info, "gated", False)
     assert sagemaker_job.check_hub("me/public", False).status == "ok"
-    monkeypatch.setattr(Info, "private", True)  # which your login can see, and the container can not
+    monkeypatch.setattr(Info, "private", True)  # which your login can see, and the container cannot
     assert sagemaker_job.check_hub("me/private", False).status == "failed"
     monkeypatch.undo()
     assert sagemaker_job.check_hub("meta-llama/x", False).status == "warning"  # no network here
@@ -474,8 +475,8 @@ def test_bad_rows_and_a_folder_in_use_are_told_before_anything_is_asked_of_aws(f
         ("CreateTrainingJob", "ResourceLimitExceeded", "ask for more"),
         ("CreateTrainingJob", "AccessDeniedException", "you may not"),
         ("CreateTrainingJob", "ThrottlingException", "repeat the command in a minute"),
-        ("PutObject", "AccessDenied", "can not upload s3://"),
-        ("CreateBucket", "BucketAlreadyExists", "can not make the bucket"),
+        ("PutObject", "AccessDenied", "cannot upload s3://"),
+        ("CreateBucket", "BucketAlreadyExists", "cannot make the bucket"),
     ],
 )
 def test_a_refusal_of_aws_is_one_line_that_says_what_to_do(fake, capsys, monkeypatch, tmp_path, operation, code, words):
@@ -518,7 +519,7 @@ def test_another_s_default_bucket_is_never_written_to(fake, capsys, tmp_path):
     fake.fail("HeadBucket", "403", "Forbidden", times=9, status=403)
     assert main(*FEW, "--yes", "--output-dir", str(tmp_path / "out")) == 2
     out, err = capsys.readouterr()
-    assert "it may be somebody else's" in out and "can not see the bucket" in err and not fake.jobs
+    assert "it may be somebody else's" in out and "cannot see the bucket" in err and not fake.jobs
 
 
 # Following
@@ -575,7 +576,7 @@ def test_a_completed_job_without_an_adapter_is_an_error_that_names_the_log(fake,
     fake.role("One")
     assert main(*FEW, "--yes", "--poll-seconds", "0.01", "--output-dir", str(tmp_path / "out")) == 2  # nothing ran
     err = capsys.readouterr().err
-    assert "can not download s3://" in err and err.count("\n") == 1
+    assert "cannot download s3://" in err and err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
@@ -808,7 +809,7 @@ def test_the_entry_reads_a_token_from_a_secret_for_the_training_alone(fake, entr
 
 
 def test_a_secret_that_can_not_be_read_or_holds_no_token_is_one_line_without_it(fake, entry):
-    with pytest.raises(ValueError, match=r"can not read arn:\S+ \(the role needs secretsmanager:GetSecretValue\)"):
+    with pytest.raises(ValueError, match=r"cannot read arn:\S+ \(the role needs secretsmanager:GetSecretValue\)"):
         entry.secret(SECRET)
     stored = json.dumps({"a": TOKEN, "b": "2"})
     arn = fake.client("secretsmanager").create_secret(Name=f"hf-{time.monotonic_ns()}", SecretString=stored)["ARN"]

@@ -20,6 +20,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from scipy.stats import binomtest
 
 import consistency_confidence
+import embedded_model
 import llama
 import logprobs_confidence
 import predictions
@@ -35,8 +36,8 @@ class Server:
     """A server process that can be stopped and started again on its port."""
 
     def __init__(self, log: Path, gguf: Path | None = None) -> None:
-        llama.embedded_model()  # fetches the GGUF file where it is not there yet
-        self.gguf = gguf or llama.cache_dir() / llama.GGUF
+        embedded_model.embedded_model()  # fetches the GGUF file where it is not there yet
+        self.gguf = gguf or embedded_model.cache_dir() / embedded_model.GGUF
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -113,7 +114,7 @@ def test_what_differs_is_the_servers_four_bit_arithmetic(run, embedded, tmp_path
 
 def in_32_bits(path: Path) -> Path:
     """The embedded model's GGUF file with its weights dequantized."""
-    source = GGUFReader(llama.cache_dir() / llama.GGUF)
+    source = GGUFReader(embedded_model.cache_dir() / embedded_model.GGUF)
     writer = GGUFWriter(path, source.fields["general.architecture"].contents())
     for name, value in source.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
@@ -135,7 +136,7 @@ def test_the_server_reads_the_very_tokens_that_the_loaded_model_reads(server, em
     request = urllib.request.Request(f"{server.url}/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         counted = json.load(reply)["usage"]["prompt_tokens"]
-    assert counted == len(embedded.encode(embedded.frame_of(TASK), text))
+    assert counted == len(embedded.encode(embedded.task_prompt(TASK), text))
 
 
 def test_a_chat_task_agrees_as_well(server, embedded):

@@ -1,0 +1,124 @@
+"""What every command line here shares: flags, one-line errors, exit codes, progress, tables on a terminal.
+
+0 done     1 a check failed, or the reader of our output went away     2 bad input, in one line     130 Ctrl-C
+
+if __name__ == "__main__":
+    command_line.run(main)
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+# Flags
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, with the module docstring as help and errors in our one-line form."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        print(f"error: {printable(' '.join(message.split()))} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def natural(text: str) -> int:
+    """A whole number that is not negative, for argparse."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
+
+
+def allow_only_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Collection[str], why: str
+) -> None:
+    """Refuse every flag or text that was given and is not among `names`, rather than ignore it."""
+    for name, value in vars(args).items():
+        is_given = value and value != parser.get_default(name)
+        if is_given and name not in names:
+            what = "a text" if name == "text" else f"--{name.replace('_', '-')}"
+            parser.error(f"{why}; {what} has no part in it")
+
+
+# Running
+
+
+def run(main: Callable[[], None], resumes: bool = False) -> None:
+    """Run a script: bad input is one line and exit code 2, Ctrl-C is 130, a closed pipe is no error.
+
+    Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
+    """
+    try:
+        try:
+            main()
+        finally:  # also when main ends with an exit code of its own
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
+        sys.exit(1)
+    except (ValueError, OSError, MemoryError) as error:
+        named = getattr(error, "filename", None) and error.strerror
+        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        then = "to continue where it was" if resumes else "to begin again"
+        print(f"\nstopped; repeat the same command {then}", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr)."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, smoothing=0.05) as bar:
+            yield bar.update
+        return
+    start = last = time.monotonic()
+    now_done = done
+
+    def advance(n: int) -> None:
+        nonlocal last, now_done
+        now_done += n
+        now = time.monotonic()
+        if now - last >= every_s:
+            last = now
+            rate = (now_done - done) / (now - start)
+            left = f", {(total - now_done) / rate:.0f} s left" if rate else ""
+            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second{left}", file=sys.stderr)
+
+    yield advance
+
+
+# On a terminal
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: whatever could move the cursor or change colours is shown as its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows of cells in columns as wide as they need be, the first to the left, the others to the right; printable."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(indent + "  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,312 @@
+"""How texts and tables go through a method, whichever it is: checks, windows, resume, report, calibrator.
+
+A script makes a method of a model and a task; here it is run:
+
+    flags -> Job -> explain_texts      each text explained, with its calibrated confidence
+                 -> score_table        a predictions file, continued where it was
+                 -> finish_table       the report on it, and the calibrator applied to it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+import predictions
+from command_line import natural, progress
+from predictions import RETRY, Prediction
+from tables import Example, Table, add_table_arguments, column_arguments
+from task import Task, add_task_argument, check_examples
+
+if TYPE_CHECKING:
+    from calibration import FittedCalibrator
+
+
+class Method(Protocol):
+    """A model joined with a task: what a script offers to be run here."""
+
+    name: str  # as records say it: "logprobs", "consistency", ...
+    model_name: str
+    task: Task
+    fingerprint: str
+    window: int  # rows that are scored together: a run is continued at a multiple of it
+
+    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+        """A prediction for each example, in order; `advance(n)` is called after every n."""
+
+    def explain(self, text: str) -> dict:
+        """A text's prediction with the work shown, for people and for `--json`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for, checked as far as can be without the model: texts, or a table of `total` rows."""
+
+    texts: Sequence[str]
+    as_json: bool
+    table: Table | None
+    total: int
+    output: Path | None
+    overwrite: bool
+    calibrator: FittedCalibrator | None
+    threshold: float | None
+
+    def check(self, method: Method) -> None:
+        """ValueError when the calibrator is not for this method's predictions."""
+        if self.calibrator:
+            check_calibrator(self.calibrator, method)
+
+
+def check_calibrator(calibrator: FittedCalibrator, method: Method) -> None:
+    """ValueError when the calibrator is not for the predictions of this method."""
+    calibrator.check(method.fingerprint, method.model_name, method.task.name, list(method.task.labels))
+
+
+def record_fields(method: Method) -> dict[str, str]:
+    """What every record of a method says."""
+    return {
+        "method": method.name,
+        "model": method.model_name,
+        "task": method.task.name,
+        "fingerprint": method.fingerprint,
+    }
+
+
+# Flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that scores texts and tables."""
+    add = parser.add_argument
+    add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
+    add_task_argument(parser)
+    add_table_arguments(parser)
+    add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
+    add("--json", action="store_true", help="print each explanation as one JSON object a line")
+    add("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
+    add("--overwrite", action="store_true", help="replace an output made with other settings or input")
+    add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
+    add(
+        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
+    )
+    add("--batch-size", type=natural, metavar="N", help="rows run together (default: by length and device)")
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what never goes together: `args` has the flags above."""
+    if bool(args.text) == bool(args.input):
+        parser.error("give either texts or a table (--input FILE)")
+    if bool(args.input) != bool(args.output):
+        parser.error("--input and --output go together")
+    if args.json and args.input:
+        parser.error("--json is for texts; a table becomes a predictions file, which is JSON Lines")
+    for number, text in enumerate(args.text, 1):
+        if not text.strip():
+            parser.error(f"text {number} is empty")
+    if args.batch_size == 0:
+        parser.error("--batch-size 0: at least 1")
+    check_calibrator_arguments(parser, args)
+
+
+def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse a calibrator without a name and a threshold that is none."""
+    if args.calibrator == "":
+        parser.error("--calibrator needs a file name")
+    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
+        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
+
+
+def job_from_arguments(args: argparse.Namespace, task: Task, outputs: Sequence[str | Path] | None = None) -> Job:
+    """What the flags ask for; everything that can be wrong without a model is told here, before one is loaded.
+
+    `outputs` are all files that will be written, by default the one of --output.
+    """
+    table, total = None, 0
+    if args.input:
+        for path in outputs or [args.output]:
+            for source in (args.input, args.calibrator):
+                predictions.check_output(path, source)
+        table = Table(args.input, column_arguments(args))
+        total = check_examples(table, task, args.input)
+    calibrator = None
+    if args.calibrator:
+        from calibration import load_calibrator  # late: scikit-learn takes a second
+
+        calibrator = load_calibrator(args.calibrator)
+    output = Path(args.output) if args.output else None
+    return Job(args.text, args.json, table, total, output, args.overwrite, calibrator, args.threshold)
+
+
+# Texts
+
+
+def explain_texts(job: Job, method: Method, print_explanation: Callable[[dict], None]) -> None:
+    """Explain each text of a job, with what its calibrator says; for people, or one JSON object a line."""
+    for text in job.texts:
+        explanation = method.explain(text)
+        if job.calibrator:
+            explanation |= calibrated(explanation, method, job.calibrator, job.threshold)
+        if job.as_json:
+            print(json.dumps(explanation))
+        else:
+            print_explanation(explanation)
+
+
+def calibrated(
+    explanation: Mapping, method: Method, calibrator: FittedCalibrator, threshold: float | None = None
+) -> dict[str, object]:
+    """What a calibrator adds to an explained text: `calibrated_confidence`, `decision`, perhaps `fitted_on`."""
+    row = predictions.scored(
+        id="",
+        text=explanation["text"],
+        label=None,
+        probabilities=explanation["probabilities"],
+        label_mass=explanation["label_mass"],
+        **record_fields(method),
+        extras={"votes": explanation["votes"]} if "votes" in explanation else {},
+    )
+    added = calibrator.apply([row], threshold)[0].extras
+    return {name: added[name] for name in predictions.CALIBRATED if name in added}
+
+
+def print_decision(explanation: Mapping[str, object]) -> None:
+    """What a calibrator added to an explained text, if one did."""
+    if "decision" in explanation:
+        seen = "; the calibrator was fitted on this very text" if explanation.get("fitted_on") else ""
+        percent = 100 * explanation["calibrated_confidence"]
+        print(f"  Calibrated confidence {percent:.2f} %: {explanation['decision']}{seen}")
+
+
+# Tables
+
+
+def score_table(
+    method: Method, table: Table, total: int, path: str | Path, overwrite: bool = False, verb: str = "scored"
+) -> float | None:
+    """Write or continue the predictions file of a whole table, and say how fast; returns seconds a row scored now.
+
+    Scoring starts at a multiple of the method's window, so that a continued run makes the same batches and numbers as
+    an unbroken one. Rows that failed for a passing reason (RETRY among their extras) are asked again, once, at the end.
+    """
+    started = time.monotonic()
+    with predictions.open_output(path) as file:
+        done = predictions.resume(file, map(method.task.identify, table), method.fingerprint, overwrite)
+        count = total - done
+        if count:
+            start = done - done % method.window
+            with progress(total, start) as advance:
+                rows = method.score(islice(table, start, None), advance)
+                for row in islice(rows, done - start, None):
+                    predictions.append(file, [row])
+        count += _ask_again(method, table, path, done)
+    if not count:
+        return None
+    seconds = time.monotonic() - started
+    print(f"{verb} {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
+    return seconds / count
+
+
+def _ask_again(method: Method, table: Table, path: str | Path, done: int) -> int:
+    """Score again the rows that failed for a passing reason; returns how many of them are among the first `done`."""
+    again = [number for number, row in enumerate(predictions.iterate(path)) if row.extras.get(RETRY)]
+    if not again:
+        return 0
+    print(f"asking again for {len(again):,} rows that failed for a passing reason", file=sys.stderr)
+    wanted = set(again)
+    examples = (example for number, example in enumerate(table) if number in wanted)
+    fresh = dict(zip(again, method.score(examples, lambda n: None), strict=True))
+    rows = predictions.iterate(path)
+    predictions.replace(path, (fresh.get(number, row) for number, row in enumerate(rows)))
+    return sum(number < done for number in again)
+
+
+def encode_all(
+    examples: Sequence[Example], encode: Callable[[str], object]
+) -> tuple[dict[int, object], dict[int, str]]:
+    """What `encode` makes of each text, and the message of each that it refuses, both by the example's number."""
+    encoded, errors = {}, {}
+    for number, example in enumerate(examples):
+        try:
+            encoded[number] = encode(example.text)
+        except ValueError as error:
+            errors[number] = str(error)
+    return encoded, errors
+
+
+def by_windows(
+    examples: Iterator[Example], window: int, score_together: Callable[[list[Example]], Iterable[Prediction]]
+) -> Iterator[Prediction]:
+    """The predictions of examples that are scored a window at a time, in order."""
+    while together := list(islice(examples, window)):
+        yield from score_together(together)
+
+
+def write_derived(
+    path: str | Path,
+    identities: Iterable[tuple[str, str, str | None]],
+    rows: Iterable[Prediction],
+    total: int,
+    fingerprint: str,
+    overwrite: bool = False,
+) -> None:
+    """Write `total` rows that were computed from other predictions, at once; a file that holds them already stays.
+
+    `identities` are the rows' (id, text, label). ValueError for a file with other settings, unless `overwrite`.
+    """
+    with predictions.open_output(path) as file:
+        done = predictions.resume(file, identities, fingerprint, overwrite)
+    if done < total:
+        predictions.replace(path, rows)
+
+
+def finish_table(job: Job, report_text: str, path: str | Path | None = None) -> None:
+    """Print the report on a finished predictions file, apply the job's calibrator to it, and say what that did."""
+    print(report_text)
+    if job.calibrator:
+        from calibration import calibrate_file
+
+        print(calibrate_file(path or job.output, job.calibrator, job.threshold))
+
+
+def report(path: str | Path) -> str:
+    """Counts, label mass and confidence of a predictions file; with labels, accuracy and its exact interval."""
+    from calibration_metrics import auroc, exact_interval
+
+    total, labels = 0, []
+    confidence, label_mass = array("d"), array("d")
+    last_probability, is_correct, is_last = array("d"), array("b"), array("b")  # of the labelled rows
+    for row in predictions.iterate(path):
+        total += 1
+        if row.error is not None:
+            continue
+        labels = list(row.probabilities)
+        confidence.append(row.confidence)
+        label_mass.append(row.label_mass)
+        if row.label is not None:
+            last_probability.append(row.probabilities[labels[-1]])
+            is_correct.append(row.prediction == row.label)
+            is_last.append(row.label == labels[-1])
+    scored, labelled = len(confidence), len(is_correct)
+    lines = [f"{path}: {scored:,} of {total:,} rows scored, {total - scored:,} with an error"]
+    if scored:
+        lowest = f"(lowest {min(label_mass):.3f})"
+        lines.append(f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(label_mass):.3f} {lowest}")
+    if labelled:
+        right = sum(is_correct)
+        low, high = exact_interval(right, labelled)
+        interval = f"95 % exact interval {low:.3f} to {high:.3f}"
+        lines.append(f"  accuracy {right / labelled:.3f}, {interval}, n = {labelled:,} labelled rows")
+        if len(labels) == 2 and 0 < sum(is_last) < labelled:
+            area = auroc(np.array(last_probability), np.array(is_last, dtype=bool))
+            lines.append(f"  AUC of P({labels[-1]}) {area:.3f}")
+    return "\n".join(lines)
