@@ -198,20 +198,20 @@ def read_task(name: str) -> Task:
         raise ValueError(f"no task {name!r}: the built-in ones are {', '.join(TASKS)}; your own is a .toml file")
     try:
         table = tomllib.loads(Path(name).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # of TOML, and of UTF-8
+        if isinstance(labels := table.get("labels"), dict):  # a single word may stand without its brackets
+            table["labels"] = {label: [words] if isinstance(words, str) else words for label, words in labels.items()}
+        if isinstance(examples := table.get("examples"), list):
+            table["examples"] = [_text_and_label(example) for example in examples]
+    except (ValueError, RecursionError) as error:  # of TOML or of UTF-8 too
         raise ValueError(f"{name}: {error}") from None
-    if isinstance(labels := table.get("labels"), dict):  # a single word may stand without its brackets
-        table["labels"] = {label: [words] if isinstance(words, str) else words for label, words in labels.items()}
-    if isinstance(examples := table.get("examples"), list):
-        table["examples"] = [_pair(example) for example in examples]
     return validated(Task, table, f"{name} (see the top of task.py for an example)")
 
 
-def _pair(example: object) -> object:
-    """A [[examples]] table as (text, label); anything else as it is, to be refused."""
-    if isinstance(example, dict) and set(example) == {"text", "label"}:
-        return example["text"], example["label"]
-    return example
+def _text_and_label(example: object) -> tuple[str, str]:
+    match example:
+        case {"text": str(text), "label": str(label), **others} if not others:
+            return text, label
+    raise ValueError("each of examples needs a text and a label, both strings")
 
 
 # Answers: the token sequences that count for a label

@@ -1,4 +1,4 @@
-"""predictions.py: the record, its file, safe appending and resuming, and the habits of every command line."""
+"""predictions.py: the record, its file, safe appending and resuming."""
 
 import hashlib
 import io
@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import command_line
 import predictions
 from predictions import (
-    RETRY,
     Prediction,
     confidence_and_correct,
     failed,
@@ -26,7 +23,6 @@ from predictions import (
     scored,
     smoothed,
     to_line,
-    write_table,
 )
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "reference_vectors.json").read_text(encoding="utf-8"))
@@ -331,78 +327,6 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):
     assert predictions.read(path) == [record(0)]
 
 
-class Server:
-    """Scores rows as a server would that is down for some of them at first; it remembers what it was asked."""
-
-    def __init__(self, **down):
-        self.down, self.asked = {f"r{number[1:]}": list(errors) for number, errors in down.items()}, []
-
-    def score(self, examples, advance):
-        self.asked.append([])
-        for row in examples:
-            self.asked[-1].append(row.id)
-            errors = self.down.get(row.id)
-            if errors:
-                error, extras = errors.pop(0)
-                yield failed(row.id, row.text, row.label, error, **COMMON, extras=extras)
-            else:
-                yield row
-            advance(1)
-
-
-PASSING, LASTING = ("the server is down", {RETRY: True}), ("the text is too long", {})
-
-
-def table_of(path, rows, server, **options):
-    """write_table of these rows."""
-    options = {"fingerprint": "3f9c2a71", "total": len(rows)} | options
-    return write_table(path, lambda: iter(rows), lambda row: (row.id, row.text, row.label), server.score, **options)
-
-
-def test_rows_that_failed_for_a_passing_reason_are_asked_again_and_no_others(tmp_path, capsys):
-    rows, path = [record(n, f"text {n}") for n in range(6)], tmp_path / "p.jsonl"
-    server = Server(n1=[PASSING], n3=[PASSING, PASSING, PASSING], n4=[LASTING])
-    assert table_of(path, rows, server) == 6  # a row that is asked twice is still one row
-    assert server.asked == [[f"r{n}" for n in range(6)], ["r1", "r3"]]
-    assert capsys.readouterr().err == "asking again for 2 rows that failed for a passing reason\n"
-    lines = path.read_bytes().splitlines(keepends=True)
-    assert [lines[n] for n in (0, 1, 2, 5)] == [to_line(rows[n]) for n in (0, 1, 2, 5)]
-    assert [row.error for row in predictions.iterate(path)] == [None, None, None, PASSING[0], LASTING[0], None]
-    # Repeated, the command asks for what is still open; then for nothing, and leaves the file alone.
-    assert table_of(path, rows, server) == 1 and server.asked[2:] == [["r3"]]
-    assert predictions.read(path)[3].error == PASSING[0]
-    assert table_of(path, rows, server) == 1 and predictions.read(path)[3] == rows[3]
-    assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
-    stamp, asked = path.stat().st_mtime_ns, len(server.asked)
-    assert table_of(path, rows, server) == 0 and len(server.asked) == asked and path.stat().st_mtime_ns == stamp
-    assert predictions.read(path)[4].error == LASTING[0] and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(("done", "start"), [(0, 0), (3, 0), (4, 4), (7, 4), (10, None)])
-def test_a_continued_table_is_scored_from_the_start_of_a_window(done, start, tmp_path):
-    rows, server = [record(n, f"text {n}") for n in range(10)], Server()
-    path = write(tmp_path / "p.jsonl", rows[:done], b'{"id": "r' if done < 10 else b"")
-    assert table_of(path, rows, server, window=4) == 10 - done
-    assert server.asked == ([] if start is None else [[row.id for row in rows[start:]]])
-    assert predictions.read(path) == rows
-
-
-def test_a_table_whose_second_asking_breaks_off_keeps_every_row(tmp_path):
-    rows, path = [record(n, f"text {n}") for n in range(3)], tmp_path / "p.jsonl"
-    server, calls = Server(n1=[PASSING]), []
-
-    def breaks(examples, advance):
-        calls.append(examples)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return server.score(examples, advance)
-
-    with pytest.raises(KeyboardInterrupt):
-        write_table(path, lambda: iter(rows), lambda r: (r.id, r.text, r.label), breaks, "3f9c2a71", 3)
-    assert [row.error for row in predictions.iterate(path)] == [None, PASSING[0], None]
-    assert table_of(path, rows, server) == 1 and predictions.read(path) == rows
-
-
 def test_outputs_that_can_not_work_are_refused_before_anything_is_made(tmp_path):
     table = tmp_path / "in.csv"
     table.write_text("text\nx\n", encoding="utf-8")
@@ -434,82 +358,3 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert predictions.read(path) == [record(0)] and list(tmp_path.iterdir()) == [path]
     predictions.replace(path, [record(1)])
     assert predictions.read(path) == [record(1)] and list(tmp_path.iterdir()) == [path]
-
-
-# Command lines
-
-
-@pytest.mark.parametrize(
-    ("raised", "code", "printed"),
-    [
-        (ValueError("two\nlines"), 2, "error: two lines\n"),
-        (FileNotFoundError(2, "No such file or directory", "x.toml"), 2, "error: x.toml: No such file or directory\n"),
-        (MemoryError("the GPU is out of memory"), 2, "error: the GPU is out of memory\n"),
-        (ValueError("a column \x1b[31mred"), 2, "error: a column \\x1b[31mred\n"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_what_a_user_can_mend_is_one_line_and_an_exit_code(raised, code, printed, capsys):
-    def main():
-        raise raised
-
-    with pytest.raises(SystemExit) as caught:
-        command_line.run(main)
-    assert caught.value.code == code and capsys.readouterr().err == printed
-
-
-def test_a_stopped_script_says_whether_it_can_be_continued(capsys):
-    def main():
-        raise KeyboardInterrupt
-
-    for resumes, then in (
-        (True, "repeat the same command to continue where it was"),
-        (False, "repeat the same command to begin again"),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            command_line.run(main, resumes)
-        assert caught.value.code == 130 and capsys.readouterr().err == f"\nstopped; {then}\n"
-
-
-def test_a_bug_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        command_line.run(lambda: 1 / 0)
-
-
-def test_text_for_a_terminal_can_not_command_it():
-    assert command_line.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
-    assert command_line.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    seconds = iter([0.0, 4.0, 12.0, 13.0, 24.0])
-    monkeypatch.setattr(predictions.time, "monotonic", lambda: next(seconds))
-    with command_line.progress(total=1000, done=100) as advance:
-        for n in (10, 10, 100, 100):
-            advance(n)
-    lines = capsys.readouterr().err.splitlines()
-    # At 12 s 20 rows are done in this run, 880 are left; at 24 s 220 rows, 680 left.
-    assert lines == [
-        "120 of 1,000 rows, 1.7 a second, 528 s left",
-        "320 of 1,000 rows, 9.2 a second, 74 s left",
-    ]
-
-
-def test_progress_survives_a_long_wait_for_the_first_row(capsys, monkeypatch):
-    seconds = iter([0.0, 60.0, 70.0])
-    monkeypatch.setattr(predictions.time, "monotonic", lambda: next(seconds))
-    with command_line.progress(total=10, done=0) as advance:
-        advance(0)  # as after a window's tokens were counted, with no row scored yet
-        advance(5)
-    assert "5 of 10 rows" in capsys.readouterr().err
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with command_line.progress(total=10, done=4) as advance:
-        advance(6)
-    assert "10/10" in sys.stderr.getvalue() and "rows" in sys.stderr.getvalue()

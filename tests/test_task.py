@@ -1,23 +1,20 @@
-"""task.py: which answers count for a label, how they sum, and how tables of texts are read.
+"""task.py: which answers count for a label, and how they sum.
 
-The article's recorded token tables, reference vectors of other programs, brute-force enumeration and pandas or pyarrow
-say what is right; nothing is compared with our own output.
+The article's recorded token tables, reference vectors of other programs and brute-force enumeration say what is right;
+nothing is compared with our own output.
 """
 
 import json
 import math
 import re
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-import pandas
-import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from task import (
     TASKS,
@@ -26,14 +23,10 @@ from task import (
     Task,
     check_examples,
     debias,
-    duplicate_groups,
     find_answers,
     label_probabilities,
     listed_probabilities,
-    near_duplicates,
-    read_examples,
     read_task,
-    shingles,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -452,10 +445,10 @@ def test_a_task_file_is_read_as_written(tmp_path):
 
 BROKEN_TASKS = {
     "syntax": (TICKETS.replace('name = "', "name = "), "line 2"),
-    "unknown key": ('surprise = "x"\n' + TICKETS, "unknown key 'surprise'"),
-    "no name": (TICKETS.replace('name = "tickets"', ""), "no 'name'"),
-    "no template": ('name = "x"\n[labels]\na = "a"\nb = "b"', "no 'template'"),
-    "no labels": ('name = "x"\ntemplate = "{text}:"', "no 'labels'"),
+    "unknown key": ('surprise = "x"\n' + TICKETS, "surprise"),
+    "no name": (TICKETS.replace('name = "tickets"', ""), "name: "),
+    "no template": ('name = "x"\n[labels]\na = "a"\nb = "b"', "template: "),
+    "no labels": ('name = "x"\ntemplate = "{text}:"', "labels: "),
     "labels a string": ('name = "x"\ntemplate = "{text}:"\nlabels = "x"', "label"),
     "a label is a number": (TICKETS.replace('"praise"', "5"), "label"),
     "an answer word is a number": (TICKETS.replace('"tech"', "5"), "label"),
@@ -501,163 +494,6 @@ def test_a_task_that_is_nowhere_lists_the_built_in_ones(tmp_path):
         read_task(str(tmp_path / "latin.toml"))
 
 
-# Tables of examples
-
-
-def rows(path, **options):
-    return [(e.id, e.text, e.label) for e in read_examples(str(path), **options)]
-
-
-HARD_TEXTS = [
-    'He said "no", then left.',
-    "two\nlines\r\nand a third",
-    "caf\u00e9 \u65e5\u672c\u8a9e \U0001f3ac",
-    " outer space ",
-    "line\u2028separator\x0band\x0cpage\x85break",
-    "=1+1,'quoted'",
-    "plain",
-]
-
-
-def test_a_csv_file_of_pandas_is_read_cell_for_cell(tmp_path):
-    table = pandas.DataFrame({"id": range(7), "text": HARD_TEXTS, "label": ["positive", "negative"] * 3 + [None]})
-    for name, options in {
-        "plain.csv": {},
-        "dos.csv": {"lineterminator": "\r\n"},
-        "excel.CSV": {"encoding": "utf-8-sig", "quoting": 1},
-    }.items():
-        table.to_csv(tmp_path / name, index=False, **options)
-        assert rows(tmp_path / name) == [
-            (str(i), text, label if isinstance(label, str) else None)
-            for i, text, label in table.itertuples(index=False)
-        ]
-
-
-def test_a_csv_table_takes_its_columns_by_name_or_by_number(tmp_path):
-    (tmp_path / "named.csv").write_text("uid,stars,review\nu1,5,Great\n\nu2,1,Awful\n", encoding="utf-8")
-    options = {"text_column": "review", "label_column": "stars", "id_column": "uid"}
-    mapped = rows(tmp_path / "named.csv", **options, label_map={"5": "positive", "1": "negative"})
-    assert mapped == [("u1", "Great", "positive"), ("u2", "Awful", "negative")]
-    (tmp_path / "bare.csv").write_text("Great,5\nAwful,1\n", encoding="utf-8")
-    assert rows(tmp_path / "bare.csv", header=False) == [("1", "Great", None), ("2", "Awful", None)]
-    assert rows(tmp_path / "bare.csv", header=False, label_column="2")[1] == ("2", "Awful", "1")
-
-
-def test_a_tsv_file_has_no_quoting(tmp_path):
-    (tmp_path / "t.tsv").write_bytes(b'text\tlabel\r\n"Good" he said\tpositive\r\n"never closed\tnegative\r\n')
-    assert rows(tmp_path / "t.tsv") == [
-        ("1", '"Good" he said', "positive"),
-        ("2", '"never closed', "negative"),
-    ]
-
-
-def test_json_lines_of_pandas_are_read_value_for_value(tmp_path):
-    table = pandas.DataFrame({"id": range(10, 17), "text": HARD_TEXTS, "label": [1, 0, 1, 0, 1, 0, 1], "extra": 0.5})
-    for name, ascii_only in (("a.jsonl", True), ("b.jsonl", False)):
-        table.to_json(tmp_path / name, orient="records", lines=True, force_ascii=ascii_only)
-        assert rows(tmp_path / name) == [(str(10 + i), HARD_TEXTS[i], "10"[i % 2]) for i in range(7)]
-
-
-def test_nulls_are_no_label_an_empty_text_and_the_row_number(tmp_path):
-    lines = ['{"text": null, "label": null, "id": null}', '{"text": "x", "label": "", "id": 7}', '{"text": "y"}']
-    (tmp_path / "n.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
-    assert rows(tmp_path / "n.jsonl") == [("1", "", None), ("7", "x", None), ("3", "y", None)]
-    parquet.write_table(pyarrow.table({"text": ["x", None], "label": [None, 1]}), tmp_path / "n.parquet")
-    assert rows(tmp_path / "n.parquet") == [("1", "x", None), ("2", "", "1")]
-
-
-def test_a_parquet_file_is_read_row_for_row(tmp_path):
-    table = pyarrow.table({"id": range(7), "text": HARD_TEXTS, "label": pyarrow.array(["a", "b"] * 3 + [None])})
-    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    assert rows(tmp_path / "t.parquet") == [(str(r["id"]), r["text"], r["label"]) for r in table.to_pylist()]
-
-
-def test_a_text_file_is_one_text_a_line(tmp_path):
-    (tmp_path / "t.txt").write_bytes('one, "two"\r\n\nthree\u2028four \nlast'.encode())
-    expected = [("1", 'one, "two"', None), ("2", "", None), ("3", "three\u2028four ", None), ("4", "last", None)]
-    assert rows(tmp_path / "t.txt") == rows(tmp_path / "t.txt", header=False) == expected
-
-
-def test_a_cell_may_be_larger_than_the_csv_module_s_own_limit(tmp_path):
-    long = "word " * 100_000
-    (tmp_path / "huge.csv").write_text(f"text\n{long}\n", encoding="utf-8")
-    assert rows(tmp_path / "huge.csv") == [("1", long, None)]
-
-
-def test_a_hugging_face_dataset_is_read_by_split_and_class_name(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
-    for split, texts, labels in (("train", ["a"], [0]), ("test", ["b", "c", "d"], [1, 0, -1])):
-        made = datasets.Dataset.from_dict({"text": texts, "label": labels}, features=features)
-        made.to_parquet(tmp_path / f"set/{split}.parquet")
-    source = f"hf:{tmp_path / 'set'}"
-    assert rows(source + ":test", label_map={"pos": "positive"}) == [
-        ("1", "b", "positive"),
-        ("2", "c", "neg"),
-        ("3", "d", None),  # -1 is how such sets say "unlabelled"
-    ]
-    assert rows(source + ":test", limit=1) == [("1", "b", "pos")]
-    for wrong in (source, source + ":dev"):
-        with pytest.raises(ValueError, match=r"choose a split.*train"):
-            rows(wrong)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "train.jsonl").write_text('{"text": "x", "label": "pos"}\n', encoding="utf-8")
-    assert rows(f"hf:{tmp_path / 'one'}") == [("1", "x", "pos")]
-
-
-BROKEN_TABLES = {
-    "empty.csv": (b"", "no rows"),
-    "header-only.csv": (b"text,label\n", "no rows"),
-    "empty.jsonl": (b"", "no rows"),
-    "empty.parquet": (b"", "Parquet"),
-    "empty.txt": (b"", "no rows"),
-    "columns.csv": (b"review,stars\nGood,5\n", "line 2.*'text'.*review, stars"),
-    "columns.jsonl": (b'{"text": "x"}\n{"review": "x"}\n', "line 2.*'text'.*review"),
-    "latin.csv": (b"text\nfine\ncaf\xe9\n", "line 3 .*UTF-8"),
-    "latin.txt": (b"fine\ncaf\xe9\n", "line 2 .*UTF-8"),
-    "utf16.csv": ("text\nx\n".encode("utf-16"), "line 1 .*UTF-8"),
-    "ragged.csv": (b"text,label\nGood,5\nGood, really,5\n", "line 3 has 3 cells where 2"),
-    "short.tsv": (b"text\tlabel\nGood\n", "line 2 has 1 cells where 2"),
-    "unclosed.csv": (b'text\n"never closed\nx\n', "line 3: "),
-    "stray.csv": (b'text,label\n"Good" film,5\n', "line 2: "),
-    "twice.csv": (b"text,text\na,b\n", "line 1: two columns"),
-    "torn.jsonl": (b'{"text": "x"}\n{"text": "y\n', "line 2 is not JSON"),
-    "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON"),
-    "array.jsonl": (b'["x"]\n', "line 1 is not a JSON object"),
-    "number.jsonl": (b'{"text": "x"}\n{"text": 5}\n', "line 2: the text is 5"),
-    "noid.csv": (b"id,text\n,x\n", "line 2: the id is empty"),
-    "not.parquet": (b"PAR1 but not really", "Parquet"),
-    "table.xlsx": (b"PK", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
-    "table": (b"text\nx\n", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_TABLES)
-def test_a_broken_table_is_one_line_that_names_file_and_line(name, tmp_path):
-    content, named = BROKEN_TABLES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        rows(tmp_path / name)
-    message = str(caught.value)
-    assert str(tmp_path / name) in message and re.search(named, message), message
-    assert "\n" not in message
-
-
-def test_a_missing_file_a_folder_and_a_missing_column_are_said_so(tmp_path):
-    (tmp_path / "t.csv").write_text("text\nx\n", encoding="utf-8")
-    (tmp_path / "folder.csv").mkdir()
-    for path, options, named in (
-        (tmp_path / "nowhere.csv", {}, "no such file: .*nowhere.csv"),
-        (tmp_path / "folder.csv", {}, "folder.csv is not a table"),
-        (tmp_path / "t.csv", {"label_column": "stars"}, "line 2: no column 'stars' for the label; it has text"),
-        (tmp_path / "t.csv", {"id_column": "uid"}, "line 2: no column 'uid' for the id"),
-    ):
-        with pytest.raises(ValueError, match=named):
-            rows(path, **options)
-
-
 def test_labels_are_checked_and_spelled_as_the_task_does():
     def table(*labels):
         return (Example(str(i), "x", label) for i, label in enumerate(labels))
@@ -675,68 +511,3 @@ def test_a_record_repeats_its_example_with_the_label_in_the_task_s_spelling():
     assert SENTIMENT.identify(Example("8", "", None)) == ("8", "", None)
     with pytest.raises(ValueError, match=r"^row '9': '5' is not a label of task 'sentiment'$"):
         SENTIMENT.identify(Example("9", "x", "5"))
-
-
-@pytest.mark.parametrize("name", ["broken.csv", "broken.tsv", "broken.jsonl"])
-def test_a_table_is_read_only_as_far_as_it_is_needed(name, tmp_path):
-    good = {"csv": b"text\nx\ny\n", "tsv": b"text\nx\ny\n", "jsonl": b'{"text": "x"}\n{"text": "y"}\n'}
-    (tmp_path / name).write_bytes(good[name.partition(".")[2]] + b"\xff\xfe broken")
-    assert rows(tmp_path / name, limit=2) == [("1", "x", None), ("2", "y", None)]
-    iterator = read_examples(str(tmp_path / name))
-    assert [next(iterator).text, next(iterator).text] == ["x", "y"]
-    with pytest.raises(ValueError, match="not UTF-8"):
-        next(iterator)
-
-
-# Near-duplicates
-
-
-def jaccard(one, other, width):
-    """Of the sets of `width` consecutive words, the obvious way; plain words with spaces between."""
-    sets = []
-    for text in (one, other):
-        words = text.split()
-        sets.append({" ".join(words[i : i + width]) for i in range(len(words) - width + 1)} or {text})
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=9).map(" ".join), max_size=25),
-    st.sampled_from([0.2, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0]),
-    st.integers(1, 3),
-)
-def test_near_duplicates_are_those_that_comparing_every_pair_finds(texts, threshold, width):
-    found = list(near_duplicates(texts, threshold, width))
-    first = [min(j for j in range(len(texts)) if jaccard(texts[i], texts[j], width) == 1) for i in range(len(texts))]
-    expected = set()
-    for i, j in combinations(range(len(texts)), 2):
-        alike = jaccard(texts[i], texts[j], width)
-        originals = first[i] == i and first[j] == j
-        if alike >= threshold and (originals or first[j] == i):  # a repeat is paired with the first of its equals
-            expected.add((i, j, alike))
-    assert len(found) == len(set(found)) and set(found) == expected
-    groups = duplicate_groups(texts, threshold, width)
-    for i, j in combinations(range(len(texts)), 2):
-        if jaccard(texts[i], texts[j], width) >= threshold:
-            assert groups[i] == groups[j]
-    assert all(groups[g] == g <= i for i, g in enumerate(groups))
-
-
-def test_groups_follow_chains_and_no_further():
-    texts = ["a b c d e", "z", "b c d e f", "c d e f g", "x y", "Z!"]
-    assert jaccard(texts[0], texts[3], 1) < 0.6
-    assert duplicate_groups(texts, 0.6, width=1) == [0, 1, 0, 0, 4, 1]
-    assert duplicate_groups([], 0.6) == []
-
-
-def test_shingles_forget_case_and_punctuation_and_nothing_else():
-    assert shingles("Don't STOP: now!") == {("don't", "stop"), ("stop", "now")}
-    assert shingles("don\u2019t stop") != shingles("dont stop")
-    assert shingles("one", 2) == {("one",)}
-    assert shingles("!?") == {("!?",)} != shingles(":-)")
-    assert shingles("\u00c9T\u00c9 2024", 1) == {("\u00e9t\u00e9",), ("2024",)}
-
-
-def test_a_thousand_copies_are_a_thousand_pairs():
-    assert len(list(near_duplicates(["the same words here"] * 1000))) == 999

@@ -1,0 +1,93 @@
+"""command_line.py: errors in one line, exit codes, progress, text made safe for a terminal."""
+
+import io
+import sys
+
+import pytest
+
+import command_line
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "printed"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (FileNotFoundError(2, "No such file or directory", "x.toml"), 2, "error: x.toml: No such file or directory\n"),
+        (MemoryError("the GPU is out of memory"), 2, "error: the GPU is out of memory\n"),
+        (ValueError("a column \x1b[31mred"), 2, "error: a column \\x1b[31mred\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_user_can_mend_is_one_line_and_an_exit_code(raised, code, printed, capsys):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as caught:
+        command_line.run(main)
+    assert caught.value.code == code and capsys.readouterr().err == printed
+
+
+def test_a_stopped_script_says_whether_it_can_be_continued(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    for resumes, then in (
+        (True, "repeat the same command to continue where it was"),
+        (False, "repeat the same command to begin again"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            command_line.run(main, resumes)
+        assert caught.value.code == 130 and capsys.readouterr().err == f"\nstopped; {then}\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        command_line.run(lambda: 1 / 0)
+
+
+def test_text_for_a_terminal_can_not_command_it():
+    assert command_line.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
+    assert command_line.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    seconds = iter([0.0, 4.0, 12.0, 13.0, 24.0])
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: next(seconds))
+    with command_line.progress(total=1000, done=100) as advance:
+        for n in (10, 10, 100, 100):
+            advance(n)
+    lines = capsys.readouterr().err.splitlines()
+    # At 12 s 20 rows are done in this run, 880 are left; at 24 s 220 rows, 680 left.
+    assert lines == [
+        "120 of 1,000 rows, 1.7 a second, 528 s left",
+        "320 of 1,000 rows, 9.2 a second, 74 s left",
+    ]
+
+
+def test_progress_survives_a_long_wait_for_the_first_row(capsys, monkeypatch):
+    seconds = iter([0.0, 60.0, 70.0])
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: next(seconds))
+    with command_line.progress(total=10, done=0) as advance:
+        advance(0)  # as after a window's tokens were counted, with no row scored yet
+        advance(5)
+    assert "5 of 10 rows" in capsys.readouterr().err
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with command_line.progress(total=10, done=4) as advance:
+        advance(6)
+    assert "10/10" in sys.stderr.getvalue() and "rows" in sys.stderr.getvalue()
+
+
+def test_columns_are_as_wide_as_their_cells_and_cannot_command_the_terminal():
+    rows = [["", "n", "accuracy"], ["a\x1b", "5", ".8"], ["longer", "10", ""]]
+    assert command_line.columns(rows, "  ").splitlines() == [
+        "           n  accuracy",
+        "  a\\x1b    5        .8",
+        "  longer  10",
+    ]

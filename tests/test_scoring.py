@@ -1,0 +1,141 @@
+"""scoring.py: tables go through a method by windows, are continued, asked again and reported; texts are explained."""
+
+import contextlib
+import io
+import json
+import re
+from dataclasses import dataclass, field
+
+import pytest
+
+import predictions
+import scoring
+from predictions import RETRY, failed, scored, to_line
+from tables import Example
+from task import TASKS
+
+SENTIMENT = TASKS["sentiment"]
+COMMON = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "3f9c2a71"}
+PASSING, LASTING = ("the server is down", {RETRY: True}), ("the text is too long", {})
+
+
+def example(number):
+    return Example(f"r{number}", f"text {number}", "positive")
+
+
+def answered(one):
+    return scored(one.id, one.text, one.label, {"negative": 0.25, "positive": 0.75}, 0.9, **COMMON)
+
+
+@dataclass
+class ServerThatIsDown:
+    """A method that fails for some rows at first, id -> [(error, extras), ...], and remembers what it was asked."""
+
+    down: dict = field(default_factory=dict)
+    window: int = 1
+    asked: list = field(default_factory=list)
+    name, model_name, task, fingerprint = "logprobs", "tiny", SENTIMENT, "3f9c2a71"
+
+    def score(self, examples, advance):
+        self.asked.append([])
+        for one in examples:
+            self.asked[-1].append(one.id)
+            if errors := self.down.get(one.id):
+                error, extras = errors.pop(0)
+                yield failed(one.id, one.text, one.label, error, **COMMON, extras=extras)
+            else:
+                yield answered(one)
+            advance(1)
+
+
+def newly_scored(path, table, method):
+    """How many rows `score_table` says it scored."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        seconds_a_row = scoring.score_table(method, table, len(table), path)
+    line = said.getvalue().splitlines()[-1:]
+    assert (seconds_a_row is None) == (line == [])
+    return int(re.match(r"scored (\d+) rows in", line[0])[1]) if line else 0
+
+
+def test_rows_that_failed_for_a_passing_reason_are_asked_again_and_no_others(tmp_path):
+    table, path = [example(n) for n in range(6)], tmp_path / "p.jsonl"
+    method = ServerThatIsDown({"r1": [PASSING], "r3": [PASSING] * 3, "r4": [LASTING]})
+    assert newly_scored(path, table, method) == 6  # a row that is asked twice is still one row
+    assert method.asked == [[f"r{n}" for n in range(6)], ["r1", "r3"]]
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert [lines[n] for n in (0, 1, 2, 5)] == [to_line(answered(table[n])) for n in (0, 1, 2, 5)]
+    assert [row.error for row in predictions.iterate(path)] == [None, None, None, PASSING[0], LASTING[0], None]
+    # Repeated, the command asks for what is still open; then for nothing, and leaves the file alone.
+    assert newly_scored(path, table, method) == 1 and method.asked[2:] == [["r3"]]
+    assert predictions.read(path)[3].error == PASSING[0]
+    assert newly_scored(path, table, method) == 1 and predictions.read(path)[3] == answered(table[3])
+    stamp, asked = path.stat().st_mtime_ns, len(method.asked)
+    assert newly_scored(path, table, method) == 0 and len(method.asked) == asked
+    assert path.stat().st_mtime_ns == stamp and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("done", "start"), [(0, 0), (3, 0), (4, 4), (7, 4), (10, None)])
+def test_a_continued_table_is_scored_from_the_start_of_a_window(done, start, tmp_path):
+    table, method, path = [example(n) for n in range(10)], ServerThatIsDown(window=4), tmp_path / "p.jsonl"
+    path.write_bytes(b"".join(to_line(answered(one)) for one in table[:done]) + (b'{"id": "r' if done < 10 else b""))
+    assert newly_scored(path, table, method) == 10 - done
+    assert method.asked == ([] if start is None else [[one.id for one in table[start:]]])
+    assert predictions.read(path) == [answered(one) for one in table]
+
+
+def test_a_table_whose_second_asking_breaks_off_keeps_every_row(tmp_path):
+    table, path = [example(n) for n in range(3)], tmp_path / "p.jsonl"
+    method = ServerThatIsDown({"r1": [PASSING]})
+    first = method.score
+
+    def breaks_at_the_second_call(examples, advance):
+        if method.asked:
+            raise KeyboardInterrupt
+        return first(examples, advance)
+
+    method.score = breaks_at_the_second_call
+    with pytest.raises(KeyboardInterrupt):
+        scoring.score_table(method, table, 3, path)
+    assert [row.error for row in predictions.iterate(path)] == [None, PASSING[0], None]
+    method.score = first
+    assert newly_scored(path, table, method) == 1 and predictions.read(path) == [answered(one) for one in table]
+
+
+def test_derived_rows_are_written_once_and_only_over_a_file_of_theirs(tmp_path):
+    rows, path = [answered(example(n)) for n in range(3)], tmp_path / "p.jsonl"
+    identities = [(row.id, row.text, row.label) for row in rows]
+
+    def derive(fingerprint="3f9c2a71", **options):
+        scoring.write_derived(path, iter(identities), iter(rows), 3, fingerprint, **options)
+
+    derive()
+    assert predictions.read(path) == rows
+    stamp = path.stat().st_mtime_ns
+    derive()
+    assert path.stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="other settings"):
+        derive("00000000")
+    assert predictions.read(path) == rows
+    path.write_bytes(to_line(rows[0]))  # as left by another program: finished by the same command
+    derive()
+    assert predictions.read(path) == rows
+
+
+def test_what_one_calibrator_adds_is_all_that_is_added_to_an_explanation(capsys):
+    explanation = {"text": "x", "probabilities": {"negative": 0.25, "positive": 0.75}, "label_mass": 0.9}
+
+    class AlwaysSixty:
+        def apply(self, rows, threshold):
+            (row,) = rows
+            assert (row.method, row.model, row.task, row.fingerprint) == tuple(COMMON.values())
+            extras = {"calibrated_confidence": 0.6, "decision": "review" if threshold > 0.6 else "automate"}
+            return [scored("", "x", None, row.probabilities, 0.9, **COMMON, extras=extras)]
+
+    method = ServerThatIsDown()
+    method.explain = lambda text: dict(explanation)
+    job = scoring.Job(["x"], True, None, 0, None, False, AlwaysSixty(), 0.5)
+    scoring.explain_texts(job, method, print)
+    added = {"calibrated_confidence": 0.6, "decision": "automate"}
+    assert json.loads(capsys.readouterr().out) == explanation | added
+    scoring.print_decision(added)
+    assert capsys.readouterr().out == "  Calibrated confidence 60.00 %: automate\n"
