@@ -10,7 +10,7 @@ same bytes on one machine.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,3 +87,52 @@ def percent(axis: Axes, which: str = "both") -> None:
 
     for name in ("x", "y") if which == "both" else (which,):
         getattr(axis, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+# Training
+
+
+def training_curves(
+    path: str | Path,
+    log: Sequence[Mapping[str, float]],
+    kept_step: int,
+    *,
+    model: str,
+    task: str,
+    training_rows: int,
+    validation_rows: int,
+) -> None:
+    """Training and validation loss, and confidence against accuracy, over the steps; from a training log's entries."""
+    caption = (
+        f"Fine-tuning {model}, task {task}: {training_rows:,} training rows, validation on n = {validation_rows:,} rows "
+        "that are not trained on. The dotted line is the adapter that was kept, chosen on these validation rows."
+    )
+    steps = [entry for entry in log if "loss" in entry]
+    validations = [entry for entry in log if "log_loss" in entry]
+    with figure(path, caption, columns=2, height=4.0) as axes:
+        losses, measures = axes[0]
+        _plot_step_losses(losses, [entry["step"] for entry in steps], [entry["loss"] for entry in steps])
+
+        def plot_validations(axis: Axes, key: str, label: str, color: str, style: str = "o-") -> None:
+            numbers = [entry["step"] for entry in validations]
+            axis.plot(numbers, [entry[key] for entry in validations], style, color=color, label=label)
+
+        plot_validations(losses, "log_loss", "validation, log loss", RED)
+        plot_validations(measures, "accuracy", "accuracy", GREEN)
+        plot_validations(measures, "mean_confidence", "mean confidence", ORANGE)
+        plot_validations(measures, "ece", "ECE, 20 bins", PURPLE)
+        plot_validations(measures, "ece_floor", "expected ECE if calibrated", GREY, "--")
+        losses.set(title="Loss", xlabel="step", ylabel="nats", ylim=(0, None))
+        measures.set(title="Confidence on the validation rows", xlabel="step", ylim=(0, 1))
+        percent(measures, "y")
+        for axis in (losses, measures):
+            axis.axvline(kept_step, color=INK, linestyle=":", linewidth=1)
+            axis.legend(fontsize=9)
+
+
+def _plot_step_losses(axis: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
+    """The loss of every step, faint, and its moving average over a twentieth of the steps."""
+    width = max(1, len(steps) // 20)
+    average = np.convolve(losses, np.ones(width) / width, "valid")
+    axis.plot(steps, losses, color=SKY, linewidth=0.8, alpha=0.7)
+    axis.plot(steps[width - 1 :], average, color=BLUE, label=f"training, mean of {width} steps")
