@@ -104,8 +104,8 @@ def training_curves(
 ) -> None:
     """Training and validation loss, and confidence against accuracy, over the steps; from a training log's entries."""
     caption = (
-        f"Fine-tuning {model}, task {task}: {training_rows:,} training rows, validation on n = {validation_rows:,} rows "
-        "that are not trained on. The dotted line is the adapter that was kept, chosen on these validation rows."
+        f"Fine-tuning {model}, task {task}: {training_rows:,} training rows, validation on n = {validation_rows:,} "
+        "rows that are not trained on. The dotted line is the adapter that was kept, chosen on these validation rows."
     )
     steps = [entry for entry in log if "loss" in entry]
     validations = [entry for entry in log if "log_loss" in entry]
