@@ -8,8 +8,9 @@
     isotonic     any non-decreasing step function, its ends smoothed     a thousand labels or more
     venn-abers   two isotonic fits that bracket the truth                as isotonic, and says how sure it is
 
-All are scikit-learn estimators. With two labels it pays to calibrate P(label) instead of the confidence (`ClassAware`):
-a model that leans to one label is then mended on both sides, where calibrating the confidence averages the two.
+All are scikit-learn estimators. With two labels it pays to calibrate P(label) instead of the confidence (classwise
+calibration, `ClasswiseCalibrator`): a class bias is then corrected for both labels, where calibrating the confidence
+averages the two.
 `choose` picks a calibrator by its log loss on rows it was not fitted on, never by ECE.
 
 The calibrator file is JSON: what was fitted, on how many labels, how it does out-of-fold, and the threshold that goes
@@ -35,6 +36,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import predictions
 from calibration_metrics import checked, group_numbers, log_loss
+from tables import text_key
 
 SMALLEST = 1e-6  # confidences are clipped to [SMALLEST, 1 - SMALLEST] before their logit is taken
 LARGEST = 1e9  # no fitted parameter and no count comes near
@@ -289,7 +291,7 @@ METHODS = {
 }
 
 
-class ClassAware(BaseEstimator):
+class ClasswiseCalibrator(BaseEstimator):
     """Calibrate P(label) rather than the confidence, so that a lean to one label is mended.
 
     Two labels: `calibrator` maps P(second label) to its true frequency; the first gets the rest. The prediction stays,
@@ -303,7 +305,7 @@ class ClassAware(BaseEstimator):
     def __init__(self, calibrator: BaseEstimator) -> None:
         self.calibrator = calibrator
 
-    def fit(self, probabilities: np.ndarray, truth: Sequence[int]) -> ClassAware:
+    def fit(self, probabilities: np.ndarray, truth: Sequence[int]) -> ClasswiseCalibrator:
         """`probabilities` [n, labels] and the number of each row's true label [n]."""
         probabilities, truth = _checked_labels(probabilities, truth)
         if isinstance(self.calibrator, TemperatureScalingCalibrator):
@@ -448,7 +450,7 @@ def cross_fit(
 ) -> np.ndarray:
     """Calibrated confidence [n], each row's from a calibrator fitted on the folds that hold neither it nor its group.
 
-    For `ClassAware`, `confidence` is probabilities [n, labels] and `correct` the number of the true label [n].
+    For `ClasswiseCalibrator`, `confidence` is probabilities [n, labels] and `correct` the number of the true label [n].
     Raises ValueError when the rows are too few for the folds.
     """
     confidence, correct = np.asarray(confidence), np.asarray(correct)
@@ -491,7 +493,7 @@ class Recipe:
 
     def estimator(self) -> BaseEstimator:
         calibrator = METHODS[self.method]()
-        return ClassAware(calibrator) if self.class_aware else calibrator
+        return ClasswiseCalibrator(calibrator) if self.class_aware else calibrator
 
     def inputs(self, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
         """What `fit` takes."""
@@ -655,11 +657,6 @@ def calibrate_file(path: str | Path, calibrator: FittedCalibrator, threshold: fl
     return f"  calibrated: {counts} ({rule if value is None else f'automated from {value:.4f} on'})"
 
 
-def text_key(text: str) -> str:
-    """Twelve hex digits that know a text again, whatever its case and spaces, without saying what it was."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:12]
-
-
 def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
     """Write the calibrator file: JSON, numbers exact, whole or not at all."""
     record = {
@@ -686,7 +683,7 @@ def _write_whole(path: str | Path, text: str) -> None:
 
 
 def _parameters(estimator: BaseEstimator) -> dict:
-    if isinstance(estimator, ClassAware):
+    if isinstance(estimator, ClasswiseCalibrator):
         return {label: _parameters(calibrator) for label, calibrator in estimator.calibrators_.items()}
     values = {name: getattr(estimator, name) for name in estimator.FITTED}
     return {name: value.tolist() if isinstance(value, np.ndarray) else float(value) for name, value in values.items()}

@@ -84,12 +84,12 @@ def _rows_needed(rates: np.ndarray, target: float, delta: float, errors: int = 0
     low, high = np.full(len(rates), 1), np.full(len(rates), ENDLESS)
     while (low < high).any():
         middle = (low + high) // 2
-        passes = promise_p_value(middle, errors + np.ceil(rates * middle), target) <= delta
+        passes = guarantee_p_value(middle, errors + np.ceil(rates * middle), target) <= delta
         low, high = np.where(passes, low, middle + 1), np.where(passes, middle, high)
     return high
 
 
-def promise_p_value(n: np.ndarray, errors: np.ndarray, target_accuracy: float) -> np.ndarray:
+def guarantee_p_value(n: np.ndarray, errors: np.ndarray, target_accuracy: float) -> np.ndarray:
     """P(so few errors among n) if the true accuracy were only the target: P(Bin(n, 1 - target) <= errors)."""
     from scipy.stats import binom
 
@@ -115,7 +115,7 @@ def choose_threshold(
     n = len(confidence)
     start = max(rows_needed(target_accuracy, delta), n / 10)
     tried = [k for k in _ranks(n) if accepted[k] >= start]
-    proved = promise_p_value(accepted[tried], errors[tried], target_accuracy) <= delta
+    proved = guarantee_p_value(accepted[tried], errors[tried], target_accuracy) <= delta
     passed = len(tried) if proved.all() else int(proved.argmin())  # before the first that fails
     best = tried[passed - 1] if passed else None
     met = np.flatnonzero(errors <= (1 - target_accuracy) * accepted + 1e-9)

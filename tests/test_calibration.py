@@ -28,7 +28,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
 import predictions
-from calibration import METHODS, ClassAware, FittedCalibrator, Recipe, Scores, choose, cross_fit, recipes, scores_of
+from calibration import METHODS, ClasswiseCalibrator, FittedCalibrator, Recipe, Scores, choose, cross_fit, recipes, scores_of
 from calibration import BetaCalibrator as Beta
 from calibration import IsotonicRegressionCalibrator as Isotonic
 from calibration import PlattScalingCalibrator as Platt
@@ -184,7 +184,7 @@ def test_venn_abers_is_the_librarys_and_mapies_but_for_mapies_error_above_the_la
 def test_temperature_of_three_labels_is_scikit_learns():
     case = VECTORS["multiclass_temperature"]
     probabilities = softmax(case["logits"], axis=1)
-    for calibrator in (Temperature(), ClassAware(Temperature())):
+    for calibrator in (Temperature(), ClasswiseCalibrator(Temperature())):
         calibrator.fit(probabilities, case["labels"])
         fitted = getattr(calibrator, "calibrators_", {"all": calibrator})["all"]
         for theirs in case["ref"].values():
@@ -327,7 +327,7 @@ def test_every_calibrator_keeps_scikit_learns_convention(method):
 
 
 def test_class_aware_keeps_scikit_learns_convention():
-    calibrator = ClassAware(Isotonic(smoothing=None))
+    calibrator = ClasswiseCalibrator(Isotonic(smoothing=None))
     assert clone(calibrator).get_params()["calibrator__smoothing"] is None
     with pytest.raises(NotFittedError):
         calibrator.predict([[0.5, 0.5]])
@@ -370,7 +370,7 @@ def test_separable_and_constant_rows_stay_finite_and_raise_no_warning(method):
         assert np.isfinite(values).all() and all(np.isfinite(getattr(fitted, name)).all() for name in fitted.FITTED)
 
 
-# ClassAware
+# ClasswiseCalibrator
 
 
 class Share(BaseEstimator):
@@ -391,7 +391,7 @@ def test_class_aware_mends_a_lean_on_both_sides_where_the_confidence_cannot():
     probabilities, truth = np.c_[1 - second, second], (rng.random(8000) < true).astype(int)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     right = np.where(predicted == 1, true, 1 - true)
-    aware = ClassAware(Platt()).fit(probabilities, truth).predict(probabilities)
+    aware = ClasswiseCalibrator(Platt()).fit(probabilities, truth).predict(probabilities)
     blind = Platt().fit(confidence, predicted == truth).predict(confidence)
     for label in (0, 1):
         rows = predicted == label
@@ -401,22 +401,22 @@ def test_class_aware_mends_a_lean_on_both_sides_where_the_confidence_cannot():
 
 
 def test_equal_probabilities_are_the_first_labels():
-    two = ClassAware(Share()).fit(np.tile([0.5, 0.5], (10, 1)), [1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
+    two = ClasswiseCalibrator(Share()).fit(np.tile([0.5, 0.5], (10, 1)), [1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
     assert two.predict([[0.5, 0.5], [0.4, 0.6]]) == pytest.approx([0.7, 0.3])
-    three = ClassAware(Share()).fit(np.tile([0.2, 0.4, 0.4], (50, 1)), np.repeat([1, 2], [30, 20]))
+    three = ClasswiseCalibrator(Share()).fit(np.tile([0.2, 0.4, 0.4], (50, 1)), np.repeat([1, 2], [30, 20]))
     assert three.calibrators_["1"].share_ == 0.6 and "2" not in three.calibrators_
 
 
 def test_of_three_labels_each_with_fifty_rows_has_its_own_calibrator_and_the_rest_share_one():
     predicted = np.repeat([0, 1, 2], [50, 49, 60])
     truth = np.concatenate([np.repeat([0, 1], [40, 10]), np.repeat([1, 2], [7, 42]), np.full(60, 2)])
-    fitted = ClassAware(Share()).fit(np.eye(3)[predicted] * 0.4 + 0.2, truth)
+    fitted = ClasswiseCalibrator(Share()).fit(np.eye(3)[predicted] * 0.4 + 0.2, truth)
     shared = (40 + 7 + 60) / 159  # 49 rows are too few, 60 that are all right too alike
     assert fitted.predict(np.eye(3)) == pytest.approx([0.8, shared, shared])
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-@pytest.mark.parametrize("calibrator", [Temperature(), ClassAware(Temperature()), ClassAware(Platt())], ids=str)
+@pytest.mark.parametrize("calibrator", [Temperature(), ClasswiseCalibrator(Temperature()), ClasswiseCalibrator(Platt())], ids=str)
 def test_bad_probabilities_and_true_labels_are_a_clear_value_error(calibrator, labels):
     probabilities, truth = drawn(60, labels)
     bad_truth = [np.append(truth[1:], labels), np.append(truth[1:], -1), truth + 0.5, truth[1:], np.array(["a"] * 60)]
@@ -472,9 +472,9 @@ def test_cross_fitting_is_the_loop_written_out_and_repeats_by_seed():
     groups = np.arange(80) // 2
     expected = np.empty(80)
     for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=7).split(probabilities, truth, groups):
-        fitted = ClassAware(Temperature()).fit(probabilities[train], truth[train])
+        fitted = ClasswiseCalibrator(Temperature()).fit(probabilities[train], truth[train])
         expected[test] = fitted.predict(probabilities[test])
-    answers = [cross_fit(ClassAware(Temperature()), probabilities, truth, groups, seed=s) for s in (7, 7, 8)]
+    answers = [cross_fit(ClasswiseCalibrator(Temperature()), probabilities, truth, groups, seed=s) for s in (7, 7, 8)]
     assert (answers[0] == expected).all() and (answers[1] == expected).all() and (answers[2] != expected).any()
 
 
@@ -589,10 +589,10 @@ def test_a_promise_from_cross_fitted_scores_is_kept_by_the_calibrator_fitted_on_
     broken, made = 0, 0
     for repeat in range(60):
         probabilities, _, truth = world(draw, 500)
-        scores = cross_fit(ClassAware(Platt()), probabilities, truth, seed=repeat)
+        scores = cross_fit(ClasswiseCalibrator(Platt()), probabilities, truth, seed=repeat)
         threshold = choose_threshold(scores, probabilities.argmax(axis=1) == truth, 0.8).value
         if threshold is not None:
-            taken = ClassAware(Platt()).fit(probabilities, truth).predict(everywhere) >= threshold
+            taken = ClasswiseCalibrator(Platt()).fit(probabilities, truth).predict(everywhere) >= threshold
             made += 1
             broken += right[taken].mean() < 0.8
     assert made > 5 and broken <= binom.ppf(0.999, 60, 0.05)

@@ -17,7 +17,7 @@ import command_line
 import logprobs_confidence
 import predictions
 from calibration import (
-    ClassAware,
+    ClasswiseCalibrator,
     FittedCalibrator,
     PlattScalingCalibrator,
     Recipe,
@@ -88,7 +88,7 @@ def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="
     """A calibrator file with logit P = slope logit(c) - 1/2."""
     platt, keys = PlattScalingCalibrator(), frozenset(map(text_key, seen))
     platt.slope_, platt.intercept_ = slope, -0.5
-    estimator = ClassAware(platt) if class_aware else platt
+    estimator = ClasswiseCalibrator(platt) if class_aware else platt
     if class_aware:
         estimator.calibrators_ = {"all": platt}
     promise = None if threshold is None else {"value": threshold}

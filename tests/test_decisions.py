@@ -26,7 +26,7 @@ from decisions import (
     cost_optimal_threshold,
     costs,
     dollars_a_day,
-    promise_p_value,
+    guarantee_p_value,
     rows_needed,
 )
 
@@ -80,9 +80,9 @@ def test_the_promise_is_the_exact_binomial_tail_and_never_mapie_s_rounded_one():
     for case in VECTORS["binomial_p_values"]:
         n, errors, target = case["n"], case["errors"], case["target_accuracy"]
         for truth in (case["p_value"], case["binomtest_p"], tail(n, errors, target)):
-            assert promise_p_value(n, errors, target) == pytest.approx(truth, rel=1e-9)
+            assert guarantee_p_value(n, errors, target) == pytest.approx(truth, rel=1e-9)
     for case in VECTORS["mapie_pvalue_rounding"]:
-        assert promise_p_value(case["n"], case["errors"], 0.9) == pytest.approx(case["exact"], rel=1e-9)
+        assert guarantee_p_value(case["n"], case["errors"], 0.9) == pytest.approx(case["exact"], rel=1e-9)
         assert (case["mapie"] > 1.5 * case["exact"]) == (case["errors"] > 0)  # the documented difference
 
 
@@ -109,10 +109,10 @@ def test_the_recorded_fixed_sequence_selections_are_reproduced(case):
     chosen = choose_threshold(*recorded_rows(case), case["target"])
     assert (chosen.value, chosen.accepted, chosen.errors) == tuple(selected[k] for k in ("threshold", "n", "errors"))
     assert chosen.lower_bound == pytest.approx(selected["cp_lower"], rel=1e-9)
-    assert promise_p_value(chosen.accepted, chosen.errors, case["target"]) == pytest.approx(selected["p"], rel=1e-8)
+    assert guarantee_p_value(chosen.accepted, chosen.errors, case["target"]) == pytest.approx(selected["p"], rel=1e-8)
     assert rows_needed(case["target"], 0.05) == case["n_min_zero_error"]
     _, n, errors, p, _ = map(np.array, zip(*table, strict=True))
-    np.testing.assert_allclose(promise_p_value(n, errors, case["target"]), p, rtol=1e-7)
+    np.testing.assert_allclose(guarantee_p_value(n, errors, case["target"]), p, rtol=1e-7)
 
 
 def test_mapie_and_sgr_promise_fewer_rows_of_the_same_data():
