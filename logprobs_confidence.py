@@ -121,16 +121,23 @@ class LabelScorer:
         answer_tokens = {label: [] for label in self.task.labels}
         for answer, p in zip(self.answers, np.exp(answer_log_probs[0]).tolist(), strict=True):
             answer_tokens[answer.label].append({"token": answer.text, "ids": list(answer.ids), "probability": p})
-        explanation = verdict(self, text, by_label, float(mass[0])) | {
+        for tokens in answer_tokens.values():
+            tokens.sort(key=lambda token: -token["probability"])
+        extras = {}
+        if self.head:
+            extras["head_confidence"] = float(self.head.predict(hidden, probabilities.max(axis=1))[0])
+        return {
+            "text": text,
             "prompt": self.prompt.render(shown),
             "prompt_token_ids": ids,
+            "model": self.llama.name,
             "model_path": str(self.llama.path),
             "top_tokens": top_tokens(self.llama, log_probs, {answer.ids: answer.label for answer in self.answers}),
-            "answer_tokens": {label: _most_probable_first(tokens) for label, tokens in answer_tokens.items()},
+            "answer_tokens": answer_tokens,
+            **verdict(by_label, float(mass[0])),
+            **extras,
+            "fingerprint": self.fingerprint,
         }
-        if self.head:
-            explanation["head_confidence"] = float(self.head.predict(hidden, probabilities.max(axis=1))[0])
-        return explanation
 
     def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
         """Score examples a window at a time; one that cannot be scored gets its error and no number."""
@@ -205,18 +212,15 @@ def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
     return head
 
 
-def verdict(method: scoring.Method, text: str, by_label: Mapping[str, float], label_mass: float) -> dict:
-    """What every explanation says, whoever computed the probabilities."""
+def verdict(by_label: Mapping[str, float], label_mass: float, shared_mass: float | None = None) -> dict:
+    """What the probabilities over the labels say; they are shares of `shared_mass`, by default the label mass."""
     prediction = max(by_label, key=by_label.__getitem__)
     return {
-        "text": text,
-        "model": method.model_name,
-        "probabilities": by_label,
+        "probabilities": dict(by_label),
         "label_mass": label_mass,
-        "total_probability": by_label[prediction] * label_mass,
+        "total_probability": by_label[prediction] * (label_mass if shared_mass is None else shared_mass),
         "prediction": prediction,
         "confidence": by_label[prediction],
-        "fingerprint": method.fingerprint,
     }
 
 
@@ -227,10 +231,6 @@ def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: Mapping[tuple[int,
         {"token": llama.tokenizer.decode([i]), "id": i, "logprob": float(log_probs[i]), "label": label_of.get((i,))}
         for i in order
     ]
-
-
-def _most_probable_first(tokens: list[dict]) -> list[dict]:
-    return sorted(tokens, key=lambda token: -token["probability"])
 
 
 # A server and a task, joined
@@ -272,16 +272,18 @@ class RemoteLabelScorer:
             tokens.append({"token": token, "id": None, "logprob": logprob, "label": label})
             if label:
                 answer_tokens[label].append({"token": token, "ids": None, "probability": math.exp(logprob)})
-        explanation = verdict(self, text, by_label, mass) | {
+        return {
+            "text": text,
             "prompt": reader.task_prompt(self.task).render(text) if reader else prompt,
             "prompt_token_ids": prompt if reader else None,
+            "model": self.server.name,
             "model_path": None,
             "top_tokens": tokens[:TOP_TOKENS],
             "answer_tokens": answer_tokens,
+            **verdict(by_label, mass, extras.get("label_mass_high") if extras.get("missing") else None),
+            **extras,
+            "fingerprint": self.fingerprint,
         }
-        if extras.get("missing"):
-            explanation["total_probability"] = explanation["confidence"] * extras["label_mass_high"]
-        return explanation | extras
 
     def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
         """Score several examples at a time, in their order; one that fails gets its error and no number."""

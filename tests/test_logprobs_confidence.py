@@ -30,7 +30,7 @@ import llama
 import logprobs_confidence
 import predictions
 from llama import SLOT
-from logprobs_confidence import explain, get_confidence, main, prepare, score
+from logprobs_confidence import Classifier, get_confidence, label_scorer, main
 from task import TASKS, Example, Task, read_task
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def records(path):
 
 @pytest.fixture(scope="module")
 def scorer(embedded):
-    return prepare(embedded, SENTIMENT)
+    return label_scorer(embedded, SENTIMENT)
 
 
 EASY = {
@@ -145,12 +145,12 @@ def test_get_confidence_gives_a_label_and_a_number_for_the_article_s_kind_of_tex
         "Not bad",
     )
     label, confidence = get_confidence(love)  # the default task, model and adapter
-    default = prepare(llama.default_llama(json.dumps(scorer.task.settings())), scorer.task)
+    default = label_scorer(llama.default_llama(json.dumps(scorer.task.settings())), scorer.task)
     llama.default_llama.cache_clear()  # half a gigabyte
-    assert "adapter" in default.llama.identity and confidence == explain(love, default)["confidence"]
+    assert "adapter" in default.llama.identity and confidence == default.explain(love)["confidence"]
     assert type(label) is str and type(confidence) is float
     assert (label, get_confidence(terrible, scorer.llama)[0]) == ("positive", "negative")
-    rows = [explain(text, scorer) for text in (love, terrible, contradiction, mild)]
+    rows = [scorer.explain(text) for text in (love, terrible, contradiction, mild)]
     assert len({row["confidence"] for row in rows}) == 4
     assert all(0.5 <= row["confidence"] <= 1 and row["label_mass"] >= 0.8 for row in rows)
     assert min(row["confidence"] for row in rows[:2]) > max(row["confidence"] for row in rows[2:])
@@ -159,9 +159,24 @@ def test_get_confidence_gives_a_label_and_a_number_for_the_article_s_kind_of_tex
             get_confidence(text, scorer.llama)
 
 
+def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folder, single_thread, tmp_path):
+    classifier = Classifier(task="sentiment", model=str(tiny_folder), adapter="none")
+    rows = classifier.predict(["A film", "", "Not bad at all"])
+    assert [row.id for row in rows] == ["1", "2", "3"] and rows[1].error == "the text is empty"
+    alone = classifier.scorer.explain("Not bad at all")
+    assert rows[2].confidence == pytest.approx(alone["confidence"], abs=1e-6)
+    assert rows[2].fingerprint == alone["fingerprint"] and rows[2].label is None
+    assert classifier.predict([]) == []
+    with pytest.raises(ValueError, match="a list of texts"):
+        classifier.predict("A film")
+    with pytest.raises(ValueError, match="not a calibrator"):
+        write_csv(tmp_path / "c.json", [])
+        Classifier(model=str(tiny_folder), adapter="none", calibrator=tmp_path / "c.json")
+
+
 def test_on_easy_texts_the_model_answers_the_question_and_rightly(scorer):
     examples = [Example(text, text, label) for label, those in EASY.items() for text in those]
-    rows = score(examples, scorer)
+    rows = scorer.score_together(examples)
     assert min(row.label_mass for row in rows) >= 0.85
     assert sum(row.prediction == row.label for row in rows) >= 18
 
@@ -177,7 +192,7 @@ def test_an_answer_token_is_the_whole_answer_and_not_the_beginning_of_a_longer_w
         ("Not bad", " positive"),
     ):
         answer = next(answer for answer in scorer.answers if answer.text == word)
-        after = llama.next_token_log_probs(llama.encode(scorer.frame, text) + list(answer.ids))
+        after = llama.next_token_log_probs(llama.encode(scorer.prompt, text) + list(answer.ids))
         assert np.exp(after[pieces]).sum() < 0.01, (text, word)
 
 
@@ -186,7 +201,9 @@ def test_accuracy_and_ranking_on_real_reviews_have_not_collapsed(scorer):
     # A smoke bound, not a result: a wrong token, prompt or position costs far more than the sampling error of 125 rows.
     with open(SST2, encoding="utf-8") as file:
         pairs = [line.rstrip("\n").split("\t") for line in file][::7]
-    rows = score([Example(str(i), t, ("negative", "positive")[int(y)]) for i, (t, y) in enumerate(pairs)], scorer)
+    rows = scorer.score_together(
+        [Example(str(i), t, ("negative", "positive")[int(y)]) for i, (t, y) in enumerate(pairs)]
+    )
     assert np.mean([row.prediction == row.label for row in rows]) >= 0.72
     assert area_under_curve([(row.probabilities["positive"], row.label) for row in rows]) >= 0.88
 
@@ -244,16 +261,16 @@ def test_the_json_explanation_keeps_its_contract(run, tiny_folder):
 
 
 def test_a_top_token_counts_for_the_label_that_it_spells(scorer):
-    row = explain("I love it", scorer)
+    row = scorer.explain("I love it")
     assert {e["token"]: e["label"] for e in row["top_tokens"]}[" positive"] == "positive"
     assert all(e["label"] == SENTIMENT.label_of(e["token"]) for e in row["top_tokens"])
-    chat = explain("I love it", prepare(scorer.llama, TASKS["sentiment-yes-no"]))
+    chat = label_scorer(scorer.llama, TASKS["sentiment-yes-no"]).explain("I love it")
     assert chat["prompt_token_ids"] == scorer.llama.tokenizer(chat["prompt"]).input_ids
     assert chat["prompt"].endswith("Text: I love it<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_the_printed_explanation_shows_the_table_the_sums_and_the_verdict(scorer, capsys):
-    row = explain("I love it", scorer)
+    row = scorer.explain("I love it")
     logprobs_confidence.print_explanation(row)
     lines = capsys.readouterr().out.splitlines()
     table = [line.split() for line in lines if line[:6].strip().isdigit()]
@@ -269,7 +286,7 @@ def test_the_printed_explanation_shows_the_table_the_sums_and_the_verdict(scorer
     assert f"confidence {100 * row['confidence']:.2f} %" in verdict and f"total probability {total}" in verdict
 
 
-def test_what_a_text_holds_can_not_command_the_terminal(call):
+def test_what_a_text_holds_cannot_command_the_terminal(call):
     code, out, _ = call("\x1b[2J red \x07 two\nlines \u202e", "--raw-prompt")
     assert code == 0 and "\\x1b[2J red \\x07 two\\nlines \\u202e" in out and "\x1b" not in out
     code, out, _ = call("\x1b[2J red \x07")
@@ -294,8 +311,8 @@ def test_of_two_equal_labels_the_one_listed_first_is_predicted(tiny_llama, monke
     monkeypatch.setattr(tiny_llama, "next_token_log_probs", lambda ids: uniform[0])
     monkeypatch.setattr(tiny_llama, "answer_log_probs", lambda rows, answers, *_: uniform[:, : len(answers)])
     for first, second in (("negative", "positive"), ("positive", "negative")):
-        scorer = prepare(tiny_llama, replace(SENTIMENT, labels={first: (first,), second: (second,)}))
-        row, record = explain("x", scorer), score([Example("1", "x", None)], scorer)[0]
+        scorer = label_scorer(tiny_llama, replace(SENTIMENT, labels={first: (first,), second: (second,)}))
+        row, record = scorer.explain("x"), scorer.score_together([Example("1", "x", None)])[0]
         assert (row["prediction"], record.prediction) == (first, first)
         for number in (row["confidence"], record.confidence):
             assert number == pytest.approx(0.5)
@@ -306,14 +323,14 @@ def test_of_two_equal_labels_the_one_listed_first_is_predicted(tiny_llama, monke
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_a_model_that_names_no_label_gives_no_number(value, tiny_llama, monkeypatch):
     # Half precision can overflow to NaN; an answer made of it would look like any other.
-    scorer = prepare(tiny_llama, SENTIMENT)
+    scorer = label_scorer(tiny_llama, SENTIMENT)
     nothing = np.full((1, len(tiny_llama.tokenizer)), value)
     monkeypatch.setattr(tiny_llama, "answer_log_probs", lambda rows, answers, *_: nothing[:, : len(answers)])
-    row = score([Example("1", "x", "positive")], scorer)[0]
+    row = scorer.score_together([Example("1", "x", "positive")])[0]
     assert row.prediction is row.confidence is row.label_mass is None and "no label any probability" in row.error
     monkeypatch.setattr(tiny_llama, "next_token_log_probs", lambda ids: nothing[0])
     with pytest.raises(ValueError, match="no label any probability"):
-        explain("x", scorer)
+        scorer.explain("x")
 
 
 # A table of texts
@@ -377,11 +394,14 @@ def test_a_task_of_our_own_scores_a_table_as_the_raw_logits_say(toml, call, tiny
 
 
 def test_batch_size_order_and_company_change_no_result(tiny_llama, single_thread):
-    scorer = prepare(tiny_llama, SENTIMENT)
+    scorer = label_scorer(tiny_llama, SENTIMENT)
     examples = [Example(*row) for row in texts(30)]
-    alone = [explain(example.text, scorer) for example in examples]
+    alone = [scorer.explain(example.text) for example in examples]
     shuffled = random.Random(1).sample(examples, 30)
-    for rows in (score(examples, scorer), *(score(shuffled, scorer, size) for size in (1, 7, 64))):
+    for rows in (
+        scorer.score_together(examples),
+        *(replace(scorer, batch_size=size).score_together(shuffled) for size in (1, 7, 64)),
+    ):
         by_id = {row.id: row for row in rows}
         for example, row in zip(examples, alone, strict=True):
             assert by_id[example.id].probabilities == pytest.approx(row["probabilities"], abs=1e-5)
@@ -389,7 +409,7 @@ def test_batch_size_order_and_company_change_no_result(tiny_llama, single_thread
     assert [row.id for row in rows] == [example.id for example in shuffled]
 
 
-def test_a_row_that_can_not_be_scored_has_an_error_and_truncate_shortens_the_text_only(call, tmp_path, tiny_llama):
+def test_a_row_that_cannot_be_scored_has_an_error_and_truncate_shortens_the_text_only(call, tmp_path, tiny_llama):
     long = "a very long text indeed " * 200
     given = ["fine", "", " \t\n", long, "lone \ud83c", "fine too"]
     table = tmp_path / "t.jsonl"
@@ -409,7 +429,7 @@ def test_a_row_that_can_not_be_scored_has_an_error_and_truncate_shortens_the_tex
     assert cut[3]["truncated"] is True and cut[3]["text"] == long and "truncated" not in cut[0]
     assert cut[0]["probabilities"] == pytest.approx(rows[0]["probabilities"], abs=1e-6)
     assert cut[0]["fingerprint"] != rows[0]["fingerprint"]
-    row = explain(long, prepare(tiny_llama, SENTIMENT, truncate=True))
+    row = label_scorer(tiny_llama, SENTIMENT, truncate=True).explain(long)
     before, after = SENTIMENT.prompt(SLOT).split(SLOT)
     shown = row["prompt"].removeprefix(before).removesuffix(after)
     assert row["prompt"] == before + shown + after and long.startswith(shown)
@@ -692,7 +712,7 @@ def test_every_bad_command_ends_with_code_2_and_one_line_and_leaves_no_file(run,
     assert all((tmp_path / name).read_bytes() == content for name, content in BAD_TABLES.items())
 
 
-def test_an_answer_that_this_model_can_not_give_is_refused_and_leaves_no_file(call, tmp_path):
+def test_an_answer_that_this_model_cannot_give_is_refused_and_leaves_no_file(call, tmp_path):
     table = write_csv(tmp_path / "t.csv", texts(2))
     (tmp_path / "t.toml").write_text(THREE_LABELS.replace('"praise"', '"unreserved praise"'), encoding="utf-8")
     code, _, err = call("--input", table, "--output", tmp_path / "p.jsonl", "--task", tmp_path / "t.toml", "--limit", 1)
@@ -701,15 +721,15 @@ def test_an_answer_that_this_model_can_not_give_is_refused_and_leaves_no_file(ca
 
 
 def test_the_fingerprint_follows_weights_task_and_settings(tiny_llama, monkeypatch):
-    plain = prepare(tiny_llama, SENTIMENT).fingerprint
+    plain = label_scorer(tiny_llama, SENTIMENT).fingerprint
     other_task = Task("sentiment", dict(SENTIMENT.labels), "{text}\nSentiment:")
     other_weights = replace(tiny_llama, identity={"weights": "others", "precision": "float32"})
     other_precision = replace(tiny_llama, identity=tiny_llama.identity | {"precision": "bfloat16"})
     others = [
-        prepare(tiny_llama, other_task).fingerprint,
-        prepare(other_weights, SENTIMENT).fingerprint,
-        prepare(other_precision, SENTIMENT).fingerprint,
-        prepare(tiny_llama, SENTIMENT, truncate=True).fingerprint,
-        prepare(tiny_llama, SENTIMENT, debias="batch").fingerprint,
+        label_scorer(tiny_llama, other_task).fingerprint,
+        label_scorer(other_weights, SENTIMENT).fingerprint,
+        label_scorer(other_precision, SENTIMENT).fingerprint,
+        label_scorer(tiny_llama, SENTIMENT, truncate=True).fingerprint,
+        label_scorer(tiny_llama, SENTIMENT).debiased_fingerprint,
     ]
-    assert len({plain, *others}) == 6 and prepare(tiny_llama, SENTIMENT).fingerprint == plain
+    assert len({plain, *others}) == 6 and label_scorer(tiny_llama, SENTIMENT).fingerprint == plain
