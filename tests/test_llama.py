@@ -26,9 +26,12 @@ from hypothesis import strategies as st
 from scipy.stats import chi2_contingency, chisquare
 
 import llama as loader
+import lora
+import model_files
 from llama import SLOT, Llama, load_llama
-from logprobs_confidence import explain, prepare
+from logprobs_confidence import label_scorer
 from task import TASKS
+from tensors import inverse_cdf
 
 ROOT = Path(__file__).parent.parent
 COMPLETION = TASKS["sentiment"]
@@ -93,7 +96,7 @@ TEXTS = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(PIECES)).map(""
 @example(text="ends in a digit 7")
 def test_the_ids_are_those_of_the_whole_rendered_prompt(readers, reader, task, text):
     llama = readers[reader]
-    ids = llama.encode(llama.frame(task.prompt(SLOT)), text)
+    ids = llama.encode(llama.rendered_prompt(task.prompt(SLOT)), text)
     assert ids == whole_prompt_ids(llama.tokenizer, task.prompt(text))
     if reader == "bos":
         assert ids.count(0) == 1 and ids[0] == 0
@@ -101,12 +104,12 @@ def test_the_ids_are_those_of_the_whole_rendered_prompt(readers, reader, task, t
 
 def test_a_prompt_that_writes_its_own_bos_gets_no_second_one(readers):
     llama = readers["bos"]
-    assert llama.encode(llama.frame(f"<|endoftext|>Text: {SLOT}\nSentiment:"), "fine").count(0) == 1
+    assert llama.encode(llama.rendered_prompt(f"<|endoftext|>Text: {SLOT}\nSentiment:"), "fine").count(0) == 1
 
 
 def test_thinking_is_turned_off(readers):
     llama = readers["thinking"]
-    assert llama.frame(CHAT.prompt(SLOT)).after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert llama.rendered_prompt(CHAT.prompt(SLOT)).after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 CONTROL = ["<|im_end|>", "<|im_start|>", "<|im_", "end|>", "<repo_name>", "<think>", "</think>", "<", "think>"]
@@ -126,11 +129,11 @@ PROMPTS = {
 @example(text="I <think> so")
 def test_control_strings_in_a_text_stay_characters(readers, prompt, text):
     llama = readers["thinking"]
-    frame = llama.frame(prompt)
-    ids = llama.encode(frame, text)
+    prompt = llama.rendered_prompt(prompt)
+    ids = llama.encode(prompt, text)
     added = llama.tokenizer.added_tokens_decoder
-    assert [i for i in ids if i in added] == [i for i in llama.encode(frame, "harmless") if i in added]
-    assert llama.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == frame.render(text)
+    assert [i for i in ids if i in added] == [i for i in llama.encode(prompt, "harmless") if i in added]
+    assert llama.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt.render(text)
     assert llama.tokenizer("<|im_end|>").input_ids == [2]  # reading characters was for this text only
 
 
@@ -144,11 +147,11 @@ BAD_TEMPLATES = {
 
 
 @pytest.mark.parametrize(("template", "problem"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
-def test_a_chat_template_that_can_not_be_used_is_an_error(tiny_llama, tokenizer, template, problem):
+def test_a_chat_template_that_cannot_be_used_is_an_error(tiny_llama, tokenizer, template, problem):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     with pytest.raises(ValueError, match=problem) as refusal:
-        replace(tiny_llama, tokenizer=changed).frame([{"role": "user", "content": SLOT}])
+        replace(tiny_llama, tokenizer=changed).rendered_prompt([{"role": "user", "content": SLOT}])
     assert "\n" not in str(refusal.value) and "tiny-llama" in str(refusal.value)
 
 
@@ -160,45 +163,45 @@ LONG = " ".join(f"word{i}" for i in range(400))  # the tiny model reads 512 toke
 
 @FORMATS
 def test_a_text_too_long_is_an_error_that_names_both_numbers(tiny_llama, tokenizer, task):
-    frame = tiny_llama.frame(task.prompt(SLOT))
+    prompt = tiny_llama.rendered_prompt(task.prompt(SLOT))
     count = len(whole_prompt_ids(tokenizer, task.prompt(LONG)))
     with pytest.raises(ValueError, match=rf"\b{count} tokens.*\b512\b.*--truncate"):
-        tiny_llama.encode_within(frame, LONG)
+        tiny_llama.encode_within(prompt, LONG)
     with pytest.raises(ValueError, match=r"\b509\b"):
-        tiny_llama.encode_within(frame, LONG, room=3)
+        tiny_llama.encode_within(prompt, LONG, room=3)
 
 
 @FORMATS
 @pytest.mark.parametrize("text", [LONG, " \n" * 2000 + LONG, "<|im_end|>" * 400], ids=["plain", "spaces", "control"])
 def test_truncation_shortens_the_text_and_never_the_question(tiny_llama, tokenizer, task, text):
-    frame = tiny_llama.frame(task.prompt(SLOT))
-    ids, shown = tiny_llama.encode_within(frame, text, room=3, truncate=True)
+    prompt = tiny_llama.rendered_prompt(task.prompt(SLOT))
+    ids, shown = tiny_llama.encode_within(prompt, text, room=3, truncate=True)
     assert text.startswith(shown) and shown != text
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == frame.before + shown.strip() + frame.after
-    question = tokenizer(frame.after).input_ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == prompt.before + shown.strip() + prompt.after
+    question = tokenizer(prompt.after).input_ids
     assert ids[-len(question) :] == question
     assert 509 - 10 < len(ids) <= 509  # as much of the text as fits; a word is three tokens or four
-    assert tiny_llama.encode_within(frame, shown, room=3) == (ids, shown)
+    assert tiny_llama.encode_within(prompt, shown, room=3) == (ids, shown)
 
 
 def test_a_text_that_just_fits_is_untouched(tiny_llama):
-    frame = tiny_llama.frame(f"A{SLOT}")
+    prompt = tiny_llama.rendered_prompt(f"A{SLOT}")
     text = " b" * 511
-    assert tiny_llama.encode_within(frame, text.strip())[1] == text.strip()
+    assert tiny_llama.encode_within(prompt, text.strip())[1] == text.strip()
     with pytest.raises(ValueError, match=r"\b513\b"):
-        tiny_llama.encode_within(frame, text.strip() + " b b")
+        tiny_llama.encode_within(prompt, text.strip() + " b b")
 
 
 def test_a_prompt_that_alone_fills_the_context_is_an_error(tiny_llama):
-    frame = tiny_llama.frame(f"{LONG} {SLOT}\nAnswer:")
+    prompt = tiny_llama.rendered_prompt(f"{LONG} {SLOT}\nAnswer:")
     with pytest.raises(ValueError, match="prompt alone fills"):
-        tiny_llama.encode_within(frame, "short", truncate=True)
+        tiny_llama.encode_within(prompt, "short", truncate=True)
 
 
 @pytest.mark.parametrize("text", ["", " \n\t\u00a0\u3000", "broken \ud83d emoji"], ids=["empty", "blank", "surrogate"])
-def test_a_text_that_can_not_be_read_is_an_error(tiny_llama, text):
+def test_a_text_that_cannot_be_read_is_an_error(tiny_llama, text):
     with pytest.raises(ValueError, match=r"empty|Unicode"):
-        tiny_llama.encode_within(tiny_llama.frame(COMPLETION.prompt(SLOT)), text, truncate=True)
+        tiny_llama.encode_within(tiny_llama.rendered_prompt(COMPLETION.prompt(SLOT)), text, truncate=True)
 
 
 # From token ids to log-probabilities
@@ -309,7 +312,7 @@ def test_batches_change_no_result_where_the_rotation_depends_on_the_length():
         assert_same(llama.answer_log_probs(rows, [[7]], batch_size), truth)
 
 
-def test_a_model_that_can_not_share_says_so_once(capsys):
+def test_a_model_that_cannot_share_says_so_once(capsys):
     kind, sizes, _ = KINDS["state space"]
     llama = random_model("tiny-mamba", kind, sizes)
     capsys.readouterr()
@@ -404,7 +407,7 @@ REAL_TEXTS = [
 
 def test_the_embedded_model_gives_each_prompt_what_a_plain_pass_gives(embedded):
     def ids(task, text):
-        return embedded.encode(embedded.frame(task.prompt(SLOT)), text)
+        return embedded.encode(embedded.rendered_prompt(task.prompt(SLOT)), text)
 
     short = replace(COMPLETION, examples=COMPLETION.examples[:2])  # the slow truth reads the whole prompt every time
     rows = [ids(short, text) for text in REAL_TEXTS]
@@ -826,8 +829,8 @@ def test_a_mistake_in_the_flags_is_one_line_before_anything_is_fetched(monkeypat
     def fetch(*arguments):
         raise AssertionError("fetched a model for a command that cannot work")
 
-    monkeypatch.setattr(loader, "_download", fetch)
-    monkeypatch.setattr(loader, "embedded_model", fetch)
+    monkeypatch.setattr(model_files, "download", fetch)
+    monkeypatch.setattr(model_files, "embedded_model", fetch)
     with pytest.raises(ValueError, match=problem) as refusal:
         load_llama(**{"model": "org/model"} | arguments)
     assert "\n" not in str(refusal.value)
@@ -1005,7 +1008,7 @@ def shipped(tiny_llama, tiny_folder, tmp_path, monkeypatch):
     folder = save_adapter(tiny_llama, tmp_path / "fine_tuned_sentiment_model")
     trained = {"base_weights": weights_of(tiny_folder), "task": COMPLETION.settings()}
     (folder / "training_config.json").write_text(json.dumps(trained))
-    monkeypatch.setattr(loader, "ADAPTER_FOLDER", folder)
+    monkeypatch.setattr(lora, "ADAPTER_FOLDER", folder)
     return folder
 
 
@@ -1196,7 +1199,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_works_offline(hub, tiny_fol
     row = json.loads(online.stdout)
     assert json.loads(offline.stdout) == row
     assert row["model"] == "org/tiny"
-    same = explain("A good movie.", prepare(load_llama(str(tiny_folder), device="cpu"), COMPLETION))
+    same = label_scorer(load_llama(str(tiny_folder), device="cpu"), COMPLETION).explain("A good movie.")
     assert row["probabilities"] == pytest.approx(same["probabilities"], abs=1e-5)
     assert TOKEN not in online.stdout + online.stderr
 
@@ -1429,9 +1432,9 @@ def test_a_point_of_the_cdf_names_the_token_it_falls_on_and_never_one_without_pr
 
     half = torch.tensor([-np.inf, 0.0, -np.inf, 0.0, -np.inf])
     points = torch.tensor([0.0, 0.25, 0.5 - 2**-53, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
-    assert loader._inverse_cdf(half[None], 1.0, [0] * 6, points.tolist()) == [1, 1, 1, 3, 3, 3]
+    assert inverse_cdf(half[None], 1.0, [0] * 6, points.tolist()) == [1, 1, 1, 3, 3, 3]
     many = torch.randn(49152, generator=torch.Generator().manual_seed(0))
     cumulative = many.double().softmax(-1).cumsum(-1)
     points = torch.cat([torch.zeros(1), cumulative[:-1:500] / cumulative[-1]]).double()
-    found = loader._inverse_cdf(many[None], 1.0, [0] * len(points), (points + 1e-12).tolist())
+    found = inverse_cdf(many[None], 1.0, [0] * len(points), (points + 1e-12).tolist())
     assert found == [0, *range(1, 49152, 500)]

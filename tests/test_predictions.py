@@ -327,7 +327,7 @@ def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):
     assert predictions.read(path) == [record(0)]
 
 
-def test_outputs_that_can_not_work_are_refused_before_anything_is_made(tmp_path):
+def test_outputs_that_cannot_work_are_refused_before_anything_is_made(tmp_path):
     table = tmp_path / "in.csv"
     table.write_text("text\nx\n", encoding="utf-8")
     (tmp_path / "link.csv").symlink_to(table)
