@@ -6,6 +6,8 @@
     python mc_dropout_confidence.py --adapter fine_tuned_model "Not bad" "Best worst thing ever"
     python mc_dropout_confidence.py --adapter fine_tuned_model --input reviews.csv --output dropout.jsonl
 
+    dropout_scorer(llama, task, passes=20).explain("Not bad")       # from Python; the keys are those of --json
+
 A pass leaves out a random part of every LoRA layer's inputs, as training did: one draw from an approximate posterior
 of the adapter's weights (Gal and Ghahramani, "Dropout as a Bayesian approximation", ICML 2016). Passes that all find
 the text open are aleatoric; passes that are sure of different labels are epistemic, the mutual information of label and
@@ -21,14 +23,9 @@ killed. With labels in the table it ends with how well confidence and epistemic 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 
@@ -36,64 +33,131 @@ import command_line
 import predictions
 import scoring
 import tables
-import task as tasks
 from calibration_metrics import auroc, bootstrap_interval
-from llama import Llama, RenderedPrompt, default_llama, model_arguments
+from llama import Llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
+from logprobs_confidence import NO_LABEL, LabelScorer, label_scorer
+from lora import dropping_out
 from predictions import Prediction
-from task import Answer, Example, Task
-
-if TYPE_CHECKING:
-    from calibration import FittedCalibrator
+from tables import Example
+from task import Task, label_probabilities, read_task
 
 PASSES = 20
 DRAWS = 1  # the third number of a pass's seed: training draws its masks by the first two
-NO_LABEL = "the model gives no label any probability"
 TRAIN_ONE = "train one with fine_tune_model.py --dropout 0.05 and name its folder with --adapter"
 # Rows that go through all passes and are written together, by device: what a killed run can lose.
 ROWS_PER_WINDOW = {"cpu": 64, "mps": 256, "cuda": 1024}
+Rows = Sequence[Sequence[int]]  # the ids of some prompts
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """A model with an adapter, a task and how to draw, and what follows: prompt, answer tokens, fingerprint."""
+class DropoutScorer:
+    """Method 1 under draws of the adapter's dropout: how many, from which seed, and the fingerprint that follows."""
 
-    llama: Llama
-    task: Task
-    frame: RenderedPrompt
-    answers: tuple[Answer, ...]
+    method_1: LabelScorer
     passes: int
     seed: int
-    truncate: bool
     fingerprint: str
+    name = "mc-dropout"
 
     @property
-    def common(self) -> dict:
-        """What all its records say."""
-        names = {"method": "mc-dropout", "model": self.llama.name, "task": self.task.name}
-        return names | {"fingerprint": self.fingerprint}
+    def task(self) -> Task:
+        return self.method_1.task
 
-    def encode(self, text: str) -> tuple[list[int], str]:
-        """(ids of the prompt, the text that it shows); ValueError for a text that cannot be put to the model."""
-        room = max(len(answer.ids) for answer in self.answers) - 1
-        return self.llama.encode_within(self.frame, text, room, self.truncate)
+    @property
+    def model_name(self) -> str:
+        return self.method_1.llama.name
 
-    def read(self, rows: Sequence[Sequence[int]], *options: object) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def window(self) -> int:
+        return ROWS_PER_WINDOW.get(self.method_1.llama.device, 64)
+
+    def run_once(self, rows: Rows, advance: Callable[[int], None] = lambda n: None) -> tuple[np.ndarray, np.ndarray]:
         """(probabilities [rows, labels], label mass [rows]) of prompts (ids), by the model as it is now."""
-        log_probs = self.llama.answer_log_probs(rows, [answer.ids for answer in self.answers], *options)
-        return tasks.label_probabilities(log_probs, self.answers, list(self.task.labels))
+        one, answer_ids = self.method_1, [answer.ids for answer in self.method_1.answers]
+        log_probs = one.llama.answer_log_probs(rows, answer_ids, one.batch_size, advance)
+        return label_probabilities(log_probs, one.answers, list(self.task.labels))
+
+    def run_passes(self, rows: Rows, advance: Callable[[int], None] = lambda n: None) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities [passes, rows, labels], label mass [passes, rows]) of prompts (ids), each under its draw."""
+        llama, probabilities, mass, results = self.method_1.llama, [], [], 0
+
+        def count(n: int) -> None:  # a row is done for every `passes` results, so that progress counts rows
+            nonlocal results
+            rows_before, results = results // self.passes, results + n
+            advance(results // self.passes - rows_before)
+
+        for number in range(self.passes):
+            with llama.evaluating(), dropping_out(llama, [self.seed, number, DRAWS]):
+                p, label_mass = self.run_once(rows, count)
+            probabilities.append(p)
+            mass.append(label_mass)
+        return np.stack(probabilities), np.stack(mass)
+
+    def explain(self, text: str) -> dict:
+        """Score a text and show the work: every pass, their mean and its parts, the model without dropout."""
+        llama, labels = self.method_1.llama, self.task.labels
+        ids, shown = self.method_1.encode(text)
+        probabilities, mass = self.run_passes([ids])
+        with llama.evaluating():
+            plain, plain_mass = self.run_once([ids])
+        if not (np.isfinite(probabilities).all() and np.isfinite(plain).all()):
+            raise ValueError(NO_LABEL)
+        mean = answer(labels, probabilities[:, 0].mean(axis=0), mass[:, 0].mean())
+        epistemic, aleatoric = decompose(probabilities)
+        return {
+            "text": text,
+            "prompt": self.method_1.prompt.render(shown),
+            "model": llama.name,
+            "model_path": str(llama.path),
+            "passes": [answer(labels, *of_pass) for of_pass in zip(probabilities[:, 0], mass[:, 0], strict=True)],
+            "without_dropout": answer(labels, plain[0], plain_mass[0]),
+            **mean,
+            "total_probability": mean["confidence"] * mean["label_mass"],
+            "epistemic": float(epistemic[0]),
+            "aleatoric": float(aleatoric[0]),
+            "fingerprint": self.fingerprint,
+        }
+
+    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+        """Score examples a window at a time; one that cannot be scored gets its error and no number."""
+        return scoring.by_windows(examples, self.window, lambda window: self.score_together(window, advance))
+
+    def score_together(
+        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda n: None
+    ) -> list[Prediction]:
+        """Score examples in one sorting by length, returned in their order."""
+        common, records = scoring.record_fields(self), {}
+        encoded, errors = scoring.encode_all(examples, self.method_1.encode)
+        advance(len(errors))
+        probabilities, mass = self.run_passes([ids for ids, _ in encoded.values()], advance)
+        mean, mean_mass = probabilities.mean(axis=0), mass.mean(axis=0)
+        epistemic, aleatoric = decompose(probabilities)
+        for at, (number, (_, shown)) in enumerate(encoded.items()):
+            if not np.isfinite(mean[at]).all():
+                errors[number] = NO_LABEL
+                continue
+            by_label = dict(zip(self.task.labels, mean[at].tolist(), strict=True))
+            extras = {"epistemic": float(epistemic[at]), "aleatoric": float(aleatoric[at])}
+            extras |= {"truncated": True} if shown != examples[number].text else {}
+            identity = self.task.identify(examples[number])
+            records[number] = predictions.scored(*identity, by_label, float(mean_mass[at]), **common, extras=extras)
+        for number, error in errors.items():
+            records[number] = predictions.failed(*self.task.identify(examples[number]), error, **common)
+        return [records[number] for number in range(len(examples))]
 
 
-def prepare(llama: Llama, task: Task, passes: int = PASSES, seed: int = 0, truncate: bool = False) -> Scorer:
+def dropout_scorer(
+    llama: Llama, task: Task, passes: int = PASSES, seed: int = 0, truncate: bool = False, batch_size: int | None = None
+) -> DropoutScorer:
     """Join a model and a task; ValueError when no dropout can be drawn or the task does not work with the model."""
     if passes < 2:
         raise ValueError(f"passes is {passes}: at least 2, for one alone differs from nothing")
     check_dropout(llama)
-    frame = llama.task_prompt(task)
-    answers = tasks.find_answers(task, llama.tokenizer, frame.render("text"))
+    method_1 = label_scorer(llama, task, truncate, batch_size)
     settings = {"passes": passes, "seed": seed} | ({"truncate": True} if truncate else {})
-    identity = {**llama.identity, "task": task.settings(), "method": "mc-dropout", "settings": settings}
-    return Scorer(llama, task, frame, tuple(answers), passes, seed, truncate, predictions.fingerprint(**identity))
+    known = {**llama.identity, "task": task.settings(), "method": DropoutScorer.name}
+    return DropoutScorer(method_1, passes, seed, predictions.fingerprint(**known, settings=settings))
 
 
 def check_dropout(llama: Llama) -> None:
@@ -107,44 +171,12 @@ def check_dropout(llama: Llama) -> None:
         raise ValueError(f"the adapter is a variant of LoRA, as DoRA, whose dropout cannot be drawn; {TRAIN_ONE}")
 
 
-def get_mc_dropout_confidence(
-    text: str, passes: int = PASSES, llama: Llama | None = None, task: Task | None = None, seed: int = 0
-) -> tuple[str, float, float, float]:
-    """(predicted label, its mean probability, epistemic and aleatoric part in nats) of one text.
-
-    By default the embedded model with the adapter that fits it and task `sentiment`. Raises ValueError for an empty
-    text, fewer than two passes, and a model without an adapter that has dropout.
-    """
-    task = task or tasks.TASKS["sentiment"]
-    row = explain(text, prepare(llama or default_llama(json.dumps(task.settings())), task, passes, seed))
-    return row["prediction"], row["confidence"], row["epistemic"], row["aleatoric"]
-
-
-# Passes
-
-
-def run_passes(
-    rows: Sequence[Sequence[int]],
-    scorer: Scorer,
-    batch_size: int | None = None,
-    advance: Callable[[int], None] = lambda n: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities [passes, rows, labels], label mass [passes, rows]) of prompts (ids).
-
-    `advance(1)` for every so many results as there are passes, so that what is counted are rows.
-    """
-    done, found = 0, []
-
-    def count(n: int) -> None:
-        nonlocal done
-        before, done = done, done + n
-        advance(done // scorer.passes - before // scorer.passes)
-
-    for number in range(scorer.passes):
-        with scorer.llama.evaluating(), scorer.llama.dropping_out([scorer.seed, number, DRAWS]):
-            found.append(scorer.read(rows, batch_size, count))
-    probabilities, mass = zip(*found, strict=True)
-    return np.stack(probabilities), np.stack(mass)
+def answer(labels: Sequence[str], probabilities: np.ndarray, label_mass: float) -> dict:
+    """What one distribution [labels] says."""
+    by_label = dict(zip(labels, probabilities.tolist(), strict=True))
+    prediction = max(by_label, key=by_label.__getitem__)
+    found = {"probabilities": by_label, "label_mass": float(label_mass)}
+    return found | {"prediction": prediction, "confidence": by_label[prediction]}
 
 
 def decompose(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,100 +184,39 @@ def decompose(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Entropy is concave, so the epistemic part is not negative but for rounding.
     """
-    aleatoric = entropy(probabilities).mean(axis=0)
-    return np.maximum(entropy(probabilities.mean(axis=0)) - aleatoric, 0.0), aleatoric
+    from scipy.special import entr  # -p log p, of 0 it is 0
+
+    aleatoric = entr(probabilities).sum(axis=-1).mean(axis=0)
+    total = entr(probabilities.mean(axis=0)).sum(axis=-1)
+    return np.maximum(total - aleatoric, 0.0), aleatoric
 
 
-def entropy(probabilities: np.ndarray) -> np.ndarray:
-    """-sum p log p over the last axis, in nats; 0 log 0 is 0."""
-    return -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0))).sum(axis=-1) + 0.0
+# Printing
 
 
-def score(
-    examples: Sequence[Example],
-    scorer: Scorer,
-    batch_size: int | None = None,
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[Prediction]:
-    """Score examples together, in their order; one that cannot be scored gets its error and no number."""
-    rows, errors = {}, {}
-    for i, example in enumerate(examples):
-        try:
-            rows[i] = scorer.encode(example.text)
-        except ValueError as error:
-            errors[i] = str(error)
-    advance(len(errors))
-    probabilities, mass = run_passes([ids for ids, _ in rows.values()], scorer, batch_size, advance)
-    columns = probabilities.mean(axis=0), mass.mean(axis=0), *decompose(probabilities)
-    found = dict(zip(rows, zip(*columns, strict=True), strict=True))
-    result = []
-    for i, example in enumerate(examples):
-        identity = scorer.task.identify(example)
-        if i in errors or not np.isfinite(found[i][0]).all():
-            result.append(predictions.failed(*identity, errors.get(i, NO_LABEL), **scorer.common))
-            continue
-        p, label_mass, epistemic, aleatoric = (value.tolist() for value in found[i])
-        extras = {"epistemic": epistemic, "aleatoric": aleatoric}
-        extras |= {"truncated": True} if rows[i][1] != example.text else {}
-        by_label = dict(zip(scorer.task.labels, p, strict=True))
-        result.append(predictions.scored(*identity, by_label, label_mass, **scorer.common, extras=extras))
-    return result
-
-
-# One text, explained
-
-
-def explain(text: str, scorer: Scorer) -> dict:
-    """Score a text and show the work, for JSON: every pass, their mean and its parts, the model without dropout."""
-    ids, shown = scorer.encode(text)
-    probabilities, mass = (found[:, 0] for found in run_passes([ids], scorer))
-    with scorer.llama.evaluating():
-        plain, plain_mass = (found[0] for found in scorer.read([ids]))
-    if not (np.isfinite(probabilities).all() and np.isfinite(plain).all()):
-        raise ValueError(NO_LABEL)
-    mean = _answer(probabilities.mean(axis=0), mass.mean(), scorer.task)
-    epistemic, aleatoric = (part.item() for part in decompose(probabilities))
-    return {
-        "text": text,
-        "prompt": scorer.frame.render(shown),
-        "model": scorer.llama.name,
-        "model_path": str(scorer.llama.path),
-        "passes": [_answer(*of_pass, scorer.task) for of_pass in zip(probabilities, mass, strict=True)],
-        "without_dropout": _answer(plain, plain_mass, scorer.task),
-        **mean,
-        "total_probability": mean["confidence"] * mean["label_mass"],
-        "epistemic": epistemic,
-        "aleatoric": aleatoric,
-        "fingerprint": scorer.fingerprint,
-    }
-
-
-def _answer(probabilities: np.ndarray, mass: np.ndarray, task: Task) -> dict:
-    """What one distribution over the labels says."""
-    by_label = dict(zip(task.labels, probabilities.tolist(), strict=True))
-    prediction = max(by_label, key=by_label.__getitem__)
-    numbers = {"probabilities": by_label, "label_mass": float(mass)}
-    return numbers | {"prediction": prediction, "confidence": by_label[prediction]}
-
-
-def print_explanation(row: dict) -> None:
+def print_explanation(row: Mapping) -> None:
     """The labels without dropout and over the passes, the two parts of their entropy, the verdict."""
     passes, plain, n = row["passes"], row["without_dropout"], len(row["passes"])
     lines = [["", "without dropout", f"mean of {n} passes", "lowest", "highest"]]
-    for name in [*row["probabilities"], "label mass"]:
-        values = [one["probabilities"].get(name, one["label_mass"]) for one in (plain, row, *passes)]
-        shown = (*values[:2], min(values[2:]), max(values[2:]))
-        lines.append([name, *(f"{100 * value:.2f} %" for value in shown)])
+    for label in row["probabilities"]:
+        lines.append(spread(label, [answer["probabilities"][label] for answer in (plain, row, *passes)]))
+    lines.append(spread("label mass", [answer["label_mass"] for answer in (plain, row, *passes)]))
     print(f"Text: {command_line.printable(row['text'])}\n")
     print(command_line.columns(lines, "  "))
     total = row["aleatoric"] + row["epistemic"]
     parts = [f"{name} {row[name]:.3g} ({share(row[name], total)})" for name in ("aleatoric", "epistemic")]
     print(f"\n  entropy {total:.3g} nats = {' + '.join(parts)}")
-    agree = sum(one["prediction"] == row["prediction"] for one in passes)
+    agree = sum(answer["prediction"] == row["prediction"] for answer in passes)
     print(f"\n  Verdict: {row['prediction']}, confidence {100 * row['confidence']:.2f} %", end=" ")
     print(f"({agree} of {n} passes; without dropout {plain['prediction']}, {100 * plain['confidence']:.2f} %)")
     scoring.print_decision(row)
     print()
+
+
+def spread(name: str, values: Sequence[float]) -> list[str]:
+    """A line of the table: the value without dropout, the mean, and the ends of the passes' values that follow."""
+    plain, mean, *of_passes = values
+    return [name, *(f"{100 * value:.2f} %" for value in (plain, mean, min(of_passes), max(of_passes)))]
 
 
 def share(part: float, total: float) -> str:
@@ -253,24 +224,10 @@ def share(part: float, total: float) -> str:
     return f"{100 * part / total if total else 0:.3g} %"
 
 
-# A table of texts
+# The report on a table
 
 
-def score_table(args: argparse.Namespace, scorer: Scorer, total: int) -> int:
-    """Write or continue the predictions file of a whole table; returns how many rows were scored now."""
-    size = ROWS_PER_WINDOW.get(scorer.llama.device, 64)
-
-    def score_windows(examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
-        while window := list(islice(examples, size)):
-            yield from score(window, scorer, args.batch_size, advance)
-
-    examples, identify = partial(tasks.examples_from, args), scorer.task.identify
-    return predictions.write_table(
-        args.output, examples, identify, score_windows, scorer.fingerprint, total, size, args.overwrite
-    )
-
-
-def report(path: str, groups: str | None = None) -> str:
+def report(path: str | Path, groups: str | None = None) -> str:
     """What a predictions file of this method holds: the usual lines, the mean of either part, with labels the ranking.
 
     `groups` is a table of id and group, by default near-duplicate texts are one.
@@ -290,10 +247,11 @@ def report(path: str, groups: str | None = None) -> str:
 def ranking(rows: Sequence[Prediction], groups: Sequence[object]) -> str:
     """AUROC of confidence and of -epistemic for being right, and their difference, paired."""
     right = np.array([row.prediction == row.label for row in rows])
-    scores = np.array([(row.confidence, -row.extras["epistemic"]) for row in rows]).T
+    confidence = np.array([row.confidence for row in rows])
+    certainty = -np.array([row.extras["epistemic"] for row in rows])
 
     def areas(chosen: np.ndarray) -> list[float]:
-        one, two = (auroc(values[chosen], right[chosen]) for values in scores)
+        one, two = auroc(confidence[chosen], right[chosen]), auroc(certainty[chosen], right[chosen])
         return [one, two, two - one]
 
     found = zip(areas(np.arange(len(rows))), bootstrap_interval(areas, groups), strict=True)
@@ -312,22 +270,17 @@ def ranking(rows: Sequence[Prediction], groups: Sequence[object]) -> str:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
+    scoring.add_arguments(parser)
     add("--passes", type=int, default=PASSES, metavar="N", help=f"draws of the dropout (default: {PASSES})")
     add("--seed", type=command_line.natural, default=0, metavar="N", help="of the draws (default: 0)")
-    tasks.add_arguments(parser)
     tables.add_groups_argument(parser)
-    add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
-    scoring.add_arguments(parser)
     add_model_arguments(parser)
-    add("--batch-size", type=int, metavar="N", help="rows run together (default: by length and device)")
     args = parser.parse_args(argv)
     scoring.check_arguments(parser, args)
     if args.groups is not None and not args.input:
         parser.error("--groups is for the report on a table (--input FILE)")
-    for name, least in (("passes", 2), ("batch_size", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: at least {least}")
+    if args.passes < 2:
+        parser.error(f"--passes {args.passes}: at least 2")
     if args.adapter == "none":
         parser.error(f"--adapter none leaves no dropout to draw; {TRAIN_ONE}")
     return args
@@ -335,54 +288,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    task = tasks.read_task(args.task)
-    total = check_table(args, task) if args.input else 0
-    calibrator = None
-    if args.calibrator:
-        from calibration import load_calibrator
-
-        calibrator = load_calibrator(args.calibrator)
-    scorer = prepare(load_from(args, task.settings()), task, args.passes, args.seed, args.truncate)
-    if calibrator:
-        calibrator.check(scorer.fingerprint, scorer.llama.name, task.name, list(task.labels))
-    if args.text:
-        explain_texts(args, scorer, calibrator)
-    else:
-        run_table(args, scorer, total, calibrator)
-
-
-def check_table(args: argparse.Namespace, task: Task) -> int:
-    """Check everything about a table that can be checked without the model; returns its rows."""
-    for other in (args.input, args.calibrator, args.groups):
-        predictions.check_output(args.output, other)
+    task = read_task(args.task)
+    job = scoring.job_from_arguments(args, task)
     if args.groups is not None:
-        tables.groups_of(list(tasks.examples_from(args)), args.groups)
-    return tasks.check_examples(tasks.examples_from(args), task, args.input)
-
-
-def explain_texts(args: argparse.Namespace, scorer: Scorer, calibrator: FittedCalibrator | None) -> None:
-    for text in args.text:
-        row = explain(text, scorer)
-        if calibrator:
-            record = predictions.scored("", text, None, row["probabilities"], row["label_mass"], **scorer.common)
-            row |= calibrator.apply([record], args.threshold)[0].extras
-        if args.json:
-            print(json.dumps(row))
-        else:
-            print_explanation(row)
-
-
-def run_table(args: argparse.Namespace, scorer: Scorer, total: int, calibrator: FittedCalibrator | None) -> None:
-    """Score a table; report what the file now holds."""
-    started = time.monotonic()
-    if count := score_table(args, scorer, total):
-        seconds = time.monotonic() - started
-        print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
-    print(report(args.output, args.groups))
-    if calibrator:
-        from calibration import calibrate_file
-
-        print(calibrate_file(args.output, calibrator, args.threshold))
+        predictions.check_output(args.output, args.groups)
+        tables.groups_of(list(job.table), args.groups)
+    llama = load_llama(**model_arguments(args), task=task.settings())
+    scorer = dropout_scorer(llama, task, args.passes, args.seed, args.truncate, args.batch_size)
+    job.check(scorer)
+    if job.texts:
+        scoring.explain_texts(job, scorer, print_explanation)
+        return
+    scoring.score_table(scorer, job.table, job.total, job.output, job.overwrite)
+    scoring.finish_table(job, report(job.output, args.groups))
 
 
 if __name__ == "__main__":
