@@ -292,19 +292,30 @@ def label_probabilities(
     no answer has any probability is NaN with mass 0.
     """
     exclusive = np.array(answer_log_probs, dtype=np.float64)
-    by_length = sorted(range(len(answers)), key=lambda a: -len(answers[a].ids))
     groups = [[a for a, answer in enumerate(answers) if answer.label == label] for label in labels]
     with np.errstate(invalid="ignore", divide="ignore"):  # what has no answer is NaN here, an error in its record
-        for a in by_length:
-            ids = answers[a].ids
-            for longer in by_length:
-                if len(answers[longer].ids) > len(ids) and answers[longer].ids[: len(ids)] == ids:
-                    possible = np.isfinite(exclusive[:, a])
-                    share = np.exp(exclusive[possible, longer] - exclusive[possible, a])
-                    exclusive[possible, a] += np.log1p(-np.minimum(share, 1.0))
+        for shorter, longer in nested_answers(answers):
+            possible = np.isfinite(exclusive[:, shorter])
+            share = np.exp(exclusive[possible, longer] - exclusive[possible, shorter])
+            exclusive[possible, shorter] += np.log1p(-np.minimum(share, 1.0))
         log_totals = np.stack([np.logaddexp.reduce(exclusive[:, group], axis=1) for group in groups], axis=1)
         log_mass = np.logaddexp.reduce(log_totals, axis=1)
         return np.exp(log_totals - log_mass[:, None]), np.minimum(np.exp(log_mass), 1.0)
+
+
+def nested_answers(answers: Sequence[Answer]) -> list[tuple[int, int]]:
+    """(number of an answer, number of a longer one that it begins) for all of these pairs, the longest answers first.
+
+    In this order a longer answer already lacks what goes on from it when it is subtracted from a shorter one.
+    """
+    by_length = sorted(range(len(answers)), key=lambda a: -len(answers[a].ids))
+    pairs = []
+    for shorter in by_length:
+        ids = answers[shorter].ids
+        for longer in by_length:
+            if len(answers[longer].ids) > len(ids) and answers[longer].ids[: len(ids)] == ids:
+                pairs.append((shorter, longer))
+    return pairs
 
 
 def listed_probabilities(
