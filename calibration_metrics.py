@@ -1,15 +1,16 @@
-"""Is a confidence true? Calibration errors with their noise floor, proper scores, ranking, reliability diagrams.
+"""Is a confidence true? Calibration errors beside a calibrated model's, proper scores, ranking, reliability diagrams.
 
     ECE = sum_b n_b / n |accuracy_b - mean confidence_b|,  MCE = max_b |accuracy_b - mean confidence_b|,  20 equal bins
 
-    python calibration_metrics.py base.jsonl                         # every number of one predictions file
+    python calibration_metrics.py base.jsonl                         # ten rows on one predictions file
+    python calibration_metrics.py base.jsonl --verbose               # every number, and each predicted label
     python calibration_metrics.py base.jsonl tuned.jsonl --figure reliability.png
 
-A perfectly calibrated model has an ECE above 0 on any finite sample, so ECE never stands alone: beside it stand the
-noise floor (what perfect calibration would show on these confidences), its 95 % point and a p-value. MCE stands with
+A perfectly calibrated model has an ECE above 0 on any finite sample, so ECE never stands alone: beside it stands the
+expected ECE if calibrated (the noise floor), what perfect calibration would show on these confidences. MCE stands with
 the count of its bin. Compare models and calibrators by log loss or Brier score, never by ECE: predicting the base rate
-for every row has a perfect ECE. Intervals are 95 %: exact binomial for a count of independent rows, else a
-bootstrap of whole groups.
+for every row has a perfect ECE. Intervals are 95 %: exact binomial for a count of independent rows, else a bootstrap
+of whole groups.
 
 It prints a table; with --figure it writes reliability diagrams. Formulas with their sources stand in the functions.
 """
@@ -17,7 +18,7 @@ It prints a table; with --figure it writes reliability diagrams. Formulas with t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,6 @@ import command_line
 import plotting
 import predictions
 import tables
-import task as tasks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +52,9 @@ def checked(confidence: Sequence[float], correct: Sequence[bool]) -> tuple[np.nd
         raise ValueError("no rows: confidence is empty")
     if np.isnan(confidence).any():
         raise ValueError(f"confidence is NaN in {np.isnan(confidence).sum()} of {len(confidence)} rows")
-    if confidence.min() < 0 or confidence.max() > 1:
-        raise ValueError(
-            f"confidence runs from {float(confidence.min())!r} to {float(confidence.max())!r}, outside [0, 1]"
-        )
+    low, high = float(confidence.min()), float(confidence.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"confidence runs from {low!r} to {high!r}, outside [0, 1]")
     if not np.isin(correct, (0, 1)).all():
         raise ValueError("correct must be true or false (1 or 0) in every row")
     return confidence, correct.astype(bool)
@@ -78,6 +77,17 @@ class Bins:
         """accuracy - mean confidence: below 0 is overconfident."""
         return self.accuracy - self.confidence
 
+    @property
+    def mean_gap(self) -> float:
+        """The size of the gaps, weighted by rows."""
+        return float(np.nansum(self.count * np.abs(self.gap)) / self.count.sum())
+
+    def largest_gap(self, min_count: int = 1) -> tuple[float, int | None]:
+        """(size, rows of its bin) over the bins with at least `min_count` rows; (NaN, None) if there is none."""
+        size = np.where(self.count >= min_count, np.abs(self.gap), -1.0)
+        worst = int(size.argmax())
+        return (float(size[worst]), int(self.count[worst])) if size[worst] >= 0 else (float("nan"), None)
+
 
 def bins_of(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> Bins:
     """Equal-width bins [i/n, (i+1)/n), the last one closed: a confidence of 0.95 is in the bin that begins at 0.95.
@@ -89,12 +99,6 @@ def bins_of(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = 
     return _gather(confidence, correct, _edges(n_bins))
 
 
-def _edges(n_bins: int) -> np.ndarray:
-    if n_bins < 1:
-        raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
-    return np.arange(n_bins + 1) / n_bins
-
-
 def equal_mass_bins(confidence: Sequence[float], correct: Sequence[bool], n_bins: int | None = None) -> Bins:
     """Bins of about equally many rows, at most 20 bins and about 50 rows each; equal confidences stay together."""
     confidence, correct = checked(confidence, correct)
@@ -103,40 +107,35 @@ def equal_mass_bins(confidence: Sequence[float], correct: Sequence[bool], n_bins
     return _gather(confidence, correct, np.append(np.unique(first), np.inf))
 
 
-def _gather(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Bins:
-    index = _bin_index(confidence, edges)
-    count = np.bincount(index, minlength=len(edges) - 1)
-    with np.errstate(invalid="ignore"):
-        sums = (np.bincount(index, weights, minlength=len(edges) - 1) for weights in (confidence, correct))
-        return Bins(edges, count, *(total / count for total in sums))
+def _edges(n_bins: int) -> np.ndarray:
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
+    return np.arange(n_bins + 1) / n_bins
 
 
 def _bin_index(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, len(edges) - 2)
 
 
-def _mean_gap(bins: Bins) -> float:
-    return float(np.nansum(bins.count * np.abs(bins.gap)) / bins.count.sum())
+def _gather(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> Bins:
+    index, n_bins = _bin_index(confidence, edges), len(edges) - 1
+    count = np.bincount(index, minlength=n_bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a bin is empty
+        mean_confidence = np.bincount(index, confidence, minlength=n_bins) / count
+        accuracy = np.bincount(index, correct, minlength=n_bins) / count
+    return Bins(edges, count, mean_confidence, accuracy)
 
 
 def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> float:
     """ECE: each bin's gap between accuracy and mean confidence, weighted by its rows (Naeini et al., AAAI 2015)."""
-    return _mean_gap(bins_of(confidence, correct, n_bins))
+    return bins_of(confidence, correct, n_bins).mean_gap
 
 
 def maximum_calibration_error(
     confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS, min_count: int = 1
 ) -> float:
     """MCE: the largest gap of any bin with at least `min_count` rows; NaN when no bin has so many."""
-    bins = bins_of(confidence, correct, n_bins)
-    return _largest_gap(bins, min_count)[0]
-
-
-def _largest_gap(bins: Bins, min_count: int) -> tuple[float, int | None]:
-    """(gap, index of its bin) over the bins with enough rows; (NaN, None) if there is none."""
-    gap = np.where(bins.count >= min_count, np.abs(bins.gap), -1.0)
-    worst = int(gap.argmax())
-    return (float(gap[worst]), worst) if gap[worst] >= 0 else (float("nan"), None)
+    return bins_of(confidence, correct, n_bins).largest_gap(min_count)[0]
 
 
 def debiased_calibration_error(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> float:
@@ -164,7 +163,7 @@ def smooth_calibration_error(confidence: Sequence[float], correct: Sequence[bool
 def consistency_resampling(
     confidence: Sequence[float], n_bins: int = N_BINS, n_draws: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i). Their mean is the noise floor.
+    """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i). Their mean is the expected one.
 
     Broecker and Smith, "Increasing the reliability of reliability diagrams", 2007. Rows are drawn independently; where
     the errors of a group come together, true noise is larger than this and the p-value too small.
@@ -200,7 +199,7 @@ def one_of_each(groups: Sequence[Hashable]) -> np.ndarray:
 
 
 def resamples(groups: Sequence[object], n_resamples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Row numbers of bootstrap samples that draw whole groups, as many as there are (cluster bootstrap)."""
+    """Row numbers of bootstrap samples, each of whole groups drawn with replacement (cluster bootstrap)."""
     index = group_numbers(groups)
     draw, rows, n_groups = np.random.default_rng(seed), np.arange(len(index)), index.max() + 1
     for _ in range(n_resamples):
@@ -262,18 +261,22 @@ def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> flo
     return float(np.mean(risk_coverage(confidence, correct)))
 
 
+def isotonic_recalibration(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """The non-decreasing function of these confidences that fits these rows best [n], by any proper score."""
+    from scipy.optimize import isotonic_regression
+
+    _, index, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    return isotonic_regression(np.bincount(index, correct) / count, weights=count).x[index]
+
+
 def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
     """Brier = miscalibration - discrimination + uncertainty, by recalibrating with isotonic regression on these rows.
 
     Dimitriadis, Gneiting and Jordan, PNAS 2021. The first two are in-sample and a little too large on few rows;
     `refinement_split` is the held-out twin.
     """
-    from scipy.optimize import isotonic_regression
-
-    _, index, count = np.unique(confidence, return_inverse=True, return_counts=True)
-    recalibrated = isotonic_regression(np.bincount(index, correct) / count, weights=count).x[index]
     base = brier_score(np.full(len(correct), correct.mean()), correct)
-    after = brier_score(recalibrated, correct)
+    after = brier_score(isotonic_recalibration(confidence, correct), correct)
     return {
         "corp_miscalibration": brier_score(confidence, correct) - after,
         "corp_discrimination": base - after,
@@ -282,9 +285,9 @@ def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> dict[str,
 
 
 def refinement_split(confidence: np.ndarray, recalibrated: np.ndarray, correct: np.ndarray) -> dict[str, float]:
-    """Log loss = refinement (what the best calibration leaves) + calibration error, from out-of-fold recalibration.
+    """Log loss = refinement (what the best calibration leaves) + calibration error. Berta et al., 2025 (2501.19195).
 
-    `recalibrated` must come from calibrators that did not see the row. Berta et al., 2025 (arXiv 2501.19195).
+    Where `recalibrated` comes from calibrators that saw the rows, both are in-sample.
     """
     refinement = log_loss(recalibrated, correct)
     return {"refinement": refinement, "calibration_error": log_loss(confidence, correct) - refinement}
@@ -316,10 +319,12 @@ def calibration_metrics(
     n_groups, point = len(np.unique(groups)), _scores(confidence, correct)
     resampled = bootstrap_interval(lambda rows: [*_scores(confidence[rows], correct[rows]).values()], groups, seed=seed)
     intervals = dict(zip(point, resampled.tolist(), strict=True))
-    ends = [exact_interval(correct.sum(), n)]
-    if n_groups < n:  # the exact interval takes rows for independent; the bootstrap of all right is a point
-        ends.append(intervals["accuracy"])
-    intervals["accuracy"] = min(low for low, _ in ends), max(high for _, high in ends)
+    exact = exact_interval(correct.sum(), n)
+    if n_groups == n:
+        intervals["accuracy"] = exact
+    else:  # the exact interval takes rows for independent; the bootstrap of all right is a point
+        low, high = intervals["accuracy"]
+        intervals["accuracy"] = min(low, exact[0]), max(high, exact[1])
     metrics = {"n": n, "groups": n_groups, "protocol": protocol, **point}
     metrics |= _errors(confidence, correct, n_bins, seed) | corp_decomposition(confidence, correct)
     for name, (low, high) in intervals.items():
@@ -343,29 +348,30 @@ def _scores(confidence: np.ndarray, correct: np.ndarray) -> dict[str, float]:
 
 
 def _errors(confidence: np.ndarray, correct: np.ndarray, n_bins: int, seed: int) -> dict[str, float | int | None]:
-    """The calibration errors, which get their noise instead: resampling would only add to it."""
+    """The calibration errors, beside those of a calibrated model: resampling rows would only add to their noise."""
     bins = bins_of(confidence, correct, n_bins)
-    ece, null = _mean_gap(bins), consistency_resampling(confidence, n_bins, seed=seed)
-    mce, worst = _largest_gap(bins, 1)
-    mce_counted, worst_counted = _largest_gap(bins, MIN_COUNT)
+    ece, if_calibrated = bins.mean_gap, consistency_resampling(confidence, n_bins, seed=seed)
+    as_large = np.count_nonzero(if_calibrated >= ece - 1e-12)
     squared = debiased_calibration_error(confidence, correct, n_bins)
+    mce, mce_count = bins.largest_gap()
+    mce_counted, mce_counted_count = bins.largest_gap(MIN_COUNT)
     return {
         "ece": ece,
-        "ece_noise_floor": float(null.mean()),
-        "ece_noise_95": float(np.quantile(null, 0.95)),
-        "ece_p_value": float((1 + np.count_nonzero(null >= ece - 1e-12)) / (1 + len(null))),
-        "ece_equal_mass": _mean_gap(equal_mass_bins(confidence, correct)),
+        "ece_noise_floor": float(if_calibrated.mean()),
+        "ece_noise_95": float(np.quantile(if_calibrated, 0.95)),
+        "ece_p_value": float((1 + as_large) / (1 + len(if_calibrated))),
+        "ece_equal_mass": equal_mass_bins(confidence, correct).mean_gap,
         "ece_debiased": float(np.sqrt(max(squared, 0))),
         "ece_smooth": smooth_calibration_error(confidence, correct),
         "mce": mce,
-        "mce_count": int(bins.count[worst]),
+        "mce_count": mce_count,
         f"mce_{MIN_COUNT}": mce_counted,
-        f"mce_{MIN_COUNT}_count": None if worst_counted is None else int(bins.count[worst_counted]),
+        f"mce_{MIN_COUNT}_count": mce_counted_count,
     }
 
 
 def by_predicted_label(rows: Sequence[predictions.Prediction], score: str = "confidence") -> dict[str, dict]:
-    """Rows, accuracy and mean confidence for each predicted label; a lean to one label hides in the overall numbers.
+    """Rows, accuracy and mean confidence for each predicted label; a class bias does not show in the overall numbers.
 
     Gupta and Ramdas, "Top-label calibration and multiclass-to-binary reductions", ICLR 2022.
     """
@@ -377,6 +383,18 @@ def by_predicted_label(rows: Sequence[predictions.Prediction], score: str = "con
 
 
 # Reliability diagrams
+
+
+def reliability_bins(confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS) -> list[dict]:
+    """The bins of a reliability diagram that hold rows, each with the exact 95 % interval of its accuracy."""
+    bins, table = bins_of(confidence, correct, n_bins), []
+    for i in np.flatnonzero(bins.count).tolist():
+        n, accuracy = int(bins.count[i]), float(bins.accuracy[i])
+        low, high = exact_interval(round(accuracy * n), n)
+        row = {"from": float(bins.edges[i]), "to": float(bins.edges[i + 1]), "n": n, "accuracy": accuracy}
+        row |= {"mean_confidence": float(bins.confidence[i]), "accuracy_low": low, "accuracy_high": high}
+        table.append(row)
+    return table
 
 
 def plot_reliability_diagram(
@@ -393,18 +411,7 @@ def plot_reliability_diagram(
         from matplotlib.figure import Figure
 
         ax = Figure(figsize=(6, 6), layout="constrained").subplots()
-    bins = bins_of(confidence, correct, n_bins)
-    full = bins.count > 0
-    x, y, n = bins.confidence[full], bins.accuracy[full], bins.count[full]
-    ends = np.array([exact_interval(k, m) for k, m in zip(np.rint(y * n), n, strict=True)])
-    ax.plot([0, 1], [0, 1], color=plotting.GREY, linestyle="--", linewidth=1, zorder=1)
-    ax.vlines(x, ends[:, 0], ends[:, 1], color=color, alpha=0.35, linewidth=1.5, zorder=2)
-    ax.scatter(x, y, s=20 + 500 * n / n.sum(), color=color, alpha=0.85, edgecolor="white", zorder=3, label=label)
-    if counts:  # along the bottom, where dots are rare, and upright, so that they do not collide
-        for x_, n_ in zip(((bins.edges[1:] + bins.edges[:-1]) / 2)[full], n, strict=True):
-            ax.annotate(f"{n_:,}", (x_, 0), rotation=90, ha="center", va="bottom", fontsize=8, color="#555b66")
-    ax.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.08), xlabel="confidence", ylabel="accuracy")
-    plotting.percent(ax)
+    plotting.reliability_panel(ax, reliability_bins(confidence, correct, n_bins), color, label, counts)
     return ax
 
 
@@ -423,82 +430,124 @@ def plot_risk_coverage(ax: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray,
 
 # Command line
 
-LINES = {  # what the table calls each number, and how many decimals it shows
-    "accuracy": ("accuracy", 3),
-    "mean_confidence": ("mean confidence", 3),
-    "gap": ("  overconfidence", 3),
-    "log_loss": ("log loss (nats)", 3),
-    "log_loss_clipped": ("  clipped at 0.001", 3),
-    "brier": ("Brier score", 4),
-    "corp_miscalibration": ("  miscalibration, in-sample", 4),
-    "corp_discrimination": ("  discrimination, in-sample", 4),
-    "corp_uncertainty": ("  uncertainty", 4),
-    "auroc": ("AUROC of confidence for correctness", 3),
-    "aurc": ("AURC, area under risk-coverage", 4),
-    "ece": ("ECE", 4),
-    "ece_noise_floor": ("  noise floor, if calibrated", 4),
-    "ece_noise_95": ("  its 95 % point", 4),
-    "ece_p_value": ("  p of calibrated", 3),
-    "ece_equal_mass": ("  equal-mass bins", 4),
-    "ece_debiased": ("  debiased (root of squares)", 4),
-    "ece_smooth": ("  smooth ECE", 4),
-    "mce": ("MCE", 3),
-    "mce_count": ("  rows in its bin", 0),
-    f"mce_{MIN_COUNT}": (f"MCE of bins with {MIN_COUNT} rows or more", 3),
-    f"mce_{MIN_COUNT}_count": ("  rows in its bin", 0),
-}
+PROTOCOLS = {"confidence": "nothing fitted", "calibrated_confidence": "held-out"}  # of what --score measures
 
 
-def table(columns: dict[str, dict]) -> str:
-    """The numbers of `calibration_metrics`, a line each and a column for each of `columns`, intervals in brackets."""
-    lines = [["", *columns], ["rows", *(f"{metrics['n']:,}" for metrics in columns.values())]]
-    lines.append(["groups (bootstrap)", *(f"{metrics['groups']:,}" for metrics in columns.values())])
-    lines.append(["protocol", *(metrics["protocol"] for metrics in columns.values())])
-    for name, (text, decimals) in LINES.items():
-        lines.append([text, *(_cell(metrics, name, decimals) for metrics in columns.values())])
-    return command_line.columns(lines)
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: its title, the number of a report row it shows, and another beside it in parentheses."""
+
+    title: str
+    name: str
+    decimals: int
+    beside: str | None = None
 
 
-def _cell(metrics: dict, name: str, decimals: int) -> str:
-    value = metrics[name]
-    if value is None:
+LINES = (  # what a practitioner acts on
+    Line("rows (groups)", "n", 0, "groups"),
+    Line("accuracy", "accuracy", 3),
+    Line("mean confidence", "mean_confidence", 3),
+    Line("log loss (nats)", "log_loss", 3),
+    Line("  calibration error, in-sample", "calibration_error", 3),
+    Line("  refinement, in-sample", "refinement", 3),
+    Line("ECE (expected if calibrated)", "ece", 4, "ece_noise_floor"),
+    Line("MCE (rows in its bin)", "mce", 3, "mce_count"),
+    Line("AUROC of confidence for correctness", "auroc", 3),
+    Line("Brier score", "brier", 4),
+)
+MORE_LINES = (
+    Line("  miscalibration, in-sample", "corp_miscalibration", 4),
+    Line("  discrimination, in-sample", "corp_discrimination", 4),
+    Line("  uncertainty", "corp_uncertainty", 4),
+    Line("overconfidence", "gap", 3),
+    Line("log loss clipped at 0.001", "log_loss_clipped", 3),
+    Line("AURC, area under risk-coverage", "aurc", 4),
+    Line("ECE, 95 % point if calibrated", "ece_noise_95", 4),
+    Line("  p if calibrated", "ece_p_value", 3),
+    Line("  equal-mass bins", "ece_equal_mass", 4),
+    Line("  debiased (root of squares)", "ece_debiased", 4),
+    Line("  smooth ECE", "ece_smooth", 4),
+    Line(f"MCE of bins with {MIN_COUNT} rows or more (rows)", f"mce_{MIN_COUNT}", 3, f"mce_{MIN_COUNT}_count"),
+)
+
+
+def metrics_table(columns: Mapping[str, Mapping], lines: Sequence[Line]) -> str:
+    """The numbers of each of `columns` (title -> metrics), a line each, with their intervals in brackets."""
+    table = [["", *columns]]
+    for line in lines:
+        table.append([line.title, *(_cell(metrics, line) for metrics in columns.values())])
+    return command_line.columns(table)
+
+
+def _cell(metrics: Mapping, line: Line) -> str:
+    def number(name: str) -> str:
+        return f"{metrics[name]:,}" if isinstance(metrics[name], int) else f"{metrics[name]:.{line.decimals}f}"
+
+    if metrics[line.name] is None:
         return "-"
-    text = f"{value:,.{decimals}f}"
-    if metrics.get(f"{name}_low") is not None:
-        text += f" [{metrics[f'{name}_low']:.{decimals}f}, {metrics[f'{name}_high']:.{decimals}f}]"
-    return text
+    cell = number(line.name)
+    if f"{line.name}_low" in metrics:
+        cell += f" [{number(f'{line.name}_low')}, {number(f'{line.name}_high')}]"
+    return f"{cell} ({number(line.beside)})" if line.beside else cell
+
+
+def print_predicted_labels(rows: Sequence[predictions.Prediction], score: str) -> None:
+    """Accuracy and mean confidence of each predicted label: where they differ, the model has a class bias."""
+    for label, found in by_predicted_label(rows, score).items():
+        low, high = exact_interval(found["right"], found["n"])
+        print(
+            f"  predicted {command_line.printable(label)}: {found['n']:,} rows, mean confidence "
+            f"{found['mean_confidence']:.3f}, accuracy {found['right'] / found['n']:.3f} [{low:.3f}, {high:.3f}]"
+        )
+
+
+def draw_reliability(
+    path: str, files: Mapping[str, Sequence[predictions.Prediction]], score: str, n_bins: int, seed: int
+) -> None:
+    """Write a picture with the reliability diagrams of several files (path -> scored rows), side by side."""
+    sizes = ", ".join(f"{len(rows):,}" for rows in files.values())
+    caption = (
+        f"Reliability of the {score.replace('_', ' ')}, n = {sizes}, {PROTOCOLS[score]}. A dot is one of {n_bins} equal"
+        " bins, with the exact 95 % interval of as many independent rows; its rows stand at the bottom."
+    )
+    height = max(4.6, 7.6 / len(files))
+    with plotting.figure(path, caption, columns=len(files), height=height, sharey=True) as axes:
+        for axis, (name, rows) in zip(axes[0], files.items(), strict=True):
+            confidence, correct = predictions.confidence_and_correct(rows, score)
+            plot_reliability_diagram(confidence, correct, n_bins, axis)
+            ece = expected_calibration_error(confidence, correct, n_bins)
+            expected = consistency_resampling(confidence, n_bins, seed=seed).mean()
+            axis.set_title(f"{Path(name).stem}\nECE {ece:.3f}, {expected:.3f} if calibrated")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    columns, arrays = {}, {}
+    files, columns = {}, {}
     for path in dict.fromkeys(args.files):
-        scored, failed = predictions.read_labelled(path, args.score)
-        arrays[path] = predictions.confidence_and_correct(scored, args.score)
-        groups = tables.groups_of(scored, args.groups)
-        protocol = "nothing fitted" if args.score == "confidence" else "held-out"
-        columns[path] = calibration_metrics(*arrays[path], args.n_bins, groups, protocol, args.seed)
-        print(f"{path}: {len(scored):,} of {len(scored) + failed:,} rows scored")
-        for label, found in by_predicted_label(scored, args.score).items():
-            low, high = exact_interval(found["right"], found["n"])
-            accuracy, label = found["right"] / found["n"], command_line.printable(label)
-            print(
-                f"  predicted {label}: {found['n']:,} rows, mean confidence {found['mean_confidence']:.3f}, "
-                f"accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}]"
-            )
-    print("\n" + table(columns))
+        files[path], failed = predictions.read_labelled(path, args.score)
+        confidence, correct = predictions.confidence_and_correct(files[path], args.score)
+        groups = tables.groups_of(files[path], args.groups)
+        metrics = calibration_metrics(confidence, correct, args.n_bins, groups, PROTOCOLS[args.score], args.seed)
+        columns[path] = metrics | refinement_split(confidence, isotonic_recalibration(confidence, correct), correct)
+        scored = len(confidence)
+        print(f"{command_line.printable(path)}: {scored:,} of {scored + failed:,} rows scored, {metrics['protocol']}")
+        if args.verbose:
+            print_predicted_labels(files[path], args.score)
+    print("\n" + metrics_table(columns, LINES + MORE_LINES if args.verbose else LINES))
     if args.figure:
-        draw(arrays, columns, args)
+        draw_reliability(args.figure, files, args.score, args.n_bins, args.seed)
+        print(args.figure)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("files", metavar="PREDICTIONS", nargs="+", help="predictions files with labels")
-    add("--score", default="confidence", choices=["confidence", "calibrated_confidence"], help="what is measured")
+    add("--score", default="confidence", choices=[*PROTOCOLS], help="what is measured")
     add("--n-bins", type=int, default=N_BINS, metavar="N", help=f"equal-width bins (default: {N_BINS})")
     tables.add_groups_argument(parser)
     add("--seed", type=command_line.natural, metavar="N", default=0, help="of the resampling (default: 0)")
+    add("--verbose", action="store_true", help="every number, and those of each predicted label")
     add("--figure", metavar="PNG", help="write reliability diagrams there")
     args = parser.parse_args(argv)
     if args.figure and not args.figure.endswith(".png"):
@@ -506,24 +555,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.n_bins < 1:
         parser.error(f"--n-bins {args.n_bins}: at least one bin is needed")
     return args
-
-
-def draw(arrays: dict[str, tuple], columns: dict[str, dict], args: argparse.Namespace) -> None:
-    """A reliability diagram for each file, side by side."""
-    sizes = ", ".join(f"{metrics['n']:,}" for metrics in columns.values())
-    protocol = next(iter(columns.values()))["protocol"]
-    caption = (
-        f"Reliability of the {args.score.replace('_', ' ')}, n = {sizes}, {protocol}. "
-        f"A dot is one of {args.n_bins} equal bins, with the exact 95 % interval of as many independent rows; "
-        "its rows stand at the bottom."
-    )
-    height = max(4.6, 7.6 / len(arrays))
-    with plotting.figure(args.figure, caption, columns=len(arrays), height=height, sharey=True) as axes:
-        for axis, (path, (confidence, correct)) in zip(axes[0], arrays.items(), strict=True):
-            plot_reliability_diagram(confidence, correct, args.n_bins, axis)
-            metrics = columns[path]
-            axis.set_title(f"{Path(path).stem}\nECE {metrics['ece']:.3f}, noise floor {metrics['ece_noise_floor']:.3f}")
-    print(args.figure)
 
 
 if __name__ == "__main__":
