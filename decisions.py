@@ -286,6 +286,21 @@ def dollars_a_day(automated: float, accuracy: float | None, volume: int, review_
     return {"review_dollars": reviews, "error_dollars": errors, "dollars": reviews + errors}
 
 
+def priced_automation(
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    thresholds: Sequence[float],
+    volume: int,
+    review_cost: float,
+    error_cost: float,
+) -> list[dict]:
+    """The rows of `automation`, each with what a day costs at its threshold."""
+    rows = automation(confidence, correct, thresholds)
+    for row in rows:
+        row |= dollars_a_day(row["share"], row["accuracy"], volume, review_cost, error_cost)
+    return rows
+
+
 def bucket_of(confidence: float) -> str:
     """The article's zone of one confidence."""
     if not 0 <= confidence <= 1:
