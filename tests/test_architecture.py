@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 MODEL_SIDE = {"llama", "lora", "tensors", "model_files", "embedded_model", "endpoint"}
 CLOUD = {"aws", "sagemaker_job", "sagemaker_endpoint"}
 ROWS = [
-    {"command_line", "files", "predictions", "tables", "task", "plotting", *MODEL_SIDE, *CLOUD},
+    {"command_line", "files", "predictions", "tables", "task", "voting", "plotting", *MODEL_SIDE, *CLOUD},
     {"calibration_metrics"},
     {"calibration", "decisions", "scoring"},
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "fine_tune_model"},

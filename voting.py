@@ -1,0 +1,252 @@
+"""Answers become votes: reading an answer, counting, when to stop asking, and what a vote share says.
+
+    parse_answer("It isn't really positive.", task)      # None; "Positive!" is "positive"
+    count_votes(answers, task)                           # ({"negative": 1, "positive": 8}, 1 unparsed)
+    next_numbers(answers, task, most, adaptive)          # the answers to ask for next
+    record(identity, votes, unparsed, ...)               # the row of a predictions file
+
+A vote share is a mean of draws. `first_token_draws` draws from a known distribution, `shares_of_draws` and
+`convergence_table` show how the share approaches the probability. Nothing here needs a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+import predictions
+from command_line import columns
+from predictions import Prediction
+from task import Task
+
+SAFE = 0.95  # asking adaptively ends when the leader is this sure to be the majority
+FIRST = 4  # answers that the first round asks for: the fewest that can be this sure
+PARSER = 1  # raised when `parse_answer` changes, so that fingerprints differ
+NO_ANSWERS = "stores no answers; only those of consistency_confidence.py can be recounted"
+
+
+# From an answer to a label
+
+NEGATION = re.compile(
+    r"not|no|non|never|neither|nor|none|nothing|nobody|without|hardly|barely|cannot|\w+n['\u2019]t"
+    r"|(?:is|are|was|were|do|does|did|has|have|had|could|would|should|ca|wo)nt"
+)
+WORD = re.compile(r"[^\W_]+(?:['\u2019_][^\W_]+)*[+#]*")  # also "c++"
+CLAUSE_END = re.compile(r"[.,;:!()/|\n\u2014\u2026]|\b(?:but|yet)\b")
+OUTER = " \t\r\n.,;:!*\"'`()[]"
+
+
+def parse_answer(answer: str, task: Task) -> str | None:
+    """The one label that an answer names by its answer words, or None.
+
+    Case and punctuation do not count. A word after a negation in its clause does not name its label ("not positive",
+    "it isn't really positive"), and an answer word that is a negation itself answers only at the end of a clause: "No."
+    and not "No idea". An answer that denies something else is None, unless its first clause is an answer word and no
+    more ("No, it is not."). An answer that names two labels is None.
+    """
+    if label := task.label_of(answer) or task.label_of(answer.strip(OUTER)):
+        return label
+    clauses = [WORD.findall(clause) for clause in CLAUSE_END.split(answer.casefold())]
+    clauses = [words for words in clauses if words]
+    named, denies_else = set(), False
+    for words in clauses:
+        named_here, denies_else_here = read_clause(words, task)
+        named |= named_here
+        denies_else |= denies_else_here
+    if len(named) != 1:
+        return None
+    if denies_else and not task.label_of(" ".join(clauses[0])):
+        return None
+    return named.pop()
+
+
+def read_clause(words: Sequence[str], task: Task) -> tuple[set[str], bool]:
+    """The labels that a clause names, and whether it denies something that is no answer word."""
+    phrases = list(_phrases(words, task))
+    answers: dict[int, str] = {}  # by their place in the clause
+    negations = []
+    for place, (phrase, label) in enumerate(phrases):
+        is_negation = NEGATION.fullmatch(phrase) is not None
+        is_last = place == len(phrases) - 1
+        if label is not None and (is_last or not is_negation):
+            answers[place] = label
+        elif is_negation:
+            negations.append(place)
+    if not negations:
+        return set(answers.values()), False
+    named = {label for place, label in answers.items() if place < negations[0]}
+    return named, negations[-1] > max(answers, default=-1)
+
+
+def _phrases(words: Sequence[str], task: Task) -> Iterator[tuple[str, str | None]]:
+    """The words of a clause with their label, those that spell an answer word (the longest that fits) as one."""
+    longest = max(len(WORD.findall(word)) for words in task.labels.values() for word in words)
+    at = 0
+    while at < len(words):
+        for size in range(min(longest, len(words) - at), 0, -1):
+            phrase = " ".join(words[at : at + size])
+            label = task.label_of(phrase)
+            if label:
+                break
+        yield phrase, label
+        at += size
+
+
+# Votes
+
+
+def count_votes(answers: Sequence[str], task: Task) -> tuple[dict[str, int], int]:
+    """(votes of each label, unparsed answers)."""
+    counts = Counter(parse_answer(answer, task) for answer in answers)
+    return {label: counts[label] for label in task.labels}, counts[None]
+
+
+def decided(votes: Sequence[int], left: int) -> bool:
+    """Whether more answers, `left` at most, are not worth their cost: the leader is safe or cannot be overtaken.
+
+    Safe: 1 - I_1/2(v1 + 1, v2 + 1) > 0.95, of the two most frequent labels' votes, I the regularised incomplete beta
+    function (Aggarwal et al., "Let's sample step by step", EMNLP 2023, arXiv 2305.11860).
+    """
+    from scipy.special import betainc
+
+    second, first = sorted(votes)[-2:]
+    return first > second + left or 1 - betainc(first + 1, second + 1, 0.5) > SAFE
+
+
+def next_numbers(answers: Sequence[str], task: Task, most: int, adaptive: bool) -> range:
+    """The numbers of the answers to ask for next, `most` in all; none when there are enough."""
+    asked = len(answers)
+    if not adaptive:
+        return range(asked, most)
+    if asked == 0:
+        return range(min(FIRST, most))
+    votes, _ = count_votes(answers, task)
+    if asked >= most or decided([*votes.values()], most - asked):
+        return range(0)
+    return range(asked, asked + 1)
+
+
+def jeffreys_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The equal-tailed interval of a share, k of n, under Jeffreys' prior: Beta(k + 1/2, n - k + 1/2).
+
+    0 of n begins at 0 and n of n ends at 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial proportion",
+    Statistical Science 2001).
+    """
+    from scipy.stats import beta
+
+    tail = (1 - level) / 2
+    low, high = beta.ppf([tail, 1 - tail], k + 0.5, n - k + 0.5).tolist()
+    return 0.0 if k == 0 else low, 1.0 if k == n else high
+
+
+def record(
+    identity: tuple[str, str, str | None],
+    votes: dict[str, int],
+    unparsed: int,
+    extras: Mapping[str, object],
+    adaptive: bool,
+    **common: str,
+) -> Prediction:
+    """The prediction of a row that was asked, by most votes, of equals the label listed first; an error without any.
+
+    `agreement`, the vote share of the winner, is near a tie too high on average. It has its interval only where the
+    number of answers was fixed: stopping at a lead makes it look larger still. `vote_entropy` is in nats, over the
+    labels and "unparsed".
+    """
+    parsed, first = sum(votes.values()), max(votes.values())
+    n = parsed + unparsed
+    shares = np.array([count / n for count in (*votes.values(), unparsed) if count])
+    low, high = (None, None) if adaptive else jeffreys_interval(first, n)
+    counted = {
+        "votes": votes,
+        "unparsed": unparsed,
+        "calls": n,
+        "agreement": first / n if parsed else None,
+        "agreement_low": low if parsed else None,
+        "agreement_high": high if parsed else None,
+        "vote_entropy": float(-(shares * np.log(shares)).sum()) + 0.0,
+    }
+    extras = counted | extras
+    if not parsed:
+        shown = f", as {extras['answers'][0][:40]!r}" if extras.get("answers") else ""
+        error = f"none of {unparsed} answers names a label{shown}"
+        return predictions.failed(*identity, error, **common, extras=extras)
+    by_label = {label: count / parsed for label, count in votes.items()}
+    return predictions.scored(*identity, by_label, parsed / n, **common, extras=extras)
+
+
+def recounted(row: Prediction, task: Task, samples: int | None, adaptive: bool, fingerprint: str) -> Prediction:
+    """A row with its stored answers counted again; one that was never asked keeps its error."""
+    identity = row.id, row.text, row.label
+    common = {"method": "consistency", "model": row.model, "task": task.name, "fingerprint": fingerprint}
+    answers = row.extras.get("answers")
+    if answers is None and row.error is not None:
+        return predictions.failed(*identity, row.error, **common)
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"row {row.id!r} {NO_ANSWERS}")
+    was_adaptive = row.extras.get("agreement") is not None and row.extras.get("agreement_low") is None
+    if samples and len(answers) < samples and not was_adaptive:
+        raise ValueError(f"row {row.id!r} has {len(answers)} answers; more than these only a model can give")
+    answers = answers[:samples]
+    if adaptive:
+        answers = answers[: calls_needed(answers, task)]
+    extras = {"sampling": row.extras.get("sampling"), "answers": answers}
+    return record(identity, *count_votes(answers, task), extras, adaptive or was_adaptive, **common)
+
+
+def calls_needed(answers: Sequence[str], task: Task) -> int:
+    """How many of these answers --adaptive would have asked for."""
+    count = min(FIRST, len(answers))
+    while next_numbers(answers[:count], task, len(answers), adaptive=True):
+        count += 1
+    return count
+
+
+# Draws from a known distribution
+
+
+def answer_seed(seed: int, id: str, text: str, number: int) -> int:
+    """Of one answer: the same for the same id and text, whatever is around. 31 bits, which all servers take."""
+    key = f"{seed}\0{id}\0{text}\0{number}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
+
+
+def first_token_draws(masses: np.ndarray, seed: int, n: int) -> np.ndarray:
+    """Numbers of the labels that n draws name, in turn by each wording's P(label) [wordings, labels]; int [n].
+
+    The number after the last label is every other token. The first of n draws are those of fewer draws.
+    """
+    points, ends = np.random.default_rng(seed).random(n), np.cumsum(masses, axis=1)
+    return (points[:, None] >= ends[np.arange(n) % len(masses)]).sum(axis=1)
+
+
+def shares_of_draws(by_label: np.ndarray, seeds: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
+    """The share of each row's most probable label in so many draws from its P(label); float64 [rows, sizes]."""
+    shares = np.empty((len(by_label), len(sizes)))
+    for row, seed in enumerate(seeds):
+        drawn = first_token_draws(by_label[row : row + 1], seed, max(sizes)) == by_label[row].argmax()
+        shares[row] = [drawn[:size].mean() for size in sizes]
+    return shares
+
+
+def convergence_table(sizes: Sequence[int], probability: np.ndarray, shares: np.ndarray) -> str:
+    """Root mean square distance of shares [rows, sizes] from probability [rows], beside sqrt(mean P (1 - P) / n).
+
+    The last column is where 95 % of simulated binomial draws of these very probabilities have that distance.
+    """
+    p = probability
+    lines = [["draws", "measured", "binomial", "95 % of binomial draws"]]
+    simulated = np.random.default_rng(0)
+    for size, share in zip(sizes, shares.T, strict=True):
+        measured, binomial = np.sqrt(np.mean((share - p) ** 2)), np.sqrt(np.mean(p * (1 - p)) / size)
+        drawn = simulated.binomial(size, p, (1000, len(p))) / size
+        low, high = np.quantile(np.sqrt(np.mean((drawn - p) ** 2, axis=1)), [0.025, 0.975])
+        lines.append([f"{size:,}", f"{measured:.4f}", f"{binomial:.4f}", f"{low:.4f} to {high:.4f}"])
+    title = (
+        f"  distance of the vote share from the first token's probability (root mean square, n = {len(p):,} rows):\n"
+    )
+    return title + columns(lines, "    ")
