@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-if not (HERE / "predictions.py").is_file():  # in the repository it is one folder up, in the archive beside us
+if not (HERE / "command_line.py").is_file():  # in the repository it is one folder up, in the archive beside us
     HERE = HERE.parent
 sys.path.insert(0, str(HERE))
 
 import command_line  # noqa: E402
-import predictions  # noqa: E402
 
 LOG, CONFIG = "training_log.jsonl", "training_config.json"
 STOPPED = 128 + signal.SIGTERM  # no failure
@@ -40,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = model_dir.parent / "checkpoints" / "fine_tuned_model"
     try:
         job = json.loads((HERE / "arguments.json").read_text(encoding="utf-8"))
-        mend(work)
-        status, said = run(command(job, work), environment(job))
+        repair(work)
+        variables = os.environ | place_weights(job["staged"], model_dir.parent / "staged") | token()
+        status, said = run(command(job, work), variables)
         if status == 0:
             deliver(job, work, model_dir)
     except (OSError, ValueError) as error:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def mend(work: Path) -> None:
+def repair(work: Path) -> None:
     """Make a folder that was copied file by file, in any order, one that a training goes on from."""
     work.mkdir(parents=True, exist_ok=True)
     for half in work.rglob("*.part"):
@@ -61,51 +61,53 @@ def mend(work: Path) -> None:
     (work / LOG).touch()  # by it a training knows its folder; --resume writes it again from the checkpoint
 
 
+def place_weights(staged: dict[str, str], cache: Path) -> dict[str, str]:
+    """Lay staged weights out as the cache in which the libraries look for them; the variables that say where."""
+    if not staged.get("variable"):
+        return {}
+    folder = cache / staged["folder"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(os.environ["SM_CHANNEL_MODEL"])
+    if staged["variable"] != "HF_HUB_CACHE":
+        return {staged["variable"]: str(cache)}
+    main = folder.parent.parent / "refs" / "main"  # where the Hub's library reads which snapshot is the newest
+    main.parent.mkdir(exist_ok=True)
+    main.write_text(folder.name, encoding="utf-8")
+    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+
+
+def token() -> dict[str, str]:
+    """The Hugging Face token in the secret that the job names: its text, or the one value of its JSON object."""
+    if not (arn := os.environ.get("HF_TOKEN_SECRET_ARN")):
+        return {}
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        client = boto3.client("secretsmanager", region_name=arn.split(":")[3])
+        text = client.get_secret_value(SecretId=arn).get("SecretString", "").strip()
+    except (BotoCoreError, ClientError) as error:
+        raise ValueError(f"cannot read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
+    if text.startswith("{"):
+        values = list(json.loads(text).values())
+        text = values[0] if len(values) == 1 and isinstance(values[0], str) else ""
+    if not text:
+        raise ValueError(f"the secret {arn} holds no token: store it as plain text")
+    return {"HF_TOKEN": text}
+
+
 def command(job: dict, work: Path) -> list[str]:
     """fine_tune_model.py with the flags that travelled, on all GPUs of the machine."""
-    channel = Path(os.environ["SM_CHANNEL_TRAINING"])
-    data = ["--train", f"{channel}/train.jsonl", "--validation", f"{channel}/validation.jsonl"]
+    channel, model = Path(os.environ["SM_CHANNEL_TRAINING"]), job["base_model"]
+    if job["staged"] and not job["staged"]["variable"]:
+        model = os.environ["SM_CHANNEL_MODEL"]
+    data = ["--train", f"{channel}/train.jsonl", "--validation", f"{channel}/validation.jsonl", "--model", model]
     if (channel / "groups.jsonl").is_file():
         data += ["--groups", f"{channel}/groups.jsonl"]
-    if job["weights"] == "folder":
-        data += ["--model", str(Path(os.environ["SM_CHANNEL_MODEL"]) / job["folder"])]
-    else:
-        data += ["--model", job["base_model"]]
     python = [sys.executable]
     if (gpus := int(os.environ.get("SM_NUM_GPUS") or 0)) > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     return [*python, "fine_tune_model.py", *job["arguments"], *data, "--output-dir", str(work), "--resume"]
-
-
-def environment(job: dict) -> dict[str, str]:
-    """The training's environment: where staged weights are found, and the token of a secret."""
-    found = dict(os.environ)
-    if job["weights"] == "cache":
-        found["CALIBRATED_CONFIDENCE_CACHE"] = found["SM_CHANNEL_MODEL"]
-    elif job["weights"] == "hub":
-        found |= {"HF_HUB_CACHE": found["SM_CHANNEL_MODEL"], "HF_HUB_OFFLINE": "1"}
-    if arn := found.get("HF_TOKEN_SECRET_ARN"):
-        found["HF_TOKEN"] = secret(arn)
-    return found
-
-
-def secret(arn: str) -> str:
-    """The token in a secret: its text, or the one value of its JSON object."""
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client("secretsmanager", region_name=arn.split(":")[3])
-    try:
-        text = client.get_secret_value(SecretId=arn)
-    except (BotoCoreError, ClientError) as error:
-        raise ValueError(f"cannot read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
-    token = text.get("SecretString", "").strip()
-    if token.startswith("{"):
-        values = list(json.loads(token).values())
-        token = values[0] if len(values) == 1 and isinstance(values[0], str) else ""
-    if not token:
-        raise ValueError(f"the secret {arn} holds no token: store it as plain text")
-    return token
 
 
 def run(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
@@ -135,8 +137,8 @@ def deliver(job: dict, work: Path, model_dir: Path) -> None:
     shutil.copytree(work, model_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint"))
     config = json.loads((model_dir / CONFIG).read_text(encoding="utf-8"))
     config["base_model"] = job["base_model"]
-    for name in ("train", "validation"):
-        config[name]["source"] = job[name]
+    for name, source in job["sources"].items():
+        config[name]["source"] = source
     config["sagemaker_job"] = os.environ.get("TRAINING_JOB_NAME")
     (model_dir / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
