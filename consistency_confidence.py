@@ -164,8 +164,8 @@ class AnswerSampler:
         shown = explanation(self, row, prompts, str(self.llama.path))
         if len(self.sizes) > 1 and len(prompts) == 1:
             by_label = np.array([[*row.extras["first_token"].values()]])
-            shares = voting.shares_of_draws(by_label, [self.sampling.seed_of(row, 0)], self.sizes)
-            shown["agreement_by_draws"] = dict(zip(self.sizes, shares[0].tolist(), strict=True))
+            pairs = voting.converge(by_label, [self.sampling.seed_of(row, 0)], self.sizes)
+            shown["agreement_by_draws"] = {size: float(found[0, 1]) for size, found in pairs.items()}
         return shown
 
     def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
@@ -364,13 +364,13 @@ def convergence(job: scoring.Job, sampler: AnswerSampler, figure: str | None) ->
         return []
     by_label = np.array([[row.extras["first_token"][label] for label in sampler.task.labels] for row in rows])
     seeds = [sampler.sampling.seed_of(row, 0) for row in rows]
-    probability, shares = by_label.max(axis=1), voting.shares_of_draws(by_label, seeds, sampler.sizes)
-    lines = [voting.convergence_table(sampler.sizes, probability, shares)]
+    pairs = voting.converge(by_label, seeds, sampler.sizes)
+    lines = [voting.convergence_table(pairs)]
     if figure:
         import plotting
 
-        what = f"{sampler.model_name} on {Path(job.table.source).name}"
-        plotting.vote_share_convergence(figure, sampler.sizes, probability, shares, what)
+        about = f"{sampler.model_name} on {Path(job.table.source).name}"
+        plotting.agreement_convergence(figure, pairs, about=about)
         lines.append(figure)
     return lines
 

@@ -5,7 +5,7 @@
     next_numbers(answers, task, most, adaptive)          # the answers to ask for next
     record(identity, votes, unparsed, ...)               # the row of a predictions file
 
-A vote share is a mean of draws. `first_token_draws` draws from a known distribution, `shares_of_draws` and
+A vote share is a mean of draws. `first_token_draws` draws from a known distribution, `converge` and
 `convergence_table` show how the share approaches the probability. Nothing here needs a model.
 """
 
@@ -224,29 +224,29 @@ def first_token_draws(masses: np.ndarray, seed: int, n: int) -> np.ndarray:
     return (points[:, None] >= ends[np.arange(n) % len(masses)]).sum(axis=1)
 
 
-def shares_of_draws(by_label: np.ndarray, seeds: Sequence[int], sizes: Sequence[int]) -> np.ndarray:
-    """The share of each row's most probable label in so many draws from its P(label); float64 [rows, sizes]."""
-    shares = np.empty((len(by_label), len(sizes)))
-    for row, seed in enumerate(seeds):
-        drawn = first_token_draws(by_label[row : row + 1], seed, max(sizes)) == by_label[row].argmax()
-        shares[row] = [drawn[:size].mean() for size in sizes]
-    return shares
+def converge(by_label: np.ndarray, seeds: Sequence[int], sizes: Sequence[int]) -> dict[int, np.ndarray]:
+    """For each number of draws [rows, 2]: P of each row's most probable label, and its share of so many draws.
+
+    `by_label` is P(label) [rows, labels], of which every row is drawn from with its own seed.
+    """
+    winners = by_label.argmax(axis=1)
+    drawn = [first_token_draws(row[None], seed, max(sizes)) for row, seed in zip(by_label, seeds, strict=True)]
+    is_winner = np.array(drawn) == winners[:, None]
+    return {size: np.column_stack([by_label.max(axis=1), is_winner[:, :size].mean(axis=1)]) for size in sizes}
 
 
-def convergence_table(sizes: Sequence[int], probability: np.ndarray, shares: np.ndarray) -> str:
-    """Root mean square distance of shares [rows, sizes] from probability [rows], beside sqrt(mean P (1 - P) / n).
+def convergence_table(pairs: Mapping[int, np.ndarray]) -> str:
+    """Of what `converge` gives: root mean square distance of share and P, beside sqrt(mean P (1 - P) / draws).
 
     The last column is where 95 % of simulated binomial draws of these very probabilities have that distance.
     """
-    p = probability
     lines = [["draws", "measured", "binomial", "95 % of binomial draws"]]
     simulated = np.random.default_rng(0)
-    for size, share in zip(sizes, shares.T, strict=True):
-        measured, binomial = np.sqrt(np.mean((share - p) ** 2)), np.sqrt(np.mean(p * (1 - p)) / size)
-        drawn = simulated.binomial(size, p, (1000, len(p))) / size
-        low, high = np.quantile(np.sqrt(np.mean((drawn - p) ** 2, axis=1)), [0.025, 0.975])
-        lines.append([f"{size:,}", f"{measured:.4f}", f"{binomial:.4f}", f"{low:.4f} to {high:.4f}"])
-    title = (
-        f"  distance of the vote share from the first token's probability (root mean square, n = {len(p):,} rows):\n"
-    )
-    return title + columns(lines, "    ")
+    for draws, found in pairs.items():
+        p, share = found.T
+        measured, binomial = np.sqrt(np.mean((share - p) ** 2)), np.sqrt(np.mean(p * (1 - p)) / draws)
+        shares = simulated.binomial(draws, p, (1000, len(p))) / draws
+        low, high = np.quantile(np.sqrt(np.mean((shares - p) ** 2, axis=1)), [0.025, 0.975])
+        lines.append([f"{draws:,}", f"{measured:.4f}", f"{binomial:.4f}", f"{low:.4f} to {high:.4f}"])
+    title = "  distance of the vote share from the first token's probability (root mean square, n = "
+    return f"{title}{len(p):,} rows):\n" + columns(lines, "    ")
