@@ -1,9 +1,12 @@
-"""Tables of texts: reading them, whatever their format, and which of their rows belong together.
+"""Tables of texts as people have them: every format, encoding and delimiter becomes rows of one kind.
 
     for example in read_examples("reviews.csv", text_column="review"):    # Example(id, text, label)
-    Table("reviews.csv", {"text_column": "review"})                        # the same, to be read as often as needed
+    table = open_table("reviews.csv", text_column=["title", "body"])       # the same, to be read as often as needed
 
-    .csv .tsv .jsonl .parquet .txt,   data:SPLIT of our own dataset,   hf:NAME[:SPLIT] of the Hugging Face Hub
+    .csv .tsv .jsonl .json .parquet .xlsx .txt, each also .gz;  data:SPLIT, our own dataset;  hf:NAME[:SPLIT], the Hub's
+
+Encoding and delimiter are found out (table_formats.py) and may be said. Rows are read one at a time, so memory does not
+grow with the table (.json is read whole, and .xlsx held compressed).
 
 A text stands on one side of every split and fold: `near_duplicates` finds texts that are alike, `duplicate_groups` and
 `groups_of` number the rows that belong together, `check_disjoint` refuses two tables that share a text.
@@ -12,18 +15,32 @@ A text stands on one side of every split and fold: `near_duplicates` finds texts
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
+import io
 import json
 import math
+import random
 import re
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+
+from command_line import natural
+from table_formats import (
+    DELIMITERS,
+    SUFFIXES,
+    CsvRecords,
+    TextFormat,
+    lines_of,
+    open_bytes,
+    suffix_of,
+    text_format,
+)
 
 DATASET = Path(__file__).resolve().parent / "data" / "sentiment"  # ours; data/README.md tells how it was made
 
@@ -48,134 +65,304 @@ class Table:
         return read_examples(self.source, **self.columns)
 
 
+def open_table(source: str, **columns: object) -> Table:
+    """A table whose encoding and delimiter are found out once, and told on stderr where they are not the usual ones."""
+    if suffix_of(source) in (".csv", ".tsv", ".txt", ".jsonl", ".json"):
+        written = text_format(source, columns.get("encoding"), columns.get("delimiter"))
+        if written.is_unusual and not (columns.get("encoding") or columns.get("delimiter")):
+            print(f"reading {source} as {written}", file=sys.stderr)
+        columns |= {"encoding": written.encoding, "delimiter": written.delimiter, "quoted": written.quoted}
+    return Table(source, columns)
+
+
+# Examples
+
+
 def read_examples(
     source: str,
-    text_column: str | None = None,
+    text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
     id_column: str | None = None,
     header: bool = True,
     label_map: Mapping[str, str] | None = None,
     limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    quoted: bool | None = None,
+    skip_bad_rows: bool = False,
+    text_template: str | None = None,
 ) -> Iterator[Example]:
-    """Yield the rows of a table, one at a time: .csv .tsv .jsonl .parquet .txt, `data:SPLIT` or `hf:NAME[:SPLIT]`.
+    """Yield the rows of a table, one at a time, in its order.
 
-    Columns default to `text` (required), `label` and `id` (used when there); ids default to the row number.
-    Without a header, columns are named 1, 2, ... and the text is column 1. `label_map` renames label values.
-    A .tsv has no quoting, as its media type says; a .csv follows RFC 4180. Raises ValueError with file and line.
+    Columns default to `text` (required), `label` and `id` (used when there, in any case); ids default to the row
+    number, also for `id_column=""`. Several text columns are joined by a blank line; `text_template` with their names
+    in braces puts them together otherwise. Without a header, columns are named 1, 2, ... and the text is column 1.
+    `label_map` renames label values. `limit` takes the first rows, `sample` so many at random, drawn by `seed`.
+    Raises ValueError with file and line.
     """
-    wanted = {"text": text_column, "label": label_column, "id": id_column}
-    default = {"text": "text" if header else "1", "label": "label" if header else None, "id": "id" if header else None}
-    rows = read_rows(source, header)
+    rows = islice(read_rows(source, header, encoding, delimiter, quoted, skip_bad_rows), limit)
+    rows = enumerate(rows, 1) if sample is None else _sampled(rows, sample, seed)
+    columns = _Columns(_named_in(text_template) or text_column, label_column, id_column, header, text_template)
     number = 0
-    for number, (where, row) in enumerate(islice(rows, limit), 1):
-        value = {}
-        for role, column in wanted.items():
-            name = column or default[role]
-            if name not in row and (column or role == "text"):
-                raise ValueError(f"{where}: no column {name!r} for the {role}; it has {', '.join(map(str, row))}")
-            value[role] = row.get(name)
-        text = "" if value["text"] is None else value["text"]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: the text is {text!r}, not a string")
-        label = None if value["label"] in (None, "") else str(value["label"])
-        if label is not None and label_map:
-            label = label_map.get(label, label)
-        identifier = str(number) if value["id"] is None else str(value["id"])
-        if not identifier:
-            raise ValueError(f"{where}: the id is empty")
-        yield Example(identifier, text, label)
+    for number, (where, row) in rows:
+        example = columns.example(number, where, row)
+        if label_map and example.label in label_map:
+            example = Example(example.id, example.text, label_map[example.label])
+        yield example
     if not number:
         raise ValueError(f"{source} has no rows")
 
 
-def read_rows(source: str | Path, header: bool = True) -> Iterator[tuple[str, Mapping[str, object]]]:
+class _Columns:
+    """Which columns of a row are its text, its label and its id."""
+
+    def __init__(
+        self,
+        text: str | Sequence[str] | None,
+        label: str | None,
+        id: str | None,
+        header: bool,
+        text_template: str | None,
+    ) -> None:
+        self.header, self.text_template = header, text_template
+        self.texts = [text] if isinstance(text, str) else list(text or ["text" if header else "1"])
+        self.label = label if label is not None or not header else "label"
+        self.id = id if id is not None or not header else "id"
+        self.wanted = {"text": bool(text), "label": label is not None, "id": id is not None}
+        self.told: set[str] = set()
+
+    def example(self, number: int, where: str, row: Mapping[str, object]) -> Example:
+        """The example that a row holds."""
+        texts = [self.cell(row, name, "text", where) for name in self.texts]
+        if self.text_template:
+            text = self.text_template.format_map(dict(zip(self.texts, texts, strict=True)))
+        else:
+            text = "\n\n".join(texts) if len(texts) == 1 else "\n\n".join(filter(str.strip, texts))
+        label = self.cell(row, self.label, "label", where) if self.label else ""
+        identifier = self.cell(row, self.id, "id", where, empty=None) if self.id else None
+        if identifier == "":
+            raise ValueError(f'{where}: the id is empty; --id-column "" numbers the rows')
+        return Example(str(number) if identifier is None else identifier, text, label or None)
+
+    def cell(self, row: Mapping[str, object], name: str, role: str, where: str, empty: str | None = "") -> str | None:
+        """The value of a column as it is written, `empty` for null and for a column that need not be there."""
+        if name not in row:
+            name = self.in_other_case(row, name, role, where)
+        value = row[name] if name is not None else None
+        if value is None:
+            return empty
+        if isinstance(value, bool | int | float | str):
+            return str(value)
+        raise ValueError(f"{where}: the {role} is {str(value)[:60]!r}, not a string")
+
+    def in_other_case(self, row: Mapping[str, object], name: str, role: str, where: str) -> str | None:
+        """The one column whose name differs by case only, with a note; None where an optional one is not there."""
+        alike = [column for column in row if str(column).strip().casefold() == name.casefold()]
+        if len(alike) == 1:
+            if name not in self.told:
+                self.told.add(name)
+                print(f"note: taking column {alike[0]!r} for the {role}", file=sys.stderr)
+            return alike[0]
+        if role != "text" and not self.wanted[role]:
+            return None
+        advice = f"name one with --{role}-column"
+        if self.header:
+            advice += ", or say --no-header if the first line is a row already"
+        raise ValueError(f"{where}: no column {name!r} for the {role}; it has {', '.join(map(str, row))}; {advice}")
+
+
+def _named_in(template: str | None) -> list[str]:
+    return list(dict.fromkeys(re.findall(r"\{([^{}]+)\}", template or "")))
+
+
+def _sampled(rows: Iterable[object], size: int, seed: int) -> list[tuple[int, object]]:
+    """`size` of the rows, any set equally likely, with their numbers and in their order (reservoir sampling)."""
+    draw = random.Random(seed)
+    kept: list[tuple[int, object]] = []
+    for number, row in enumerate(rows, 1):
+        if len(kept) < size:
+            kept.append((number, row))
+        elif (place := draw.randrange(number)) < size:
+            kept[place] = (number, row)
+    return sorted(kept, key=lambda pair: pair[0])
+
+
+def check_text(text: str) -> None:
+    """ValueError for a text that no model can be asked about: an empty one, or one with half a character in it."""
+    if not text.strip():
+        raise ValueError("the text is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode (a lone surrogate)") from None
+
+
+# Rows
+
+
+def read_rows(
+    source: str | Path,
+    header: bool = True,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    quoted: bool | None = None,
+    skip_bad_rows: bool = False,
+) -> Iterator[tuple[str, Mapping[str, object]]]:
     """(where it stands, column -> value) of every row, whatever the format."""
     source = str(source)
     if source.startswith("hf:"):
         return _hub_rows(source)
     if source.startswith("data:"):
         return _dataset_rows(source)
-    suffix = Path(source).suffix.lower()
-    readers = {
-        ".csv": _delimited_rows,
-        ".tsv": _delimited_rows,
-        ".jsonl": _json_rows,
-        ".parquet": _parquet_rows,
-        ".txt": _text_rows,
-    }
-    if not Path(source).exists():
-        raise ValueError(f"no such file: {source}")
-    if Path(source).is_dir() or suffix not in readers:
-        raise ValueError(
-            f"{source} is not a table; it must be one of {' '.join(readers)}, data:SPLIT or hf:NAME[:SPLIT]"
-        )
-    return readers[suffix](source, header)
+    suffix = suffix_of(source)
+    if suffix == ".parquet":
+        return _parquet_rows(source)
+    if suffix == ".xlsx":
+        return _sheet_rows(source, header)
+    written = text_format(source, encoding, delimiter, quoted)
+    if suffix == ".json":
+        return _json_list_rows(source, written)
+    if suffix == ".jsonl":
+        return _json_rows(source, written)
+    if written.delimiter is None:
+        return _text_rows(source, written, header)
+    return _delimited_rows(source, written, header, skip_bad_rows)
 
 
-def _lines(source: str) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file with their numbers, line ends kept, a byte-order mark dropped."""
-    with open(source, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source} line {number} is not UTF-8 ({error.reason}); convert the file") from None
-
-
-def _delimited_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if source.lower().endswith(".tsv") else {"strict": True}
-    csv.field_size_limit(2**31 - 1)  # the most that every platform takes
-    reader = csv.reader((line for _, line in _lines(source)), **style)
+def _delimited_rows(
+    source: str, written: TextFormat, header: bool, skip_bad_rows: bool
+) -> Iterator[tuple[str, dict[str, str]]]:
     names: list[str] | None = None
-    try:
-        for cells in reader:
-            where = f"{source} line {reader.line_num}"
+    skipped: list[int] = []
+    records = CsvRecords(source, written)
+    for line, cells, problem in records:
+        where = f"{source} line {line}"
+        if names is None and not problem:
             if not cells:
                 continue
-            if names is None:
-                names = cells if header else [str(n) for n in range(1, len(cells) + 1)]
-                if len(set(names)) < len(names):
-                    raise ValueError(f"{where}: two columns have the same name")
-                if header:
-                    continue
-            if len(cells) != len(names):
-                raise ValueError(f"{where} has {len(cells)} cells where {len(names)} are expected")
+            names = cells if header else [str(n) for n in range(1, len(cells) + 1)]
+            if header:
+                _check_names(names, where)
+                continue
+        if not cells and not problem:
+            if len(names) > 1:
+                continue
+            cells = [""]  # a blank line of a one-column table is an empty text
+        if not problem and len(cells) != len(names):
+            problem = f"{len(cells)} cells where {len(names)} are expected"
+        if not problem:
             yield where, dict(zip(names, cells, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{source} line {reader.line_num}: {error}") from None
+        elif skip_bad_rows and names is not None:
+            skipped.append(line)
+            records.skip_one_line()
+        else:
+            raise ValueError(
+                f"{where}: {problem} (read as {written}); --delimiter and --encoding say otherwise, --skip-bad-rows "
+                "leaves such rows out"
+            )
+    if skipped:
+        first = ", ".join(map(str, skipped[:5])) + (", ..." if skipped[5:] else "")
+        print(f"note: {len(skipped):,} bad rows of {source} left out, at line {first}", file=sys.stderr)
 
 
-def _json_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
-    for number, line in _lines(source):
+def _check_names(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"{where}: two columns have the name {twice!r}; if this line is a row already, say --no-header"
+        )
+
+
+def _json_rows(source: str, written: TextFormat) -> Iterator[tuple[str, dict]]:
+    for number, line in lines_of(source, written.encoding):
         where = f"{source} line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not a JSON object")
-        yield where, row
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not JSON: {error}") from None
+            yield where, _json_object(row, where)
 
 
-def _text_rows(source: str, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    for number, line in _lines(source):
+def _json_list_rows(source: str, written: TextFormat) -> Iterator[tuple[str, dict]]:
+    try:
+        rows = json.loads("".join(line for _, line in lines_of(source, written.encoding)))
+    except RecursionError as error:
+        raise ValueError(f"{source} is not JSON: {error}") from None
+    except ValueError as error:
+        advice = "; one object a line is .jsonl" if "Extra data" in str(error) else ""
+        raise ValueError(f"{source} is not JSON: {error}{advice}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{source} is not a list of JSON objects")
+    for number, row in enumerate(rows, 1):
+        where = f"{source} row {number}"
+        yield where, _json_object(row, where)
+
+
+def _json_object(row: object, where: str) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    # Booleans as they are written there.
+    return {name: str(value).lower() if isinstance(value, bool) else value for name, value in row.items()}
+
+
+def _text_rows(source: str, written: TextFormat, header: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    for number, line in lines_of(source, written.encoding):
         yield f"{source} line {number}", {"text" if header else "1": line.rstrip("\r\n")}
 
 
-def _parquet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
+def _parquet_rows(source: str) -> Iterator[tuple[str, dict]]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
+        if source.lower().endswith(".gz"):
+            with open_bytes(source) as raw:
+                file = ParquetFile(io.BytesIO(raw.read()))
+        else:
+            file = ParquetFile(source)
         number = 0
-        for batch in ParquetFile(source).iter_batches():
+        for batch in file.iter_batches(batch_size=4096):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{source} row {number}", row
     except pyarrow.ArrowException as error:
         raise ValueError(f"{source} is not a readable Parquet file: {error}") from None
+
+
+def _sheet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
+    """The rows of the first sheet. A formula is the value saved with it, or, without one, the text it is written as."""
+    from zipfile import BadZipFile
+
+    from openpyxl import load_workbook
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    with open_bytes(source) as raw:
+        content = raw.read()
+    try:
+        sheets = [
+            load_workbook(io.BytesIO(content), read_only=True, data_only=values)
+            .worksheets[0]
+            .iter_rows(values_only=True)
+            for values in (True, False)
+        ]
+    except (BadZipFile, InvalidFileException, KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"{source} is not a readable .xlsx file: {error}") from None
+    names: list[str] | None = None
+    for number, (values, formulas) in enumerate(zip(*sheets, strict=True), 1):
+        where = f"{source} row {number}"
+        cells = [formula if value is None else value for value, formula in zip(values, formulas, strict=True)]
+        if names is None:
+            names = [str(n) for n in range(1, len(cells) + 1)]
+            if header:
+                names = ["" if cell is None else str(cell) for cell in cells]
+                _check_names([name for name in names if name], where)
+                continue
+        if any(cell is not None for cell in cells):
+            cells += [None] * (len(names) - len(cells))
+            yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name}
 
 
 def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, str]]]:
@@ -196,9 +383,8 @@ def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, str]]]:
         if row["split"] == wanted:
             category, line = row["category"], row["line"]
             if category not in texts:
-                texts[category] = {
-                    str(n): text for n, (_, text) in enumerate(read_rows(DATASET / f"{category}.txt"), 1)
-                }
+                lines = enumerate(read_rows(DATASET / f"{category}.txt"), 1)
+                texts[category] = {str(n): text for n, (_, text) in lines}
             if line not in texts[category]:
                 raise ValueError(f"{where}: {category}.txt has no line {line!r}; {advice}")
             difficulty, _, label = category.partition("_")
@@ -220,16 +406,6 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict]]:
             value = row[column]
             row[column] = None if value is None or value < 0 else feature.int2str(value)
         yield f"{source} row {number}", row
-
-
-def check_text(text: str) -> None:
-    """ValueError for a text that no model can be asked about: an empty one, or one with half a character in it."""
-    if not text.strip():
-        raise ValueError("the text is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text is not valid Unicode (a lone surrogate)") from None
 
 
 # Near-duplicate texts: they belong on one side of every split and fold
@@ -331,39 +507,56 @@ def groups_of(rows: Sequence[object], source: str | None = None) -> list[object]
     return [group[row.id] for row in rows]
 
 
+# Flags
+
+
 def add_table_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a table of texts; the same in every script."""
     group = parser.add_argument_group("a table of texts")
     group.add_argument(
-        "--input", metavar="FILE", help=".csv .tsv .jsonl .parquet .txt, data:SPLIT (ours), or hf:NAME[:SPLIT]"
+        "--input",
+        metavar="FILE",
+        help=" ".join(SUFFIXES) + ", each also .gz, data:SPLIT (ours), or hf:NAME[:SPLIT]",
     )
     add_column_arguments(group)
 
 
 def add_column_arguments(group: argparse._ActionsContainer) -> None:
     """The flags that say how a table is read."""
-    group.add_argument("--text-column", metavar="NAME", help="column of the texts (default: text)")
-    group.add_argument("--label-column", metavar="NAME", help="column of the true labels (default: label, if there)")
-    group.add_argument("--id-column", metavar="NAME", help="column of the ids (default: id, else row numbers)")
-    group.add_argument(
-        "--no-header", action="store_true", help="no header: columns are named 1, 2, ... and the text is 1"
+    add = group.add_argument
+    add(
+        "--text-column",
+        metavar="NAME",
+        action="append",
+        help="column of the texts (default: text); given several times, the columns are joined by a blank line",
     )
-    group.add_argument(
-        "--label-map", metavar="OLD=NEW", nargs="+", default=[], help="rename labels: 0=negative 1=positive"
-    )
-    group.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
+    add("--label-column", metavar="NAME", help="column of the true labels (default: label, if there)")
+    add("--id-column", metavar="NAME", help='column of the ids (default: id, if there, else row numbers; "": those)')
+    add("--no-header", action="store_true", help="no header: columns are named 1, 2, ... and the text is 1")
+    add("--label-map", metavar="OLD=NEW", nargs="+", default=[], help="rename labels: 0=negative 1=positive")
+    add("--delimiter", metavar="D", help="comma, semicolon, tab, pipe or a character (default: found out)")
+    add("--encoding", metavar="NAME", help="of a text file, as windows-1252 (default: found out)")
+    add("--skip-bad-rows", action="store_true", help="leave out rows that are broken in the file, and say which")
+    add("--limit", type=int, metavar="N", help="use only the first N rows")
+    add("--sample", type=natural, metavar="N", help="use N rows drawn at random, by --sample-seed")
+    add("--sample-seed", type=natural, default=0, metavar="N", help="of --sample (default: 0)")
 
 
 def column_arguments(args: argparse.Namespace) -> dict[str, object]:
     """What the flags of `add_column_arguments` say, as keyword arguments of `read_examples`; checked."""
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: at least one row is needed")
+    for name in ("limit", "sample"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: at least one row is needed")
     label_map = {}
     for pair in args.label_map:
         old, _, new = pair.partition("=")
         if not (old and new):
             raise ValueError(f"--label-map {pair}: write it as OLD=NEW")
         label_map[old] = new
+    delimiter = DELIMITERS.get(args.delimiter, args.delimiter)
+    if delimiter is not None and len(delimiter) != 1:
+        raise ValueError(f"--delimiter {args.delimiter}: {', '.join(DELIMITERS)}, or one character")
     return {
         "text_column": args.text_column,
         "label_column": args.label_column,
@@ -371,4 +564,9 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         "header": not args.no_header,
         "label_map": label_map,
         "limit": args.limit,
+        "sample": args.sample,
+        "seed": args.sample_seed,
+        "delimiter": delimiter,
+        "encoding": args.encoding,
+        "skip_bad_rows": args.skip_bad_rows,
     }

@@ -29,6 +29,7 @@ import argparse
 import json
 import math
 import tomllib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
@@ -362,18 +363,38 @@ def debias(probabilities: np.ndarray, mean_probabilities: np.ndarray) -> np.ndar
 
 
 def check_examples(examples: Iterable[Example], task: Task, source: str = "the table") -> int:
-    """Count a table by reading it once, before any model is loaded; ValueError on a double id or a foreign label."""
-    count, seen = 0, set()
+    """Count a table by reading it once, before any model is loaded; ValueError on a double id or a foreign label.
+
+    Of every row eight bytes are kept, a hash of its id.
+    """
+    count, seen = 0, array("q")
     for count, example in enumerate(examples, 1):
         if example.label is not None and task.canonical_label(example.label) is None:
             raise ValueError(
                 f"{source} row {count} has the label {example.label!r}, which task {task.name!r} does not know; "
                 f"it knows {', '.join(task.labels)} (--label-map OLD=NEW renames)"
             )
-        if (key := hash(example.id)) in seen:
-            raise ValueError(f"{source} row {count}: the id {example.id!r} stands twice; ids must be unique")
-        seen.add(key)
+        seen.append(hash(example.id))
+    hashes, counts = np.unique(np.array(seen, dtype=np.int64), return_counts=True)
+    if len(hashes) < count:
+        _refuse_double_ids(examples, set(hashes[counts > 1].tolist()), source)
     return count
+
+
+def _refuse_double_ids(examples: Iterable[Example], suspects: set[int], source: str) -> None:
+    """ValueError that says how many rows have the id of an earlier one; different ids may share a hash."""
+    seen: set[str] = set()
+    repeated = []
+    for example in examples:
+        if hash(example.id) in suspects:
+            if example.id in seen:
+                repeated.append(example.id)
+            seen.add(example.id)
+    if repeated:
+        raise ValueError(
+            f"{source}: {len(repeated):,} rows have the id of an earlier row, the first {repeated[0]!r}; ids must be "
+            'unique: name another --id-column, or leave it out and rows are numbered (a column called id: --id-column "")'
+        )
 
 
 # Flags

@@ -1,5 +1,7 @@
 """tables.py: how tables of texts are read, and which texts belong together; pandas and pyarrow say what is right."""
 
+import gzip
+import os
 import re
 from itertools import combinations
 
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from scipy.stats import chisquare
 
 from tables import (
     Example,
@@ -17,6 +20,7 @@ from tables import (
     check_text,
     duplicate_groups,
     near_duplicates,
+    open_table,
     read_examples,
     shingles,
 )
@@ -133,22 +137,28 @@ BROKEN_TABLES = {
     "empty.txt": (b"", "no rows"),
     "columns.csv": (b"review,stars\nGood,5\n", "line 2.*'text'.*review, stars"),
     "columns.jsonl": (b'{"text": "x"}\n{"review": "x"}\n', "line 2.*'text'.*review"),
-    "latin.csv": (b"text\nfine\ncaf\xe9\n", "line 3 .*UTF-8"),
-    "latin.txt": (b"fine\ncaf\xe9\n", "line 2 .*UTF-8"),
-    "utf16.csv": ("text\nx\n".encode("utf-16"), "line 1 .*UTF-8"),
-    "ragged.csv": (b"text,label\nGood,5\nGood, really,5\n", "line 3 has 3 cells where 2"),
-    "short.tsv": (b"text\tlabel\nGood\n", "line 2 has 1 cells where 2"),
-    "unclosed.csv": (b'text\n"never closed\nx\n', "line 3: "),
+    "cyrillic.csv": ("text\n\u041f\u0440\u0438\u0432\u0435\u0442\n".encode("cp1251"), "UTF-8.*--encoding.*--delimiter"),
+    "polish.csv": ("text\nza\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105\n".encode("cp1250"), "UTF-8.*--encoding"),
+    "binary.csv": (b"text\n\x00\x01" * 9, "bytes of value 0"),
+    "either.csv": (b"a;b,text;c\n1;2,x;3\n", "comma or semicolon.*--delimiter"),
+    "tabs.txt": (b"good\t1\nbad\t0\n", "1 tabs.*--delimiter tab"),
+    "cut.csv.gz": (gzip.compress(b"text\n" + b"x\n" * 99)[:-9], "gzip"),
+    "plain.csv.gz": (b"text\nx\n", "gzip"),
+    "ragged.csv": (b"text,label\nGood,5\nGood, really,5\n", "line 3: 3 cells where 2.*--skip-bad-rows"),
+    "short.tsv": (b"text\tlabel\nGood\n", "line 2: 1 cells where 2"),
+    "unclosed.csv": (b'text\n"never closed\nx\n', "line 2: "),
     "stray.csv": (b'text,label\n"Good" film,5\n', "line 2: "),
     "twice.csv": (b"text,text\na,b\n", "line 1: two columns"),
     "torn.jsonl": (b'{"text": "x"}\n{"text": "y\n', "line 2 is not JSON"),
     "deep.jsonl": (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON"),
     "array.jsonl": (b'["x"]\n', "line 1 is not a JSON object"),
-    "number.jsonl": (b'{"text": "x"}\n{"text": 5}\n', "line 2: the text is 5"),
+    "nested.jsonl": (b'{"text": "x"}\n{"text": ["x"]}\n', "line 2: the text is .*not a string"),
+    "lines.json": (b'{"text": "x"}\n{"text": "y"}\n', r"\.jsonl"),
+    "object.json": (b'{"text": "x"}', "not a list"),
     "noid.csv": (b"id,text\n,x\n", "line 2: the id is empty"),
     "not.parquet": (b"PAR1 but not really", "Parquet"),
-    "table.xlsx": (b"PK", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
-    "table": (b"text\nx\n", r"\.csv \.tsv \.jsonl \.parquet \.txt"),
+    "table.xlsx": (b"PK", r"not a readable \.xlsx file"),
+    "table": (b"text\nx\n", r"\.csv \.tsv \.jsonl \.json \.parquet \.xlsx \.txt"),
 }
 
 
@@ -178,13 +188,132 @@ def test_a_missing_file_a_folder_and_a_missing_column_are_said_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["broken.csv", "broken.tsv", "broken.jsonl"])
 def test_a_table_is_read_only_as_far_as_it_is_needed(name, tmp_path):
-    good = {"csv": b"text\nx\ny\n", "tsv": b"text\nx\ny\n", "jsonl": b'{"text": "x"}\n{"text": "y"}\n'}
-    (tmp_path / name).write_bytes(good[name.partition(".")[2]] + b"\xff\xfe broken")
+    good = {"csv": b"text,n\nx,1\ny,2\n", "tsv": b"text\tn\nx\t1\ny\t2\n", "jsonl": b'{"text": "x"}\n{"text": "y"}\n'}
+    (tmp_path / name).write_bytes(good[name.partition(".")[2]] + b"{ this is neither")
     assert rows(tmp_path / name, limit=2) == [("1", "x", None), ("2", "y", None)]
     iterator = read_examples(str(tmp_path / name))
     assert [next(iterator).text, next(iterator).text] == ["x", "y"]
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match=r"line (3|4)"):
         next(iterator)
+
+
+# The same texts in every format
+
+
+WESTERN = st.text(st.characters(codec="windows-1252", exclude_categories=["Cc"]), min_size=1, max_size=20)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20) | st.sampled_from(
+    [
+        'He said "no"',
+        "two\nlines\tand a tab",
+        "caf\u00e9 \U0001f3ac",
+        "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05dc\u05d5\u05dd",
+        "=1+1",
+        ";,|",
+    ]
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(ANY_TEXT, min_size=1, max_size=6))
+def test_the_same_texts_in_every_format_give_the_same_examples(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("formats")
+    table = pandas.DataFrame({"id": [f"r{n}" for n in range(len(texts))], "text": texts, "label": "a"})
+    expected = list(table.itertuples(index=False, name=None))
+    table.to_csv(folder / "t.csv", index=False)
+    table.to_csv(folder / "t.csv.gz", index=False)
+    table.to_csv(folder / "marked.csv", index=False, encoding="utf-8-sig")
+    table.to_csv(folder / "wide.csv", index=False, encoding="utf-16")
+    table.to_csv(folder / "t.tsv", index=False, sep="\t")
+    table.to_csv(folder / "semicolon.csv", index=False, sep=";")
+    table.to_json(folder / "t.jsonl", orient="records", lines=True)
+    table.to_json(folder / "t.json", orient="records")
+    table.to_parquet(folder / "t.parquet")
+    table.to_excel(folder / "t.xlsx", index=False)
+    for path in sorted(folder.iterdir()):
+        said = {"delimiter": ";" if path.stem == "semicolon" else ","} if path.suffix == ".csv" else {}
+        assert rows(path, **said) == expected, path.name
+    if all(set(text) <= set(bytes(range(32, 256)).decode("windows-1252", "ignore")) for text in texts):
+        table.to_csv(folder / "western.csv", index=False, encoding="windows-1252")
+        assert rows(folder / "western.csv", encoding="windows-1252", delimiter=",") == expected
+
+
+GERMAN = "text;label\nDer K\u00e4se \u201eschmeckt\u201c gut \u2013 5 \u20ac;a\nM\u00fcde, aber froh\u2026;b\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "windows-1252"])
+def test_encoding_and_delimiter_are_found_out_and_told_once(encoding, tmp_path, capsys):
+    (tmp_path / "t.csv").write_bytes(GERMAN.encode(encoding))
+    table = open_table(str(tmp_path / "t.csv"))
+    found = [(e.text, e.label) for e in table]
+    assert found == [
+        ("Der K\u00e4se \u201eschmeckt\u201c gut \u2013 5 \u20ac", "a"),
+        ("M\u00fcde, aber froh\u2026", "b"),
+    ]
+    assert list(table) == list(table)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "semicolon" in said and encoding.removesuffix("-sig") in said
+    open_table(str(tmp_path / "t.csv"), encoding=encoding, delimiter=";")
+    (tmp_path / "plain.csv").write_text("text,label\nx,a\n", encoding="utf-8")
+    open_table(str(tmp_path / "plain.csv"))
+    assert capsys.readouterr().err == ""  # nothing to tell of what was said, or is as usual
+
+
+def test_columns_are_joined_named_in_any_case_or_put_together_by_a_template(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("Title,Body,LABEL,ID\nA,b,x,7\nB,,y,8\n", encoding="utf-8")
+    assert rows(tmp_path / "t.csv", text_column=["Title", "Body"]) == [("7", "A\n\nb", "x"), ("8", "B", "y")]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["note: taking column 'ID' for the id", "note: taking column 'LABEL' for the label"] or set(
+        said
+    ) == {
+        "note: taking column 'ID' for the id",
+        "note: taking column 'LABEL' for the label",
+    }
+    joined = rows(tmp_path / "t.csv", text_template="{title} // {body}", id_column="")
+    assert joined == [("1", "A // b", "x"), ("2", "B // ", "y")]
+
+
+def test_a_quoted_tab_separated_file_is_unquoted_and_a_blank_line_of_one_column_is_a_text(tmp_path):
+    (tmp_path / "q.tsv").write_text('text\tlabel\n"a ""b""\tc"\tx\n"two\nlines"\ty\n', encoding="utf-8")
+    assert rows(tmp_path / "q.tsv") == [("1", 'a "b"\tc', "x"), ("2", "two\nlines", "y")]
+    (tmp_path / "one.csv").write_text("text\na\n\nb\n", encoding="utf-8")
+    assert rows(tmp_path / "one.csv") == [("1", "a", None), ("2", "", None), ("3", "b", None)]
+    (tmp_path / "t.txt").write_text("a\tx\nb\ty\n", encoding="utf-8")
+    assert rows(tmp_path / "t.txt", delimiter="\t", header=False, label_column="2")[1] == ("2", "b", "y")
+
+
+def test_numbers_and_booleans_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": 5, "label": 1.0}\n{"text": true, "label": 1}\n', encoding="utf-8")
+    assert rows(tmp_path / "t.jsonl") == [("1", "5", "1.0"), ("2", "true", "1")]
+    parquet.write_table(pyarrow.table({"text": [5], "label": [True]}), tmp_path / "t.parquet")
+    assert rows(tmp_path / "t.parquet") == [("1", "5", "True")]
+
+
+def test_broken_rows_are_left_out_when_told_and_named(tmp_path, capsys):
+    content = 'text,label\na,x\n"b,x\nc,y\nd\n"e ""f""",z\n'
+    (tmp_path / "t.csv").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 3: .*--skip-bad-rows"):
+        rows(tmp_path / "t.csv")
+    assert rows(tmp_path / "t.csv", skip_bad_rows=True) == [("1", "a", "x"), ("2", "c", "y"), ("3", 'e "f"', "z")]
+    assert capsys.readouterr().err == f"note: 2 bad rows of {tmp_path / 't.csv'} left out, at line 3, 5\n"
+
+
+def test_a_sample_is_fair_reproducible_and_in_order(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"{n}\n" for n in range(12)), encoding="utf-8")
+    draws = [[int(text) for _, text, _ in rows(tmp_path / "t.txt", sample=4, seed=seed)] for seed in range(600)]
+    assert draws[:3] == [[int(text) for _, text, _ in rows(tmp_path / "t.txt", sample=4, seed=s)] for s in range(3)]
+    assert all(drawn == sorted(set(drawn)) and len(drawn) == 4 for drawn in draws)
+    counts = [sum(n in drawn for drawn in draws) for n in range(12)]
+    assert chisquare(counts).pvalue > 1e-3
+    assert [id for id, _, _ in rows(tmp_path / "t.txt", sample=4)] == [
+        str(n + 1) for n in draws[0]
+    ]  # numbers of the table
+    assert len(rows(tmp_path / "t.txt", sample=99)) == 12
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match="not a regular file"):
+        open_table(str(tmp_path / "t.csv"))
 
 
 # Near-duplicates

@@ -496,14 +496,26 @@ def test_a_task_that_is_nowhere_lists_the_built_in_ones(tmp_path):
 
 def test_labels_are_checked_and_spelled_as_the_task_does():
     def table(*labels):
-        return (Example(str(i), "x", label) for i, label in enumerate(labels))
+        return [Example(str(i), "x", label) for i, label in enumerate(labels)]
 
     assert check_examples(table("positive", " Negative", None), SENTIMENT) == 3
     assert SENTIMENT.canonical_label(" NEGATIVE ") == "negative" and SENTIMENT.canonical_label("neg") is None
     with pytest.raises(ValueError, match=r"row 2 .*'5'.*negative, positive.*--label-map"):
         check_examples(table("positive", "5"), SENTIMENT)
-    with pytest.raises(ValueError, match=r"row 3: the id '0' stands twice"):
-        check_examples(iter([Example("0", "x", None), Example("1", "x", None), Example("0", "y", None)]), SENTIMENT)
+
+
+def test_double_ids_are_counted_and_equal_hashes_are_none():
+    def table(*ids):
+        return [Example(id, "x", None) for id in ids]
+
+    with pytest.raises(ValueError, match=r"2 rows have the id of an earlier row, the first .0..*--id-column"):
+        check_examples(table("0", "1", "0", "2", "0"), SENTIMENT)
+
+    class Colliding(str):
+        def __hash__(self):
+            return 7
+
+    assert check_examples(table(Colliding("a"), Colliding("b")), SENTIMENT) == 2
 
 
 def test_a_record_repeats_its_example_with_the_label_in_the_task_s_spelling():
