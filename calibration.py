@@ -9,33 +9,32 @@
     venn-abers   two isotonic fits that bracket the truth                as isotonic, and says how sure it is
 
 All are scikit-learn estimators. With two labels it pays to calibrate P(label) instead of the confidence (classwise
-calibration, `ClasswiseCalibrator`): a class bias is then corrected for both labels, where calibrating the confidence
-averages the two.
-`choose` picks a calibrator by its log loss on rows it was not fitted on, never by ECE.
-
-The calibrator file is JSON: what was fitted, on how many labels, how it does out-of-fold, and the threshold that goes
-with it. `calibration_demo.py` writes one, `logprobs_confidence.py --calibrator FILE` applies it.
+calibration): a class bias is then corrected for both labels, where calibrating the confidence averages the two.
+`choose` picks a calibrator by its log loss on rows it was not fitted on, never by ECE. The calibrator file is JSON:
+`calibration_demo.py` writes one, `logprobs_confidence.py --calibrator FILE` applies it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import AfterValidator, Field, InstanceOf, Strict, StrictBool, StrictStr
+from scipy.optimize import isotonic_regression, minimize_scalar
+from scipy.special import expit, logsumexp, softmax
 from sklearn.base import BaseEstimator, clone
 from sklearn.utils.validation import check_is_fitted
 
 import predictions
 from calibration_metrics import checked, group_numbers, log_loss
+from files import read_json, validated, write_text
 from tables import text_key
 
 SMALLEST = 1e-6  # confidences are clipped to [SMALLEST, 1 - SMALLEST] before their logit is taken
@@ -43,8 +42,17 @@ LARGEST = 1e9  # no fitted parameter and no count comes near
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
 PER_LABEL_ROWS = 50  # with three labels or more: a predicted label with fewer rows shares the calibrator of all
 FORMAT = "calibrated-confidence calibrator, version 1"
-HEAD_FORMAT = "calibrated-confidence head, version 1"
-HEAD_STRENGTHS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # variance of what a head adds to a logit, before fitting
+
+# What a file may hold; a list of numbers is read as an array.
+Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Name = Annotated[str, Strict(), Field(min_length=1)]
+TextKey = Annotated[str, Strict(), Field(pattern="^[0-9a-f]{12}$")]
+Numbers = Annotated[list[Number], AfterValidator(np.array)]
+NotNegatives = Annotated[list[NotNegative], AfterValidator(np.array)]
+Shares = Annotated[list[Share], Field(min_length=1), AfterValidator(np.array)]
 
 
 def logit(confidence: np.ndarray) -> np.ndarray:
@@ -53,13 +61,7 @@ def logit(confidence: np.ndarray) -> np.ndarray:
     return np.log(clipped) - np.log1p(-clipped)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    from scipy.special import expit
-
-    return expit(x)
-
-
-def _logistic_regression(features: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def logistic_regression(features: np.ndarray, correct: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Maximum likelihood: [coefficients..., intercept]; the penalty is only enough to keep separable data finite."""
     from sklearn.linear_model import LogisticRegression
 
@@ -70,11 +72,11 @@ def _logistic_regression(features: np.ndarray, correct: np.ndarray, weights: np.
     return np.append(model.coef_[0], model.intercept_[0])
 
 
-def _need_both(correct: np.ndarray) -> None:
+def check_both_outcomes(correct: np.ndarray) -> None:
+    """ValueError when the rows are all right or all wrong."""
     if correct.all() or not correct.any():
-        raise ValueError(
-            f"all {len(correct)} rows are {'right' if correct.all() else 'wrong'}; this calibrator needs both"
-        )
+        outcome = "right" if correct.all() else "wrong"
+        raise ValueError(f"all {len(correct)} rows are {outcome}; this calibrator needs both")
 
 
 # The calibrators
@@ -87,7 +89,7 @@ class PlattScalingCalibrator(BaseEstimator):
     the output could not leave the range from sigma(b) to sigma(a + b).
     """
 
-    FITTED = ("slope_", "intercept_")
+    FITTED: ClassVar = {"slope_": Number, "intercept_": Number}
 
     def fit(self, confidence: Sequence[float], correct: Sequence[bool]) -> PlattScalingCalibrator:
         confidence, correct = checked(confidence, correct)
@@ -95,35 +97,32 @@ class PlattScalingCalibrator(BaseEstimator):
         target = np.where(correct, (right + 1) / (right + 2), 1 / (len(correct) - right + 2))
         features = np.tile(logit(confidence), 2)[:, None]  # each row once as right and once as wrong, by its target
         outcome = np.repeat([True, False], len(correct))
-        self.slope_, self.intercept_ = _logistic_regression(features, outcome, np.concatenate([target, 1 - target]))
+        self.slope_, self.intercept_ = logistic_regression(features, outcome, np.concatenate([target, 1 - target]))
         return self
 
     def predict(self, confidence: Sequence[float]) -> np.ndarray:
         check_is_fitted(self)
-        return _sigmoid(self.slope_ * logit(_scores(confidence)) + self.intercept_)
+        return expit(self.slope_ * logit(_scores(confidence)) + self.intercept_)
 
 
 class TemperatureScalingCalibrator(BaseEstimator):
     """P = sigma(logit(c) / T), or softmax(log p / T) of the labels' probabilities [n, labels]; T between 0.05 and 20.
 
     Guo et al., "On calibration of modern neural networks", ICML 2017. The same T as scikit-learn's, which has no
-    bounds and so no answer when all rows are right. One parameter: it keeps every prediction, cannot mend a lean to
-    one label, and of two labels' confidences none falls below one half.
+    bounds and so no answer when all rows are right. One parameter: it keeps every prediction, cannot correct a class
+    bias, and of two labels' confidences none falls below one half.
     """
 
-    FITTED = ("temperature_",)
+    FITTED: ClassVar = {"temperature_": Annotated[Number, Field(ge=0.05, le=20)]}
 
     def fit(self, confidence: np.ndarray, correct: Sequence[int]) -> TemperatureScalingCalibrator:
         """`confidence` [n] with `correct` [n], or probabilities [n, labels] with the number of each true label [n]."""
-        from scipy.optimize import minimize_scalar
-        from scipy.special import logsumexp
-
         if np.ndim(confidence) == 2:
             probabilities, truth = _checked_labels(confidence, correct)
             scores = np.log(np.clip(probabilities, SMALLEST, 1))
         else:
             confidence, correct = checked(confidence, correct)
-            _need_both(correct)
+            check_both_outcomes(correct)
             scores, truth = logit(confidence)[:, None] * [0.0, 1.0], correct.astype(int)
         true_scores = scores[np.arange(len(truth)), truth]
 
@@ -137,27 +136,25 @@ class TemperatureScalingCalibrator(BaseEstimator):
 
     def predict(self, confidence: np.ndarray) -> np.ndarray:
         """P(correct) [n]; of probabilities [n, labels] those of each row's most probable label."""
-        from scipy.special import softmax
-
         check_is_fitted(self)
         if np.ndim(confidence) == 2:
             confidence = _checked_labels(confidence)[0]
             scaled = np.log(np.clip(confidence, SMALLEST, 1)) / self.temperature_
             return softmax(scaled, axis=1)[np.arange(len(scaled)), np.argmax(confidence, axis=1)]
-        return _sigmoid(logit(_scores(confidence)) / self.temperature_)
+        return expit(logit(_scores(confidence)) / self.temperature_)
 
 
 class BetaCalibrator(BaseEstimator):
     """logit P = a ln c - b ln(1 - c) + m, a and b not below 0 (Kull, Silva Filho and Flach, AISTATS 2017)."""
 
-    FITTED = ("a_", "b_", "m_")
+    FITTED: ClassVar = {"a_": NotNegative, "b_": NotNegative, "m_": Number}
 
     def fit(self, confidence: Sequence[float], correct: Sequence[bool]) -> BetaCalibrator:
         confidence, correct = checked(confidence, correct)
-        _need_both(correct)
+        check_both_outcomes(correct)
         features, used = self._features(confidence), [0, 1]
         while used:
-            *slopes, intercept = _logistic_regression(features[:, used], correct)
+            *slopes, intercept = logistic_regression(features[:, used], correct)
             if min(slopes) >= 0:
                 break
             del used[int(np.argmin(slopes))]  # a negative one would make the map fall
@@ -167,7 +164,7 @@ class BetaCalibrator(BaseEstimator):
 
     def predict(self, confidence: Sequence[float]) -> np.ndarray:
         check_is_fitted(self)
-        return _sigmoid(self._features(_scores(confidence)) @ [self.a_, self.b_] + self.m_)
+        return expit(self._features(_scores(confidence)) @ [self.a_, self.b_] + self.m_)
 
     @staticmethod
     def _features(confidence: np.ndarray) -> np.ndarray:
@@ -183,7 +180,7 @@ class IsotonicRegressionCalibrator(BaseEstimator):
     smoothing=None it is scikit-learn's. Zadrozny and Elkan, KDD 2002.
     """
 
-    FITTED = ("scores_", "values_")
+    FITTED: ClassVar = {"scores_": Shares, "values_": Shares}
 
     def __init__(self, smoothing: str | None = "laplace") -> None:
         self.smoothing = smoothing
@@ -214,10 +211,11 @@ class VennAbersCalibrator(BaseEstimator):
     """P = p1 / (1 - p0 + p1), p0 and p1 the isotonic fits that take the row as wrong and as right; p1 - p0 is doubt.
 
     Inductive Venn-Abers: Vovk, Petej and Fedorova, "Large-scale probabilistic predictors", NeurIPS 2015 (arXiv
-    1511.00213). By definition: two fits for every place among the known scores that is asked about.
+    1511.00213). By definition: two fits for every place among the known scores that is asked about. It is ours and not
+    the venn-abers library's, to which it is tested to be equal, because its parameters are arrays that JSON holds.
     """
 
-    FITTED = ("scores_", "right_", "count_")
+    FITTED: ClassVar = {"scores_": Shares, "right_": NotNegatives, "count_": Numbers}
 
     def fit(self, confidence: Sequence[float], correct: Sequence[bool]) -> VennAbersCalibrator:
         self.scores_, self.right_, self.count_ = _tally(*checked(confidence, correct))
@@ -277,8 +275,6 @@ def _tally(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.
 
 def _pool(right: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The non-decreasing least-squares fit to right / count, weighted by count."""
-    from scipy.optimize import isotonic_regression
-
     return isotonic_regression(right / count, weights=count).x
 
 
@@ -292,15 +288,13 @@ METHODS = {
 
 
 class ClasswiseCalibrator(BaseEstimator):
-    """Calibrate P(label) rather than the confidence, so that a lean to one label is mended.
+    """Calibrate P(label) rather than the confidence, so that a class bias is corrected.
 
     Two labels: `calibrator` maps P(second label) to its true frequency; the first gets the rest. The prediction stays,
     so a calibrated confidence may fall below one half. More labels: one calibrator for each predicted label (Gupta and
     Ramdas, "Top-label calibration", ICLR 2022), those with fewer than 50 rows sharing one fitted on all rows;
     temperature scaling instead divides all labels' logits by one T.
     """
-
-    FITTED = ("calibrators_",)
 
     def __init__(self, calibrator: BaseEstimator) -> None:
         self.calibrator = calibrator
@@ -341,102 +335,6 @@ class ClasswiseCalibrator(BaseEstimator):
         return answers
 
 
-# A head on the last hidden state
-
-
-@dataclass(frozen=True)
-class ConfidenceHead:
-    """P(right) = sigma(slope * logit(confidence) + intercept + weights . standardised hidden state).
-
-    What Platt scaling is to the confidence, with all that the model knew besides: Kadavath et al., "Language models
-    (mostly) know what they know", 2022. `fingerprint` is that of the predictions it belongs to; `record` holds n, the
-    share of right answers, and the out-of-fold log loss of the head and of Platt scaling alone on the same folds.
-    """
-
-    slope: float
-    intercept: float
-    weights: np.ndarray  # [hidden]
-    mean: np.ndarray  # [hidden]
-    scale: np.ndarray  # [hidden]
-    fingerprint: str
-    record: Mapping[str, object]
-
-    @property
-    def digest(self) -> str:
-        """Eight hex digits of all its numbers."""
-        return hashlib.sha256(_head_text(self).encode()).hexdigest()[:8]
-
-    def predict(self, hidden: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        """P(right) [n] from hidden states [n, hidden] and confidences [n]."""
-        extra = ((hidden - self.mean) / self.scale) @ self.weights
-        return _sigmoid(self.slope * logit(confidence) + self.intercept + extra)
-
-
-def fit_head(
-    hidden: np.ndarray, confidence: np.ndarray, correct: np.ndarray, groups: Sequence[object], fingerprint: str
-) -> ConfidenceHead:
-    """Fit a head to rows [n] that the model was not trained on; what it adds to Platt scaling is shrunk by ridge.
-
-    The penalty is chosen by grouped cross-validation, no weights at all being among the choices. ValueError when the
-    rows are too few, or all right or all wrong.
-    """
-    hidden, correct = np.asarray(hidden, dtype=np.float64), np.asarray(correct, dtype=bool)
-    if len(correct) < LEAST_ROWS:
-        raise ValueError(f"{len(correct)} rows are too few for a confidence head; {LEAST_ROWS} are the least")
-    folds = grouped_folds(confidence, correct, groups)
-    losses = {}
-    for strength in HEAD_STRENGTHS:
-        answers = np.empty(len(correct))
-        for train, test in folds:
-            answers[test] = _head(hidden[train], confidence[train], correct[train], strength).predict(
-                hidden[test], confidence[test]
-            )
-        losses[strength] = log_loss(answers, correct)
-    best = min(losses, key=losses.__getitem__)
-    record = {"n": len(correct), "right": float(correct.mean()), "strength": best}
-    record |= {"out_of_fold_log_loss": losses[best], "platt_log_loss": losses[0.0]}
-    return replace(_head(hidden, confidence, correct, best), fingerprint=fingerprint, record=record)
-
-
-def _head(hidden: np.ndarray, confidence: np.ndarray, correct: np.ndarray, strength: float) -> ConfidenceHead:
-    """The head whose weights have the prior variance strength / hidden; 0 is Platt scaling."""
-    _need_both(correct)
-    mean, scale = hidden.mean(axis=0), np.maximum(hidden.std(axis=0), SMALLEST)
-    width = hidden.shape[1]
-    # One logistic regression with one penalty: columns so large that their coefficients cost nothing are free.
-    columns = [logit(confidence)[:, None] * 1e3, (hidden - mean) / scale * np.sqrt(strength / width / 1e6)]
-    fitted = _logistic_regression(np.hstack(columns if strength else columns[:1]), correct)
-    weights = fitted[1:-1] * np.sqrt(strength / width / 1e6) if strength else np.zeros(width)
-    return ConfidenceHead(float(fitted[0] * 1e3), float(fitted[-1]), weights, mean, scale, "", {})
-
-
-def _head_text(head: ConfidenceHead) -> str:
-    record = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(head).items()}
-    return json.dumps({"format": HEAD_FORMAT} | record, allow_nan=False) + "\n"
-
-
-def save_head(path: str | Path, head: ConfidenceHead) -> None:
-    """Write a head as JSON, numbers exact, whole or not at all."""
-    _write_whole(path, _head_text(head))
-
-
-def load_head(path: str | Path) -> ConfidenceHead:
-    """Read and check a head; ValueError in one line."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
-        _require(record.pop("format", None) == HEAD_FORMAT, "format", "another")
-        arrays = {name: np.array(record.pop(name), dtype=np.float64) for name in ("weights", "mean", "scale")}
-        _require(
-            len({array.shape for array in arrays.values()}) == 1, "weights", "of another length than mean or scale"
-        )
-        _require(all(np.isfinite(array).all() for array in arrays.values()), "weights", "not numbers")
-        _require(arrays["weights"].ndim == 1 and (arrays["scale"] > 0).all(), "scale", "not above 0")
-        _require(_is_number(record["slope"]) and _is_number(record["intercept"]), "slope", "no number")
-        return ConfidenceHead(**record, **arrays)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is not a confidence head: {error}") from None
-
-
 # Cross-fitting and choosing
 
 
@@ -450,8 +348,7 @@ def cross_fit(
 ) -> np.ndarray:
     """Calibrated confidence [n], each row's from a calibrator fitted on the folds that hold neither it nor its group.
 
-    For `ClasswiseCalibrator`, `confidence` is probabilities [n, labels] and `correct` the number of the true label [n].
-    Raises ValueError when the rows are too few for the folds.
+    For a `ClasswiseCalibrator`, `confidence` is probabilities [n, labels] and `correct` the true labels' numbers [n].
     """
     confidence, correct = np.asarray(confidence), np.asarray(correct)
     answers = np.empty(len(correct))
@@ -461,13 +358,9 @@ def cross_fit(
 
 
 def grouped_folds(
-    confidence: np.ndarray,
-    correct: np.ndarray,
-    groups: Sequence[object] | None = None,
-    n_splits: int = 5,
-    seed: int = 0,
+    confidence: np.ndarray, correct: np.ndarray, groups: Sequence | None = None, n_splits: int = 5, seed: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers (train, test) of each fold: whole groups, and as many of each value of `correct` as can be."""
+    """Row numbers (train, test) of each fold: whole groups, and each value of `correct` spread evenly."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     groups = np.arange(len(correct)) if groups is None else group_numbers(groups)
@@ -486,7 +379,11 @@ class Recipe:
     """Which calibrator, and whether it is given P(label) or the confidence."""
 
     method: str
-    class_aware: bool
+    class_aware: StrictBool
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: no calibrator is called {self.method!r:.60}; there are {', '.join(METHODS)}")
 
     def __str__(self) -> str:
         return f"{self.method}, of P(label)" if self.class_aware else f"{self.method}, of the confidence"
@@ -512,9 +409,8 @@ class Scores:
     correct: np.ndarray  # [n]
 
     def __getitem__(self, rows: np.ndarray) -> Scores:
-        return Scores(
-            self.labels, *(getattr(self, f)[rows] for f in ("probabilities", "truth", "confidence", "correct"))
-        )
+        arrays = self.probabilities[rows], self.truth[rows], self.confidence[rows], self.correct[rows]
+        return Scores(self.labels, *arrays)
 
 
 def scores_of(rows: Sequence[predictions.Prediction]) -> Scores:
@@ -536,8 +432,6 @@ def recipes(n: int, method: str = "auto") -> list[Recipe]:
     Isotonic regression loses to Platt scaling on few labels and catches up near a thousand (Niculescu-Mizil and
     Caruana, ICML 2005). Temperature scaling of two labels is the same for both targets, so it stands once.
     """
-    if method not in ("auto", *METHODS):
-        raise ValueError(f"no calibrator {method!r}; there are auto, {', '.join(METHODS)}")
     if method != "auto":
         names = [method]
     elif n < 200:
@@ -559,7 +453,7 @@ def choose(
     n = len(scores.correct)
     if n < LEAST_ROWS:
         raise ValueError(f"{n} labelled rows; a calibrator needs at least {LEAST_ROWS}")
-    _need_both(scores.correct)
+    check_both_outcomes(scores.correct)
     found, problem = {}, ""
     for recipe in recipes(n, method):
         try:
@@ -581,16 +475,26 @@ class FittedCalibrator:
     """A calibrator, what it was fitted on, how it does on rows it did not see, and the threshold that goes with it."""
 
     recipe: Recipe
-    estimator: BaseEstimator
-    labels: tuple[str, ...]
-    fingerprint: str  # of the predictions it is for
-    model: str
-    task: str
-    n: int
-    groups: int
-    fitted_on: frozenset[str]  # text_key of each row
-    report_card: Mapping[str, object]  # its out-of-fold numbers
-    threshold: Mapping[str, object] | None = None  # decisions.Threshold as a record
+    estimator: InstanceOf[BaseEstimator]
+    labels: Annotated[tuple[StrictStr, ...], Field(min_length=2)]
+    fingerprint: Name  # of the predictions it is for
+    model: Name
+    task: Name
+    n: Count
+    groups: Count
+    fitted_on: Annotated[frozenset[TextKey], Field(min_length=1)]  # text_key of each row
+    report_card: Mapping[str, Any]  # its out-of-fold numbers
+    threshold: Mapping[str, Any] | None  # decisions.Threshold as a record
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels: one stands twice")
+        if max(self.groups, len(self.fitted_on)) > self.n:
+            raise ValueError(f"n: {self.n} rows, {self.groups} groups and fitted_on {len(self.fitted_on)} texts")
+        if self.threshold is not None:
+            if "value" not in self.threshold:
+                raise ValueError("threshold: it has no value")
+            validated(Share | None, self.threshold["value"], "threshold")
 
     def check(self, fingerprint: str, model: str, task: str, labels: Sequence[str]) -> None:
         """ValueError when the calibrator is for another model, task or method."""
@@ -614,8 +518,7 @@ class FittedCalibrator:
     ) -> list[predictions.Prediction]:
         """The rows with `calibrated_confidence` and `decision`, and `fitted_on` where the calibrator has seen the text.
 
-        "automate" from `threshold` on, else from the file's own. Without either nothing is promised: all "review".
-        Rows with an error are left as they are.
+        "automate" from `threshold` on, else from the file's own; without either all "review". Errors stay as they are.
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"the threshold is {threshold}, outside [0, 1]")
@@ -652,9 +555,12 @@ def calibrate_file(path: str | Path, calibrator: FittedCalibrator, threshold: fl
     if changed:
         predictions.replace(path, applied())
     counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(decisions.items()))
-    value = calibrator.threshold and calibrator.threshold["value"] if threshold is None else threshold
-    rule = "the calibrator promises nothing, so nothing is automated; --threshold sets a threshold of yours"
-    return f"  calibrated: {counts} ({rule if value is None else f'automated from {value:.4f} on'})"
+    if threshold is None and calibrator.threshold:
+        threshold = calibrator.threshold["value"]
+    rule = "the calibrator guarantees nothing, so nothing is automated; --threshold sets a threshold of yours"
+    if threshold is not None:
+        rule = f"automated from {threshold:.4f} on"
+    return f"  calibrated: {counts} ({rule})"
 
 
 def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
@@ -670,115 +576,49 @@ def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
         "threshold": fitted.threshold and dict(fitted.threshold),
         "fitted_on": sorted(fitted.fitted_on),
     }
-    _write_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-
-
-def _write_whole(path: str | Path, text: str) -> None:
-    part = Path(f"{path}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _parameters(estimator: BaseEstimator) -> dict:
     if isinstance(estimator, ClasswiseCalibrator):
-        return {label: _parameters(calibrator) for label, calibrator in estimator.calibrators_.items()}
+        return {place: _parameters(calibrator) for place, calibrator in estimator.calibrators_.items()}
     values = {name: getattr(estimator, name) for name in estimator.FITTED}
     return {name: value.tolist() if isinstance(value, np.ndarray) else float(value) for name, value in values.items()}
 
 
 def load_calibrator(path: str | Path) -> FittedCalibrator:
-    """Read and check a calibrator file; ValueError names the field that is wrong."""
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a calibrator file: {error}") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a calibrator file of this version; calibration_demo.py writes one")
-    try:
-        return _from_record(record)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path}: damaged or edited by hand: {reason}") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}")
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"it holds {text}")
-    return value
-
-
-def _from_record(record: dict) -> FittedCalibrator:
-    method, labels, keys = record["method"], record["labels"], record["fitted_on"]
-    _require(isinstance(method, str) and method in METHODS, "method", method)
-    _require(isinstance(record["class_aware"], bool), "class_aware", record["class_aware"])
-    _require(isinstance(labels, list) and all(isinstance(label, str) for label in labels), "labels", labels)
-    _require(len(set(labels)) == len(labels) >= 2, "labels", labels)
-    for name in ("fingerprint", "model", "task"):
-        _require(isinstance(record[name], str) and record[name], name, record[name])
-    for name in ("n", "groups"):
-        _require(type(record[name]) is int and 0 < record[name] <= record["n"], name, record[name])
-    _require(isinstance(keys, list) and 0 < len(keys) <= record["n"], "fitted_on", keys)
-    _require(all(isinstance(key, str) and re.fullmatch("[0-9a-f]{12}", key) for key in keys), "fitted_on", keys)
-    _require(isinstance(record["report_card"], dict), "report_card", record["report_card"])
-    threshold = record["threshold"]
-    _require(threshold is None or (isinstance(threshold, dict) and "value" in threshold), "threshold", threshold)
-    value = threshold and threshold["value"]
-    _require(value is None or (_is_number(value) and 0 <= value <= 1), "threshold", value)
-    _require(isinstance(record["parameters"], dict), "parameters", record["parameters"])
-    recipe = Recipe(record["method"], record["class_aware"])
-    estimator, parameters = recipe.estimator(), record["parameters"]
-    if recipe.class_aware:
-        places = {"all", *(str(k) for k in range(len(labels)) if len(labels) > 2)}
-        _require("all" in parameters and parameters.keys() <= places, "parameters", list(parameters))
-        estimator.calibrators_ = {place: _restored(recipe.method, values) for place, values in parameters.items()}
+    """Read and check a calibrator file; ValueError in one line that names the field that is wrong."""
+    content, where = read_json(path), f"{path}: damaged or edited by hand"
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a calibrator file: its format is not {FORMAT!r}")
+    recipe = validated(Recipe, content, where)
+    estimator, parameters = recipe.estimator(), content.get("parameters")
+    if not recipe.class_aware:
+        _restore(estimator, parameters, where)
+    elif isinstance(parameters, dict) and "all" in parameters:
+        estimator.calibrators_ = {place: clone(estimator.calibrator) for place in parameters}
+        for place, calibrator in estimator.calibrators_.items():
+            _restore(calibrator, parameters[place], where)
     else:
-        estimator = _restored(recipe.method, parameters)
-    given = {name: record[name] for name in ("fingerprint", "model", "task", "n", "groups", "report_card", "threshold")}
-    return FittedCalibrator(recipe, estimator, tuple(labels), fitted_on=frozenset(keys), **given)
+        raise ValueError(f"{where}: parameters: none for all rows")
+    fitted = validated(FittedCalibrator, content | {"recipe": recipe, "estimator": estimator}, where)
+    numbers = {str(number) for number in range(len(fitted.labels))} if len(fitted.labels) > 2 else set()
+    if recipe.class_aware and not parameters.keys() <= numbers | {"all"}:
+        raise ValueError(f"{where}: parameters: not those of all rows and of labels")
+    return fitted
 
 
-def _restored(method: str, parameters: dict) -> BaseEstimator:
-    """A fitted calibrator from its parameters, each of which is checked."""
-    estimator = METHODS[method]()
-    _require(isinstance(parameters, dict) and parameters.keys() == {*estimator.FITTED}, "parameters", parameters)
-    for name, value in parameters.items():
-        if isinstance(value, list):
-            _require(value and all(map(_is_number, value)), name, "")
-            setattr(estimator, name, np.array(value, dtype=np.float64))
-        else:
-            _require(_is_number(value), name, value)
-            setattr(estimator, name, float(value))
-    arrays = [getattr(estimator, name) for name in estimator.FITTED]
-    if method in ("isotonic", "venn-abers"):
-        _require(all(np.shape(array) == np.shape(arrays[0]) != () for array in arrays), "parameters", "arrays differ")
-        scores = estimator.scores_
-        _require((np.diff(scores) > 0).all() and scores[0] >= 0 and scores[-1] <= 1, "scores_", "not rising in [0, 1]")
-    else:
-        _require(not any(map(np.ndim, arrays)), "parameters", "a list where a number stands")
-    if method == "isotonic":
-        values = estimator.values_
-        _require((np.diff(values) >= 0).all() and values[0] >= 0 and values[-1] <= 1, "values_", "falling")
-    elif method == "venn-abers":
-        right, count = estimator.right_, estimator.count_
-        _require((right >= 0).all() and (right <= count).all() and (count >= 1).all(), "count_", "not counts")
-    elif method == "temperature":
-        _require(0.05 <= estimator.temperature_ <= 20, "temperature_", estimator.temperature_)
-    elif method == "beta":
-        _require(min(estimator.a_, estimator.b_) >= 0, "a_", "below 0")
-    return estimator
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-
-
-def _require(holds: object, name: str, value: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} cannot be {repr(value)[:60]}")
+def _restore(estimator: BaseEstimator, parameters: object, where: str) -> None:
+    """Give a calibrator its parameters, each of which is checked."""
+    if not isinstance(parameters, dict) or parameters.keys() != estimator.FITTED.keys():
+        raise ValueError(f"{where}: parameters: they must be {', '.join(estimator.FITTED)}")
+    for name, kind in estimator.FITTED.items():
+        setattr(estimator, name, validated(kind, parameters[name], f"{where}: parameters: {name}"))
+    if len({np.size(getattr(estimator, name)) for name in estimator.FITTED}) > 1:
+        raise ValueError(f"{where}: parameters: the lists differ in length")
+    if "scores_" in estimator.FITTED and (np.diff(estimator.scores_) <= 0).any():
+        raise ValueError(f"{where}: parameters: scores_: they do not rise")
+    if "values_" in estimator.FITTED and (np.diff(estimator.values_) < 0).any():
+        raise ValueError(f"{where}: parameters: values_: they fall")
+    if "right_" in estimator.FITTED and (np.maximum(estimator.right_, 1) > estimator.count_).any():
+        raise ValueError(f"{where}: parameters: count_: fewer rows than right ones, or none")

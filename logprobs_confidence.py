@@ -59,7 +59,7 @@ from tables import Example
 from task import TASKS, Answer, Task, debias, find_answers, label_probabilities, listed_probabilities, read_task
 
 if TYPE_CHECKING:
-    from calibration import ConfidenceHead
+    from confidence_head import ConfidenceHead
 
 TOP_TOKENS = 20
 DEBIASED = {"debias": "batch"}  # what --debias adds to the settings of a fingerprint
@@ -198,7 +198,7 @@ def label_scorer(
 
 def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
     """The confidence head beside the model's adapter, which must be of this model, adapter and task."""
-    from calibration import load_head
+    from confidence_head import load_head
 
     if llama.adapter is None or not (llama.adapter / HEAD).is_file():
         where = f"the adapter in {llama.adapter} has no {HEAD}" if llama.adapter else "no adapter is in use"

@@ -66,7 +66,7 @@ def train_and_score(llama: object, loss: str, seed: int, folder: Path) -> dict[s
         confidence[name] = np.exp(log_probs.max(axis=1))
         correct[name] = log_probs.argmax(axis=1) == tables[name].targets
     if loss == "cross-entropy":
-        from calibration import fit_head
+        from confidence_head import fit_head
 
         groups = tables.duplicate_groups([example.text for example in tables["validation"].examples])
         head = fit_head(hidden["validation"], confidence["validation"], correct["validation"], groups, "ablation")

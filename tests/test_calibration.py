@@ -848,7 +848,7 @@ def test_an_edited_file_is_refused_in_one_line_that_names_the_field(recipe, path
     named = "|".join(
         [keys[0], also.get(keys[0], keys[0]), *(METHODS[recipe.method].FITTED if keys[0] == "parameters" else [])]
     )
-    assert where == f"{folder}/" and re.search(rf"\b({named})( |'|$)", reason), reason
+    assert where == f"{folder}/" and re.search(rf"\b({named})( |'|:|$)", reason), reason
 
 
 TEXTS = {
