@@ -1,14 +1,17 @@
-"""LoRA adapters: which one to use, loading it, its dropout, and gradients for training it.
+"""LoRA adapters: which one to use, loading, making and saving one, its dropout, and gradients for training it.
 
 adapter = choose_adapter("auto", weights, task.settings())     # the shipped folder, if it fits model and task
 network = with_adapter(network, adapter)
+add_adapter(llama, rank=4, alpha=8, dropout=0.05)              # a fresh one, which changes nothing yet
 with dropping_out(llama, seed): ...                            # one draw of the adapter's dropout
 add_gradients(llama, rows, answers, loss)                      # the common beginning of the rows runs once
+save_adapter(llama, folder)                                    # as peft, vLLM and LMI load it
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from files import read_json
+from files import read_json, whole_file, write_text
 from model_files import loading
 from tensors import map_cache, out_of_memory_advice
 
@@ -89,6 +92,52 @@ def with_adapter(network: object, path: Path) -> object:
     return tuned
 
 
+def add_adapter(
+    llama: Llama, rank: int, alpha: float, dropout: float, seed: int = 0, gradient_checkpointing: bool = False
+) -> None:
+    """Put a fresh adapter, which changes nothing yet, on every linear layer but the vocabulary head."""
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(seed)
+    if llama.identity["precision"] in ("4bit", "8bit"):
+        llama.model = prepare_model_for_kbit_training(llama.model, use_gradient_checkpointing=False)
+    if gradient_checkpointing:
+        llama.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    settings = {"r": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    config = LoraConfig(**settings, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():  # of a name that transformers will change, and of GPT-2's transposed layers
+        warnings.simplefilter("ignore")
+        try:
+            llama.model = get_peft_model(llama.model, config).eval()  # in float32, whatever the model's weights are
+        except ValueError as error:  # Mamba's layers, or dropout on experts
+            raise ValueError(f"peft cannot adapt {llama.name} with --dropout {dropout}: {error}") from None
+    llama.model.peft_config["default"].base_model_name_or_path = llama.name  # not the folder on this machine
+
+
+def save_adapter(llama: Llama, folder: Path) -> None:
+    """Write the adapter as peft does, without its model card, so that a reader never sees half a file."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = llama.model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=1, sort_keys=True) + "\n")
+    tensors = get_peft_model_state_dict(llama.model, save_embedding_layers=False)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    with whole_file(folder / "adapter_model.safetensors") as scratch:
+        save_file(tensors, scratch, metadata={"format": "pt"})
+        scratch.chmod(0o644)  # safetensors writes for its owner alone, and a server is often somebody else
+
+
+def load_weights(llama: Llama, folder: Path) -> None:
+    """Put the weights that `save_adapter` wrote into the model's adapter, in the place of those it has now."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(llama.model, load_file(folder / "adapter_model.safetensors"))
+
+
 @contextlib.contextmanager
 def dropping_out(llama: Llama, seed: Sequence[int]) -> Iterator[None]:
     """The adapter with one draw of its dropout: an input of a LoRA layer is dropped, or grows by 1 / (1 - p).
@@ -105,10 +154,11 @@ def dropping_out(llama: Llama, seed: Sequence[int]) -> Iterator[None]:
     hooks = []
     for layer in layers:
         for dropout in layer.lora_dropout.values():
-            if probability := getattr(dropout, "p", 0.0):  # without one it is an Identity
+            probability = getattr(dropout, "p", 0.0)  # an adapter saved without dropout has an Identity here
+            if probability > 0:
                 kept = torch.rand(layer.in_features, generator=draw) >= probability
                 mask = (kept / (1 - probability)).to(llama.model.device)
-                hooks.append(dropout.register_forward_hook(lambda _, given, out, mask=mask: given[0] * mask))
+                hooks.append(dropout.register_forward_hook(_input_times(mask)))
     llama.forget_prefix()
     try:
         yield
@@ -116,6 +166,11 @@ def dropping_out(llama: Llama, seed: Sequence[int]) -> Iterator[None]:
         llama.forget_prefix()
         for hook in hooks:
             hook.remove()
+
+
+def _input_times(mask: object) -> Callable:
+    """A hook that makes a module's output its input, element by element times the mask."""
+    return lambda module, given, output: given[0] * mask
 
 
 def add_gradients(
@@ -133,35 +188,41 @@ def add_gradients(
     the sum of these goes back through the prefix at the end. By the chain rule that is the gradient of running
     whole rows, in the memory of a batch.
     """
-    import torch
-
     if share_prefix and llama.shares_prefix is None:  # tried without dropout, or two passes would differ
         with llama.evaluating():
             llama.shared_prefix(rows)
-    llama.forget_prefix()
+    llama.forget_prefix()  # it was computed with other weights, and without a graph
     with out_of_memory_advice("a smaller --micro-batch-size, --gradient-checkpointing or --load-in-4bit"):
         prefix, cache = llama.shared_prefix(rows) if share_prefix else ((), None)
         llama.forget_prefix()
-        made = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)] if prefix else []
-        # Where batches leave their gradient; in float32, or sums lose digits where the model runs in 16 bits.
-        leaves = [tensor.detach().float().requires_grad_() for tensor in made]
+        copies = _copies_of(cache) if prefix else {}
         continues = share_prefix and llama.shares_prefix is True
-        lengths = [len(row) - len(prefix) for row in rows]
-        for batch in llama.batches(lengths, batch_size, llama.needs_one_length(answers)):
-            if prefix:
-                copies = [leaf.to(tensor.dtype) for leaf, tensor in zip(leaves, made, strict=True)]
-                cache = _with_tensors(cache, copies)
-            tails = [list(rows[i][len(prefix) :]) for i in batch]
-            loss(llama.answers_after(tails, cache, answers, continues), batch).backward()
-        reached = [(tensor, leaf) for tensor, leaf in zip(made, leaves, strict=True) if tensor.requires_grad]
-        if reached:
-            gradients = [leaf.grad.to(tensor.dtype) for tensor, leaf in reached]
-            torch.autograd.backward([tensor for tensor, _ in reached], gradients)
+        tails = [list(row[len(prefix) :]) for row in rows]
+        for batch in llama.batches([len(tail) for tail in tails], batch_size, llama.needs_one_length(answers)):
+            copied = map_cache(cache, lambda tensor: copies[id(tensor)].to(tensor.dtype)) if prefix else None
+            log_probs = llama.answers_after([tails[i] for i in batch], copied, answers, continues)
+            loss(log_probs, batch).backward()
+        if prefix:
+            _back_through(cache, copies)
 
 
-def _with_tensors(cache: object, tensors: Sequence[object]) -> object:
-    """A cache like this one that holds these keys and values: of the first layer, then of the second, ..."""
-    place = {}
-    for layer, keys, values in zip(cache.layers, tensors[::2], tensors[1::2], strict=True):
-        place[id(layer.keys)], place[id(layer.values)] = keys, values
-    return map_cache(cache, lambda tensor: place[id(tensor)])
+def _copies_of(cache: object) -> dict[int, object]:
+    """id of each of the cache's tensors -> a copy without its graph, in which gradients gather.
+
+    In float32, or sums over many batches would lose digits where the model runs in 16 bits.
+    """
+    return {id(tensor): tensor.detach().float().requires_grad_() for tensor in _tensors_of(cache)}
+
+
+def _back_through(cache: object, copies: dict[int, object]) -> None:
+    """Send the gradients that have gathered on the copies back through the pass that made the cache."""
+    import torch
+
+    reached = [tensor for tensor in _tensors_of(cache) if tensor.requires_grad]  # by trainable weights
+    if reached:
+        torch.autograd.backward(reached, [copies[id(tensor)].grad.to(tensor.dtype) for tensor in reached])
+
+
+def _tensors_of(cache: object) -> list[object]:
+    """The keys and values of every layer, in order."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

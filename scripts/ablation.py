@@ -16,68 +16,67 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import command_line
-import predictions
 import tables
-import task as tasks
+from calibration_metrics import auroc, bootstrap_interval, brier_score, expected_calibration_error, log_loss
+from files import read_json, whole_file, write_text
+from task import TASKS
 
+if TYPE_CHECKING:
+    from llama import Llama
+
+TASK = TASKS["sentiment"]
 RECORDING = Path(__file__).resolve().parent.parent / "data" / "predictions" / "ablation.csv"
 LOSSES = ("cross-entropy", "brier", "focal", "label-smoothing", "mmce")
 SEEDS = (0, 1, 2)
 ROWS = {"train": 256, "validation": 250, "test": 500}
 EPOCHS, LEARNING_RATE, RANK = 2, 2e-3, 4
 PASSES, DROPOUT_ROWS = 10, 150  # stochastic passes cost ten times a plain one, so they get fewer rows
-NAMES = ("accuracy", "log_loss", "brier", "ece", "auroc")
+SAME_ROWS = "cross-entropy, same rows"  # the baseline of dropout
+CLIP = 1e-6  # of confidences in the gain's log losses
 
 
 # Running
 
 
-def train_and_score(llama: object, loss: str, seed: int, folder: Path) -> dict[str, list[float]]:
+def train_and_answer(llama: Llama, loss: str, seed: int, folder: Path) -> dict[str, list[float]]:
     """Train one variant; P(positive) of the validation and test rows, and for cross-entropy head and dropout too."""
-    import accelerate
+    import training
 
-    import fine_tune_model as tuning
-
-    flags = ["--loss", loss, "--seed", seed, "--epochs", EPOCHS, "--learning-rate", LEARNING_RATE, "--rank", RANK]
-    args = tuning.parse_arguments([*map(str, flags), "--output-dir", str(folder / f"{loss}-{seed}")])
-    tuning.add_adapter(llama, args)
-    student = tuning.study(llama, tasks.TASKS[args.task])
-    tables = {name: tuning.read_table(student, examples(name), f"data:{name}") for name in ROWS}
-    run = tuning.prepare(student, tables["train"], tables["validation"], args, accelerate.PartialState(cpu=True))
+    rows = {split: training.LabelledRows(f"data:{split}", examples(split)) for split in ROWS}
+    settings = training.TrainingSettings(loss, RANK, 2.0 * RANK, learning_rate=LEARNING_RATE, epochs=EPOCHS, seed=seed)
+    run = training.begin_training(llama, TASK, rows["train"], rows["validation"], folder, settings)
     with command_line.progress(run.steps, 0, "steps") as advance:
         while run.step < run.steps:
-            run.step += 1
-            tuning.take_step(run, False)
+            training.take_step(run)
             advance(1)
-    found, hidden, confidence, correct = {}, {}, {}, {}
-    for name in ("validation", "test"):
-        hidden[name] = np.empty((ROWS[name], llama.hidden_size), np.float32)
-        log_probs, _ = tuning.measure(student, tables[name], run.world, hidden[name])
-        found[name] = np.exp(log_probs[:, 1]).tolist()
-        confidence[name] = np.exp(log_probs.max(axis=1))
-        correct[name] = log_probs.argmax(axis=1) == tables[name].targets
+    encoded = {"validation": run.validation, "test": training.encode_rows(run.scorer, rows["test"])}
+    found, hidden, log_probs = {}, {}, {}
+    for split in ("validation", "test"):
+        hidden[split] = np.empty((ROWS[split], llama.hidden_size), np.float32)
+        log_probs[split] = training.answer_rows(run.scorer, encoded[split], hidden=hidden[split]).log_probs
+        found[split] = np.exp(log_probs[split][:, 1]).tolist()
     if loss == "cross-entropy":
-        from confidence_head import fit_head
+        from calibration import fit_head
+        from mc_dropout_confidence import dropout_scorer
 
-        groups = tables.duplicate_groups([example.text for example in tables["validation"].examples])
-        head = fit_head(hidden["validation"], confidence["validation"], correct["validation"], groups, "ablation")
+        confidence = {split: np.exp(log_probs[split].max(axis=1)) for split in log_probs}
+        correct = log_probs["validation"].argmax(axis=1) == run.validation.targets
+        groups = tables.groups_of(rows["validation"].examples)
+        head = fit_head(hidden["validation"], confidence["validation"], correct, groups, "ablation")
         found["head"] = head.predict(hidden["test"], confidence["test"]).tolist()
-        some = tuning.read_table(student, examples("test")[:DROPOUT_ROWS], "data:test")
-        total = np.zeros(DROPOUT_ROWS)
-        for number in range(PASSES):
-            with llama.dropping_out([seed, number, 1]):
-                log_probs = llama.answer_log_probs(some.rows, student.ids)
-            total += tasks.label_probabilities(log_probs, student.answers, list(student.task.labels))[0][:, 1]
-        found["dropout"] = (total / PASSES).tolist()
+        dropout = dropout_scorer(llama, TASK, PASSES, seed)
+        found["dropout"] = dropout.run_passes(encoded["test"].prompts[:DROPOUT_ROWS])[0].mean(axis=0)[:, 1].tolist()
     llama.model = llama.model.unload()
     return found
 
@@ -92,124 +91,148 @@ def run_all(folder: Path, only: Sequence[str]) -> bool:
 
     llama = None
     folder.mkdir(parents=True, exist_ok=True)
-    variants = [(loss, seed) for loss in LOSSES for seed in SEEDS]
-    for loss, seed in variants:
-        path = folder / f"{loss}-{seed}.json"
+    files = {f"{loss}/{seed}": folder / f"{loss}-{seed}.json" for loss in LOSSES for seed in SEEDS}
+    for name, path in files.items():
+        loss, _, seed = name.partition("/")
         if loss in only and not path.exists():
             print(f"{loss}, seed {seed}", file=sys.stderr)
             llama = llama or load_llama("default")
-            found = train_and_score(llama, loss, seed, folder)
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(found), encoding="utf-8")
-            part.replace(path)
-    paths = {f"{loss}/{seed}": folder / f"{loss}-{seed}.json" for loss, seed in variants}
-    if missing := [name for name, path in paths.items() if not path.exists()]:
+            found = train_and_answer(llama, loss, int(seed), path.with_suffix(""))
+            write_text(path, json.dumps(found))
+    if missing := [name for name, path in files.items() if not path.exists()]:
         print(f"still to run: {', '.join(missing)}")
         return False
-    write_recording({name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items()})
+    write_recording({name: read_json(path) for name, path in files.items()})
     return True
 
 
-def write_recording(runs: dict[str, dict]) -> None:
-    """One line a text, one column a run, so that it can be read and compared with any tool."""
-    kinds = [(name, kind) for name, run in runs.items() for kind in ("", "head", "dropout") if not kind or kind in run]
-    with open(RECORDING, "w", encoding="utf-8", newline="") as file:
+def write_recording(runs: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """One line a text, one column a run, so that it can be read and compared with any tool.
+
+    A run of cross-entropy is followed by its head and its dropout, which answer (the first) test rows only.
+    """
+    columns: dict[str, dict[str, Sequence[float]]] = {}  # name -> split -> values
+    for name, run in runs.items():
+        columns[name] = {"validation": run["validation"], "test": run["test"]}
+        for extra in ("head", "dropout"):
+            if extra in run:
+                columns[name.replace("cross-entropy", extra)] = {"validation": [], "test": run[extra]}
+    with whole_file(RECORDING) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["id", "split", "label", *(name.replace("cross-entropy", kind or "cross-entropy") for name, kind in kinds)]
-        )
+        writer.writerow(["id", "split", "label", *columns])
         for split in ("validation", "test"):
             for number, example in enumerate(examples(split)):
-                columns = [runs[name][kind or split] if split == "test" or not kind else [] for name, kind in kinds]
-                cells = [f"{column[number]:.5f}" if number < len(column) else "" for column in columns]
+                values = [column[split] for column in columns.values()]
+                cells = [f"{of[number]:.5f}" if number < len(of) else "" for of in values]
                 writer.writerow([example.id, split, example.label, *cells])
 
 
 # Reading
 
 
-def read_recording() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """(column -> values [n], NaN where it has none; whether positive [n]; whether a test row [n]) of the recording."""
-    with open(RECORDING, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = [name for name in rows[0] if "/" in name]
-    values = {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
-    return (
-        values,
-        np.array([row["label"] == "positive" for row in rows]),
-        np.array([row["split"] == "test" for row in rows]),
-    )
+@dataclass(frozen=True)
+class Recording:
+    """Columns of values [n], NaN where a run has none; whether a row is positive [n]; whether it is a test row [n]."""
+
+    columns: dict[str, np.ndarray]
+    positive: np.ndarray
+    is_test: np.ndarray
 
 
-def variants(values: dict[str, np.ndarray], positive: np.ndarray, test: np.ndarray) -> dict[str, list[tuple]]:
-    """Variant -> for each seed (confidence, correct) of the test rows; rows without a value are NaN."""
+@dataclass(frozen=True)
+class SeedResult:
+    """What a variant with one seed says of the test rows that it answers."""
+
+    confidence: np.ndarray
+    correct: np.ndarray
+
+
+def read_recording() -> Recording:
+    rows = [row for _, row in tables.read_rows(RECORDING)]
+    names = [name for name in rows[0] if "/" in name]
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+    positive = np.array([row["label"] == "positive" for row in rows])
+    return Recording(columns, positive, np.array([row["split"] == "test" for row in rows]))
+
+
+def variants(recording: Recording) -> dict[str, list[SeedResult]]:
+    """Variant -> its result with each seed, with a temperature fitted on validation rows as a variant of its own."""
     from calibration import TemperatureScalingCalibrator
 
-    found: dict[str, list[tuple]] = {}
-    for name, column in values.items():
+    test, found = recording.is_test, {}
+    for name, column in recording.columns.items():
         variant, _, seed = name.partition("/")
-        confidence, correct = np.maximum(column, 1 - column), (column > 0.5) == positive
-        if variant == "head":
-            plain = values[f"cross-entropy/{seed}"]
-            confidence, correct = column, (plain > 0.5) == positive
-        found.setdefault(variant, []).append((confidence[test], correct[test]))
+        answer = recording.columns[f"cross-entropy/{seed}"] if variant == "head" else column
+        correct = (answer > 0.5) == recording.positive
+        confidence = column if variant == "head" else np.maximum(column, 1 - column)
+        answered = test & ~np.isnan(column)
+        found.setdefault(variant, []).append(SeedResult(confidence[answered], correct[answered]))
         if variant in LOSSES:
-            cooled = TemperatureScalingCalibrator().fit(confidence[~test], correct[~test])
-            found.setdefault(f"{variant}, temperature", []).append((cooled.predict(confidence[test]), correct[test]))
-    some = ~np.isnan(found["dropout"][0][0])
-    found["cross-entropy, same rows"] = [(c[some], right[some]) for c, right in found["cross-entropy"]]
-    found["dropout"] = [(c[some], right[some]) for c, right in found["dropout"]]
+            temperature = TemperatureScalingCalibrator().fit(confidence[~test], correct[~test])
+            result = SeedResult(temperature.predict(confidence[test]), correct[test])
+            found.setdefault(f"{variant}, temperature", []).append(result)
+    n = len(found["dropout"][0].correct)  # the first of the test rows
+    found[SAME_ROWS] = [SeedResult(of.confidence[:n], of.correct[:n]) for of in found["cross-entropy"]]
     return found
 
 
-def measure(confidence: np.ndarray, correct: np.ndarray) -> list[float]:
-    from calibration_metrics import auroc, brier_score, expected_calibration_error, log_loss
+def measures(result: SeedResult) -> dict[str, float]:
+    confidence, correct = result.confidence, result.correct
+    return {
+        "accuracy": correct.mean(),
+        "log_loss": log_loss(confidence, correct),
+        "brier": brier_score(confidence, correct),
+        "ece": expected_calibration_error(confidence, correct),
+        "auroc": auroc(confidence, correct),
+    }
 
-    scores = [log_loss(confidence, correct), brier_score(confidence, correct)]
-    return [correct.mean(), *scores, expected_calibration_error(confidence, correct), auroc(confidence, correct)]
 
-
-def compare(found: dict[str, list[tuple]], groups: Sequence[str]) -> dict[str, dict]:
+def summarize(found: Mapping[str, Sequence[SeedResult]], groups: Sequence[str]) -> dict[str, dict]:
     """Variant -> its numbers, mean over seeds, and the gain in log loss over its baseline with its interval."""
-    from calibration_metrics import bootstrap_interval
-
     report = {}
     for name, seeds in found.items():
-        each = np.array([measure(*seed) for seed in seeds])
-        n = len(seeds[0][0])
-        baseline = found["cross-entropy, same rows" if name == "dropout" else "cross-entropy"]
-        entry = {"n": n, **dict(zip(NAMES, each.mean(axis=0).tolist(), strict=True))}
-        entry["log_loss_of_seeds"] = each[:, 1].tolist()
-        if n == len(baseline[0][0]):
-            gain = np.mean([losses(*b) - losses(*s) for b, s in zip(baseline, seeds, strict=True)], axis=0)
-            low, high = bootstrap_interval(lambda rows, gain=gain: [gain[rows].mean()], groups[:n])[0]
-            entry["gain"] = [float(gain.mean()), float(low), float(high)]
+        of_seeds = [measures(seed) for seed in seeds]
+        entry = {key: float(np.mean([of_seed[key] for of_seed in of_seeds])) for key in of_seeds[0]}
+        entry |= {"n": len(seeds[0].correct), "log_loss_of_seeds": [of_seed["log_loss"] for of_seed in of_seeds]}
+        baseline = found[SAME_ROWS if name == "dropout" else "cross-entropy"]
+        if entry["n"] == len(baseline[0].correct):
+            entry["gain"] = gain_in_log_loss(baseline, seeds, groups[: entry["n"]])
         report[name] = entry
     return report
 
 
-def losses(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
-    """The log loss of each row [n], in nats."""
-    clipped = np.clip(confidence, 1e-6, 1 - 1e-6)
-    return -np.where(correct, np.log(clipped), np.log1p(-clipped))
+def gain_in_log_loss(
+    baseline: Sequence[SeedResult], seeds: Sequence[SeedResult], groups: Sequence[str]
+) -> tuple[float, float, float]:
+    """How much less log loss than the baseline, mean over seeds, in nats; and its 95 % interval, low and high."""
+
+    def mean_loss(results: Sequence[SeedResult], rows: np.ndarray) -> float:
+        return np.mean([log_loss(result.confidence[rows], result.correct[rows], CLIP) for result in results])
+
+    def gain(rows: np.ndarray) -> list[float]:
+        return [mean_loss(baseline, rows) - mean_loss(seeds, rows)]
+
+    (interval,) = bootstrap_interval(gain, groups).tolist()
+    return (float(gain(np.arange(len(groups)))[0]), *interval)
 
 
-def render(report: dict[str, dict]) -> str:
+def report_text(report: Mapping[str, Mapping]) -> str:
     lines = [["", "n", "accuracy", "log loss", "of three seeds", "Brier", "ECE", "AUROC", "gain in log loss [95 %]"]]
-    order = [name for loss in LOSSES for name in (loss, f"{loss}, temperature")]
-    for name in [*order, "head", "dropout", "cross-entropy, same rows"]:
+    names = [name for loss in LOSSES for name in (loss, f"{loss}, temperature")]
+    for name in [*names, "head", "dropout", SAME_ROWS]:
         entry = report[name]
+        shown = {key: f"{entry[key]:.3f}" for key in ("accuracy", "log_loss", "brier", "ece", "auroc")}
         spread = f"{min(entry['log_loss_of_seeds']):.3f} to {max(entry['log_loss_of_seeds']):.3f}"
-        gain = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*entry["gain"]) if "gain" in entry else "-"
-        cells = [f"{entry[key]:.3f}" for key in NAMES]
-        lines.append(
-            [name, f"{entry['n']:,}", *cells[:2], spread, *cells[2:], "-" if name == "cross-entropy" else gain]
-        )
+        gain = "-"
+        if "gain" in entry and name != "cross-entropy":
+            gain = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*entry["gain"])
+        cells = [f"{entry['n']:,}", shown["accuracy"], shown["log_loss"], spread]
+        lines.append([name, *cells, shown["brier"], shown["ece"], shown["auroc"], gain])
     head = (
         f"Trained on {ROWS['train']} rows of data:train, {EPOCHS} epochs, rank {RANK}, mean of {len(SEEDS)} seeds.\n"
         f"Temperature and head are fitted on {ROWS['validation']} rows of data:validation; all numbers are held-out,\n"
         f"on rows of data:test. Dropout is the mean of {PASSES} passes. Gain: how much less log loss than\n"
-        "cross-entropy without a temperature on the same rows; 95 % cluster bootstrap over frames.\n\n"
+        "cross-entropy without a temperature on the same rows; 95 % cluster bootstrap over templates.\n\n"
     )
     return head + command_line.columns(lines)
 
@@ -218,9 +241,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     if args.run and not run_all(Path(args.run), args.only):
         return
-    group = {row["id"]: row["group"] for _, row in tables.read_rows("data:test")}
-    values, positive, test = read_recording()
-    print(render(compare(variants(values, positive, test), [group[e.id] for e in examples("test")])))
+    group_of = {row["id"]: row["group"] for _, row in tables.read_rows("data:test")}
+    groups = [group_of[example.id] for example in examples("test")]
+    print(report_text(summarize(variants(read_recording()), groups)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
