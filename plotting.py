@@ -368,7 +368,7 @@ def cost_curve(
     *,
     review_cost: float,
     error_cost: float,
-    cost_optimal_threshold: float,
+    optimum: float,
     where: str,
     seed: int,
 ) -> None:
@@ -383,8 +383,8 @@ def cost_curve(
         for curve in curves:
             draw_curve(axis, curve, color_of(curve.name), alpha=0.15)
         axis.axhline(1000 * review_cost, color=GREY, linestyle="--", label="review everything")
-        label = f"cost-optimal threshold {cost_optimal_threshold:.2f}"
-        axis.axvline(cost_optimal_threshold, color=INK, linestyle=":", label=label)
+        label = f"cost-optimal threshold {optimum:.2f}"
+        axis.axvline(optimum, color=INK, linestyle=":", label=label)
         axis.set(xlabel="automate from this confidence on", ylabel="dollars per 1,000 rows", ylim=(0, None))
         axis.set_title("What a threshold costs")
         percent(axis, "x")
@@ -530,3 +530,110 @@ def training_curves(
         for axis in (losses, confidences):
             axis.axvline(best_step, color=INK, linestyle=":", linewidth=1)
             axis.legend(fontsize=9)
+
+
+# The figures of compare_base_vs_finetuned.py; models are named in the order of MODEL_COLORS
+
+MODEL_COLORS, MODEL_MARKERS = (ORANGE, BLUE), ("s", "o")  # base, fine-tuned
+MOST_PARTS = 30  # lines of a figure
+
+
+def model_spans(
+    axis: Axes, spans: Sequence[Mapping[str, Sequence[float]]], spread: float, upright: bool = False
+) -> None:
+    """A mark with its interval for each model at each place; `spans` are model -> (value, low, high) of each place."""
+    for k, (name, color, marker) in enumerate(zip(spans[0], MODEL_COLORS, MODEL_MARKERS, strict=True)):
+        value, low, high = np.array([of_model[name] for of_model in spans]).T
+        place, ends = np.arange(len(spans)) + (k - 0.5) * spread, np.abs([value - low, high - value])
+        style = {"fmt": marker, "color": color, "label": name, "capsize": 2}
+        if upright:
+            axis.errorbar(place, value, yerr=ends, **style)
+        else:
+            axis.errorbar(value, place, xerr=ends, **style)
+
+
+def accuracy_comparison(
+    path: str | Path, parts: Mapping[str, Mapping[str, Sequence[float]]], *, where: str, seed: int
+) -> None:
+    """Accuracy of both models: part of the rows, all of them first -> model -> (accuracy, low, high)."""
+    caption = (
+        f"Share of right answers, {where}, seed {seed}; nothing fitted. Bars are 95 % intervals: of all rows by 1,000 "
+        "bootstrap samples of whole groups, of parts exact, as of independent rows. Behind a name: its n."
+    )
+    if len(parts) > MOST_PARTS:
+        caption += f" The first {MOST_PARTS} of {len(parts)} lines."
+        parts = dict([*parts.items()][:MOST_PARTS])
+    with figure(path, caption, height=1.5 + 0.33 * len(parts)) as axes:
+        axis = axes[0, 0]
+        model_spans(axis, list(parts.values()), spread=0.3)
+        axis.set_yticks(np.arange(len(parts)), list(parts))
+        axis.invert_yaxis()
+        axis.set(xlim=(0, 1.02), xlabel="accuracy")
+        percent(axis, "x")
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+
+def calibration_error_comparison(
+    path: str | Path,
+    ece: Mapping[str, Mapping[str, float]],
+    expected_ece: Mapping[str, Mapping[str, float]],
+    log_loss: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    where: str,
+    seed: int,
+) -> None:
+    """ECE beside the expected ECE if calibrated, and log loss (value, low, high): calibrator -> model -> number."""
+    caption = (
+        f"Before and after each calibrator of P(label), {where}, seed {seed}; raw: nothing fitted. Expected if "
+        "calibrated: the ECE (20 equal bins) that true confidences show on so many independent rows, the noise floor. "
+        "Bars of the log loss: 95 %, 1,000 bootstrap samples of whole groups."
+    )
+    x = np.arange(len(ece))
+    with figure(path, caption, columns=2, height=4.4) as axes:
+        left, right = axes[0]
+        for k, (name, color) in enumerate(zip(next(iter(ece.values())), MODEL_COLORS, strict=True)):
+            place = x + (k - 0.5) * 0.38
+            left.bar(place, [of_model[name] for of_model in ece.values()], 0.36, color=color, label=name)
+            expected = [of_model[name] for of_model in expected_ece.values()]
+            label = "expected if calibrated" if k else None
+            left.hlines(expected, place - 0.18, place + 0.18, color=INK, linewidth=2, label=label)
+        model_spans(right, list(log_loss.values()), spread=0.2, upright=True)
+        for axis, title in ((left, "Expected calibration error"), (right, "Log loss")):
+            axis.set_xticks(x, list(ece), rotation=35, ha="right")
+            axis.set(title=title, ylim=(0, None))
+            axis.grid(False, axis="x")
+        left.legend()
+
+
+def confidence_comparison(
+    path: str | Path,
+    confidence: Mapping[str, Mapping[str, np.ndarray]],
+    correct: Mapping[str, np.ndarray],
+    *,
+    where: str,
+    calibrators: Mapping[str, str],
+) -> None:
+    """How often each confidence occurs, right and wrong: "raw" or "calibrated" -> model -> confidence [n]."""
+    used = "; ".join(f"{name} by {calibrator}" for name, calibrator in calibrators.items())
+    caption = f"Confidence of right and wrong answers, {where}; raw: nothing fitted. Calibrated: {used}."
+    lowest = min(values.min() for of_model in confidence.values() for values in of_model.values())
+    with figure(path, caption, 2, 2, height=3.1, sharex=True, sharey="row") as axes:
+        for row, (score, of_model) in zip(axes, confidence.items(), strict=True):
+            for axis, (name, values), color in zip(row, of_model.items(), MODEL_COLORS, strict=True):
+                confidence_panel(axis, values, correct[name], (color, GREY), rwidth=0.92)
+                axis.legend(loc="upper left", fontsize=8.5, handlelength=1.3, borderaxespad=0.1)
+                axis.set(title=f"{name}, {score}", xlim=(min(0.5, lowest) - 0.02, 1.02))
+                axis.label_outer()
+            row[0].set_ylabel("rows")
+        for axis in axes[1]:
+            axis.set_xlabel("confidence")
+
+
+def reliability_comparison(path: str | Path, panels: Sequence[ReliabilityPanel], *, what: str, where: str) -> None:
+    """Accuracy against confidence of both models, raw or by one calibrator."""
+    caption = (
+        f"Reliability of the {what}, {where}. A dot is one of 20 equal bins with the exact 95 % interval of as many "
+        "independent rows; its rows stand at the bottom. On the diagonal the confidence is true. In parentheses: the "
+        "expected ECE if calibrated (the noise floor)."
+    )
+    reliability_panels(path, panels, caption, height=4.8)
