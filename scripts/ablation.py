@@ -67,7 +67,7 @@ def train_and_answer(llama: Llama, loss: str, seed: int, folder: Path) -> dict[s
         log_probs[split] = training.answer_rows(run.scorer, encoded[split], hidden=hidden[split]).log_probs
         found[split] = np.exp(log_probs[split][:, 1]).tolist()
     if loss == "cross-entropy":
-        from calibration import fit_head
+        from confidence_head import fit_head
         from mc_dropout_confidence import dropout_scorer
 
         confidence = {split: np.exp(log_probs[split].max(axis=1)) for split in log_probs}
