@@ -1,12 +1,12 @@
 """From a confidence to a decision: which answers to automate, with a guarantee, and what that costs.
 
-    choose_threshold(confidence, correct, 0.95)   the lowest threshold that keeps a promise, or None
+    choose_threshold(confidence, correct, 0.95)   the lowest threshold with a guarantee, or none
     cost_optimal_threshold(5, 50)                 where a review and the risk of an error cost the same: 0.9
 
-The promise: with probability 1 - delta over the labelled rows, answers at or above the threshold are right at least as
-often as the target. It holds for future rows like the labelled ones, when these are independent of each other and the
-score was made without them. Taking the lowest threshold that met the target on the labelled rows ("naive" below) breaks
-it about half the time.
+The guarantee: with probability 1 - delta over the labelled rows, answers at or above the threshold are right at least
+as often as the target. It holds for future rows like the labelled ones, when these are independent of each other and
+the score was made without them. Taking the lowest threshold that met the target on the labelled rows (the empirical
+threshold) misses the target about half the time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from calibration_metrics import checked, exact_interval, resamples
 
 STEP = 0.02  # thresholds are tried at every 2 % of the rows, in order of confidence
 ENDLESS = 2**40  # rows
-BUCKETS = (  # the article's: from this confidence on
+BUCKETS = (  # the article's confidence bands: from this confidence on
     (0.9, "auto-approve"),
     (0.7, "human review"),
     (0.5, "manual check"),
@@ -32,7 +32,7 @@ BUCKETS = (  # the article's: from this confidence on
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold with its evidence. `value` is None when these labels can promise nothing."""
+    """A threshold with its evidence. `value` is None when these labels guarantee nothing."""
 
     value: float | None
     target_accuracy: float
@@ -41,23 +41,23 @@ class Threshold:
     accepted: int  # of them at or above the value
     errors: int  # of those accepted
     lower_bound: float | None  # of the accepted rows' accuracy, exact, one-sided, at 1 - delta
-    naive_value: float | None  # the lowest threshold whose accuracy on these rows met the target: no guarantee
+    naive_value: float | None  # the empirical threshold: the lowest that met the target on these rows, no guarantee
     naive_accepted: int
-    more_labels: int | None  # when nothing can be promised: about how many more would do, None if none would
+    more_labels: int | None  # when nothing can be guaranteed: about how many more would do, None if none would
 
     def record(self) -> dict:
         """As it stands in a calibrator file."""
         return asdict(self)
 
     def __str__(self) -> str:
-        promise = f"accuracy {self.target_accuracy:.1%} with {100 * (1 - self.delta):g}% certainty"
+        guarantee = f"accuracy {self.target_accuracy:.1%} with {100 * (1 - self.delta):g}% certainty"
         if self.value is None:
             more = "they do not hint at a threshold that would, so more labels like these alone will not help"
             if self.more_labels:
                 more = f"about {self.more_labels:,} more labels are needed"
-            return f"{promise}: nothing can be promised with these {self.n:,} labels; {more}"
+            return f"{guarantee}: nothing can be guaranteed with these {self.n:,} labels; {more}"
         return (
-            f"{promise}: automate from {floor(self.value)} on, {self.accepted:,} of {self.n:,} rows "
+            f"{guarantee}: automate from {floor(self.value)} on, {self.accepted:,} of {self.n:,} rows "
             f"({self.accepted / self.n:.1%}), {self.errors:,} of them wrong, at least "
             f"{floor(100 * self.lower_bound, 1)}% right"
         )
@@ -99,17 +99,17 @@ def guarantee_p_value(n: np.ndarray, errors: np.ndarray, target_accuracy: float)
 def choose_threshold(
     confidence: Sequence[float], correct: Sequence[bool], target_accuracy: float, delta: float = 0.05
 ) -> Threshold:
-    """The lowest threshold that promises the target accuracy with probability 1 - delta, by fixed-sequence testing.
+    """The lowest threshold that guarantees the target accuracy with probability 1 - delta, by fixed-sequence testing.
 
     Thresholds at every 2 % of rank are tested from the strictest down, each exactly and at the full delta, until one
-    fails: Angelopoulos et al., "Learn then Test", 2021 (arXiv 2110.01052). The first has at least a tenth of the rows
-    and as many as would prove the target without an error. The order is set before the labels are looked at, so no
+    fails: Angelopoulos et al., "Learn then Test", 2021 (arXiv 2110.01052). The first has at least a tenth of the rows,
+    and enough of them to prove the target without an error. The order is set before the labels are looked at, so no
     correction for the many tests is needed. Rows must be independent: keep one of each group of near-duplicates.
     """
     from scipy.stats import beta
 
     confidence, correct = checked(confidence, correct)
-    target_accuracy, delta = float(target_accuracy), float(delta)
+    target_accuracy, delta = float(target_accuracy), float(delta)  # of any float type, but JSON knows one
     _check(target_accuracy, delta)
     accepted, errors, values = _by_rank(confidence, correct)
     n = len(confidence)
@@ -117,21 +117,21 @@ def choose_threshold(
     tried = [k for k in _ranks(n) if accepted[k] >= start]
     proved = guarantee_p_value(accepted[tried], errors[tried], target_accuracy) <= delta
     passed = len(tried) if proved.all() else int(proved.argmin())  # before the first that fails
-    best = tried[passed - 1] if passed else None
     met = np.flatnonzero(errors <= (1 - target_accuracy) * accepted + 1e-9)
-    naive = (
-        {"naive_value": float(values[met[-1]]), "naive_accepted": int(accepted[met[-1]])}
-        if len(met)
-        else {"naive_value": None, "naive_accepted": 0}
-    )
-    common = {"target_accuracy": target_accuracy, "delta": delta, "n": n, **naive}
-    if best is None:
+    common = {
+        "target_accuracy": target_accuracy,
+        "delta": delta,
+        "n": n,
+        "naive_value": float(values[met[-1]]) if len(met) else None,
+        "naive_accepted": int(accepted[met[-1]]) if len(met) else 0,
+    }
+    if not passed:
         more = _more_labels(accepted, errors, n, target_accuracy, delta)
         return Threshold(None, accepted=0, errors=0, lower_bound=None, more_labels=more, **common)
-    right = int(accepted[best] - errors[best])
-    lower = float(beta.ppf(delta, right, errors[best] + 1))
-    taken = {"accepted": int(accepted[best]), "errors": int(errors[best])}
-    return Threshold(float(values[best]), lower_bound=lower, more_labels=None, **taken, **common)
+    best = tried[passed - 1]
+    taken, wrong = int(accepted[best]), int(errors[best])
+    lower = float(beta.ppf(delta, taken - wrong, wrong + 1))
+    return Threshold(float(values[best]), accepted=taken, errors=wrong, lower_bound=lower, more_labels=None, **common)
 
 
 def _check(target_accuracy: float, delta: float) -> None:
@@ -155,7 +155,7 @@ def _ranks(n: int) -> list[int]:
 
 
 def _more_labels(accepted: np.ndarray, errors: np.ndarray, n: int, target: float, delta: float) -> int | None:
-    """How many more labels would prove the target if errors stay as frequent as at the most promising rank.
+    """How many more labels would prove the target if errors stay as frequent as at the rank that needs the fewest.
 
     Only ranks that the test can come to count: from a tenth of the rows on, up to the first that is clearly worse than
     the target. Rates of few rows flatter, so a rank counts with one error more than it had.
@@ -212,13 +212,6 @@ def _check_costs(**costs: float) -> None:
             raise ValueError(f"the {name} cost is {cost:g}; it must be finite and 0 or more")
 
 
-def _check_thresholds(thresholds: Sequence[float]) -> np.ndarray:
-    thresholds = np.asarray(thresholds, dtype=np.float64)
-    if np.isnan(thresholds).any():
-        raise ValueError("a threshold is NaN")
-    return thresholds
-
-
 def costs(
     confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, review_cost: float, error_cost: float
 ) -> np.ndarray:
@@ -227,17 +220,20 @@ def costs(
 
 
 def _cost_of_rows(
-    confidence: Sequence[float],
-    correct: Sequence[bool],
-    thresholds: Sequence[float],
-    review_cost: float,
-    error_cost: float,
+    confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, review_cost: float, error_cost: float
 ) -> np.ndarray:
     """[n, thresholds]"""
     confidence, correct = checked(confidence, correct)
     _check_costs(review=review_cost, error=error_cost)
-    automated = confidence[:, None] >= _check_thresholds(thresholds)
+    automated = confidence[:, None] >= _checked_thresholds(thresholds)
     return np.where(automated, error_cost * ~correct[:, None], review_cost)
+
+
+def _checked_thresholds(thresholds: Sequence[float]) -> np.ndarray:
+    thresholds = np.asarray(thresholds, dtype=np.float64)
+    if np.isnan(thresholds).any():
+        raise ValueError("a threshold is NaN")
+    return thresholds
 
 
 def cost_band(
@@ -262,12 +258,12 @@ def cost_band(
 def automation(confidence: Sequence[float], correct: Sequence[bool], thresholds: Sequence[float]) -> list[dict]:
     """For each threshold the rows automated, how many of them are right, and the exact 95 % interval of that share."""
     confidence, correct = checked(confidence, correct)
-    thresholds = _check_thresholds(thresholds)
-    taken = [confidence >= threshold for threshold in thresholds]
-    return [
-        {"threshold": float(threshold), "automated": int(t.sum()), "share": float(t.mean()), **_share(correct[t])}
-        for threshold, t in zip(thresholds, taken, strict=True)
-    ]
+    table = []
+    for threshold in _checked_thresholds(thresholds).tolist():
+        taken = confidence >= threshold
+        share = {"threshold": threshold, "automated": int(taken.sum()), "share": float(taken.mean())}
+        table.append(share | _accuracy(correct[taken]))
+    return table
 
 
 def dollars_a_day(automated: float, accuracy: float | None, volume: int, review_cost: float, error_cost: float) -> dict:
@@ -302,24 +298,24 @@ def priced_automation(
 
 
 def bucket_of(confidence: float) -> str:
-    """The article's zone of one confidence."""
+    """The article's confidence band of one confidence."""
     if not 0 <= confidence <= 1:
         raise ValueError(f"the confidence is {confidence}, outside [0, 1]")
     return next(name for lower, name in BUCKETS if confidence >= lower)
 
 
 def buckets(confidence: Sequence[float], correct: Sequence[bool]) -> list[dict]:
-    """The article's four zones: rows, how many are right, accuracy and its exact 95 % interval."""
+    """The article's four confidence bands: rows, how many are right, accuracy and its exact 95 % interval."""
     confidence, correct = checked(confidence, correct)
     upper, table = np.inf, []
     for lower, name in BUCKETS:
         inside = (confidence >= lower) & (confidence < upper)
-        table.append({"bucket": name, "from": lower, "n": int(inside.sum()), **_share(correct[inside])})
+        table.append({"bucket": name, "from": lower, "n": int(inside.sum()), **_accuracy(correct[inside])})
         upper = lower
     return table
 
 
-def _share(correct: np.ndarray) -> dict:
+def _accuracy(correct: np.ndarray) -> dict:
     """How many are right, the accuracy and its exact 95 % interval; None where there are no rows."""
     n, right = len(correct), int(correct.sum())
     low, high = exact_interval(right, n) if n else (None, None)

@@ -10,7 +10,7 @@ Three questions, from the cheapest to the one that counts:
 2. Accuracy without labels, by three estimates. They hold only while P(right | confidence) stays what it was: they
    cannot see a task that changed, or a model that was exchanged behind its name.
 3. Audit: of the automated rows of today that have a label (a small random sample, labelled by hand), are too many
-   wrong? An exact test. Divide its risk by the number of looks at one promise, with --looks.
+   wrong? An exact test. Divide its risk by the number of looks at one guarantee, with --looks.
 
 Recalibrate when the audit alarms; drift alone is a reason to audit. Exit code: 0, or 1 when the audit alarms.
 """
@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,29 +31,37 @@ sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
 import predictions  # noqa: E402
+import scoring  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
-FEWEST = 200  # rows of a window that can say anything about drift
+if TYPE_CHECKING:
+    from calibration import FittedCalibrator
+
+FEWEST = 200  # rows of a file that can say anything about drift
 BINS = 10
+N_RESAMPLES = 500
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    reference, failed_before = read(args.reference, args)
-    current, failed_now = read(args.current, args)
+    calibrator = None
+    if args.calibrator:
+        from calibration import load_calibrator
+
+        calibrator = load_calibrator(args.calibrator)
+    predictions.read_labelled(args.reference)  # refuses a reference without labels
+    reference, current = (read_scored(path, calibrator, args.threshold) for path in (args.reference, args.current))
     if reference[0].fingerprint != current[0].fingerprint:
         raise ValueError(
             f"{args.reference} and {args.current} have the fingerprints {reference[0].fingerprint} and "
             f"{current[0].fingerprint}: another model, task or method is no drift; fit a new calibrator"
         )
-    for name, rows, failed in (("reference", reference, failed_before), ("current", current, failed_now)):
-        path = command_line.printable(getattr(args, name))
-        print(f"{name} {path}: {len(rows):,} rows" + (f", {failed:,} more with an error" if failed else ""))
+    print(f"reference {args.reference}: {len(reference):,} rows\ncurrent {args.current}: {len(current):,} rows")
     if min(len(reference), len(current)) < FEWEST:
         print(f"fewer than {FEWEST} rows in a file: most drift would go unseen")
     print_drift(reference, current)
-    print_estimates(reference, current, args)
-    alarm = print_audit(current, args)
+    print_estimates(reference, current, args.seed)
+    alarm = print_audit(current, args.target_accuracy, args.alpha / args.looks)
     sys.exit(1 if alarm else 0)
 
 
@@ -65,9 +74,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
     )
-    add("--target-accuracy", type=float, default=0.9, metavar="A", help="promised of automated rows (default: 0.9)")
+    add("--target-accuracy", type=float, default=0.9, metavar="A", help="guaranteed of automated rows (default: 0.9)")
     add("--alpha", type=float, default=0.05, metavar="P", help="risk of a false alarm, over all looks (default: 0.05)")
-    add("--looks", type=int, default=1, metavar="N", help="how often this promise is audited (default: 1)")
+    add("--looks", type=int, default=1, metavar="N", help="how often this guarantee is audited (default: 1)")
     add("--seed", type=command_line.natural, metavar="N", default=0, help="of the bootstrap (default: 0)")
     args = parser.parse_args(argv)
     for name in ("target_accuracy", "alpha"):
@@ -75,35 +84,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1, both excluded")
     if not 1 <= args.looks <= 10**6:
         parser.error(f"--looks {args.looks}: from 1 to a million")
-    if args.calibrator == "":
-        parser.error("--calibrator needs a file name")
-    if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
-        parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
+    scoring.check_calibrator_arguments(parser, args)
     return args
 
 
-def read(path: str, args: argparse.Namespace) -> tuple[list[Prediction], int]:
-    """The scored rows of a file with the calibrator applied if one is given, and how many rows have an error."""
-    if path == args.reference:
-        rows, failed = predictions.read_labelled(path)
-    else:
-        everything = predictions.read(path)
-        try:
-            rows = predictions.one_fingerprint(everything)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        failed = len(everything) - len(rows)
-    if args.calibrator:
-        from calibration import load_calibrator
-
-        return load_calibrator(args.calibrator).apply(rows, args.threshold), failed
-    for row in rows:
-        if "calibrated_confidence" in row.extras:
-            try:
+def read_scored(path: str, calibrator: FittedCalibrator | None, threshold: float | None) -> list[Prediction]:
+    """The scored rows of a file with the calibrator applied; without one, with the calibrated confidences they have."""
+    everything = predictions.read(path)
+    try:
+        rows = predictions.one_fingerprint(everything)
+        for row in rows:
+            if not calibrator and "calibrated_confidence" in row.extras:
                 predictions.score_of(row, "calibrated_confidence")
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-    return rows, failed
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if failed := len(everything) - len(rows):
+        print(f"{command_line.printable(path)}: {failed:,} rows with an error left out")
+    return calibrator.apply(rows, threshold) if calibrator else rows
 
 
 # Drift
@@ -134,24 +131,24 @@ def decile_counts(reference: np.ndarray, current: np.ndarray) -> tuple[np.ndarra
     )
 
 
-def print_drift(reference: list[Prediction], current: list[Prediction]) -> None:
+def print_drift(reference: Sequence[Prediction], current: Sequence[Prediction]) -> None:
     from scipy.stats import ks_2samp
 
-    sides = [np.array([row.confidence for row in rows]) for rows in (reference, current)]
-    labels = sorted({row.prediction for row in (*reference, *current)})
-    counted = [Counter(row.prediction for row in rows) for rows in (reference, current)]
-    named = [np.array([count[label] for label in labels], dtype=float) for count in counted]
-    ks = ks_2samp(*sides)
+    files = (reference, current)
+    confidences = [np.array([row.confidence for row in rows]) for rows in files]
+    means = [f"{confidence.mean():.3f}" for confidence in confidences]
+    index, p = population_stability_index(*decile_counts(*confidences))
+    ks = ks_2samp(*confidences)
     table = [["1. Drift", "reference", "current", "statistic", "p if nothing changed"]]
-    index, p = population_stability_index(*decile_counts(*sides))
-    means = [f"{side.mean():.3f}" for side in sides]
     table.append(["mean confidence, PSI of its deciles", *means, f"{index:.4f}", f"{p:.3g}"])
     table.append(["the same, Kolmogorov-Smirnov", "", "", f"{ks.statistic:.4f}", f"{ks.pvalue:.3g}"])
+    labels = sorted({row.prediction for rows in files for row in rows})
     if len(labels) > 1:
-        index, p = population_stability_index(*named)
-        shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in labels) for c in counted]
+        counts = [Counter(row.prediction for row in rows) for rows in files]
+        index, p = population_stability_index(*(np.array([float(c[label]) for label in labels]) for c in counts))
+        shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in labels) for c in counts]
         table.append(["predicted labels, PSI", *shares, f"{index:.4f}", f"{p:.3g}"])
-    masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in (reference, current)]
+    masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in files]
     table.append(["mean label mass", *masses, "", ""])
     print("\n" + command_line.columns(table))
 
@@ -170,43 +167,46 @@ def estimates(reference: np.ndarray, right: np.ndarray, current: np.ndarray) -> 
     return float(np.clip(accuracy + current.mean() - reference.mean(), 0, 1)), float(np.mean(current >= threshold))
 
 
-def print_estimates(reference: list[Prediction], current: list[Prediction], args: argparse.Namespace) -> None:
+def print_estimates(reference: Sequence[Prediction], current: Sequence[Prediction], seed: int) -> None:
     """Three label-free estimates with a bootstrap over the rows of both files."""
     before, right = predictions.confidence_and_correct(reference)
     now = np.array([row.confidence for row in current])
-    draw = np.random.default_rng(args.seed)
-    drawn = []
-    for _ in range(500):
+    draw, drawn = np.random.default_rng(seed), []
+    for _ in range(N_RESAMPLES):
         i, j = draw.integers(len(before), size=len(before)), draw.integers(len(now), size=len(now))
         drawn.append(estimates(before[i], right[i], now[j]))
-    bands = np.quantile(drawn, [0.025, 0.975], axis=0).T
-    names = ("change of mean confidence", "thresholded confidence")
+    by_difference, by_threshold = np.transpose(drawn)
+    difference, thresholded = estimates(before, right, now)
     table = [["2. Accuracy today, estimated", "", "95 % band"]]
-    for name, value, (low, high) in zip(names, estimates(before, right, now), bands, strict=True):
-        table.append([name, f"{value:.3f}", f"[{low:.3f}, {high:.3f}]"])
+    table.append(["change of mean confidence", f"{difference:.3f}", band(by_difference)])
+    table.append(["thresholded confidence", f"{thresholded:.3f}", band(by_threshold)])
     calibrated = [row.extras.get("calibrated_confidence") for row in current]
     if None in calibrated:
         table.append(["mean calibrated confidence", "-", "needs --calibrator"])
     else:
-        means = [np.mean(draw.choice(calibrated, len(calibrated))) for _ in range(500)]
-        low, high = np.quantile(means, [0.025, 0.975])
-        table.append(["mean calibrated confidence", f"{np.mean(calibrated):.3f}", f"[{low:.3f}, {high:.3f}]"])
+        means = [np.mean(draw.choice(calibrated, len(calibrated))) for _ in range(N_RESAMPLES)]
+        table.append(["mean calibrated confidence", f"{np.mean(calibrated):.3f}", band(means)])
     print(f"\n{command_line.columns(table)}")
     print(
         f"reference accuracy {right.mean():.3f}, n = {len(right):,}; a change of P(right | confidence) is not seen here"
     )
 
 
+def band(values: Sequence[float]) -> str:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return f"[{low:.3f}, {high:.3f}]"
+
+
 # Audit
 
 
-def print_audit(current: list[Prediction], args: argparse.Namespace) -> bool:
-    """Test the labelled automated rows against the promise; True for an alarm."""
+def print_audit(current: Sequence[Prediction], target_accuracy: float, level: float) -> bool:
+    """Test the labelled automated rows against the guarantee, at this risk of a false alarm; True for an alarm."""
     from scipy.stats import binom
 
     from calibration_metrics import exact_interval
 
-    print(f"\n3. Audit of the promise that {args.target_accuracy:.1%} of automated rows are right")
+    print(f"\n3. Audit of the guarantee that {target_accuracy:.1%} of automated rows are right")
     if not any("decision" in row.extras for row in current):
         print("no row has a decision; --calibrator gives one")
         return False
@@ -215,32 +215,31 @@ def print_audit(current: list[Prediction], args: argparse.Namespace) -> bool:
     print(f"{len(automated):,} of {len(current):,} rows automated, {len(labelled):,} of them labelled")
     if seen := sum(bool(row.extras.get("fitted_on")) for row in automated):
         print(f"{seen:,} left out: the calibrator was fitted on their texts")
-    needed = rows_for_power(args)
+    needed = rows_for_power(target_accuracy, level)
     if not labelled:
         print("nothing to test; label a random sample of " + (f"{needed:,} automated rows" if needed else "them"))
         return False
     n, right = len(labelled), sum(row.prediction == row.label for row in labelled)
     low, high = exact_interval(right, n)
-    p = float(binom.cdf(right, n, args.target_accuracy))
-    alarm = p <= args.alpha / args.looks
+    p = float(binom.cdf(right, n, target_accuracy))
     print(f"{right:,} of {n:,} right, {right / n:.3f} [{low:.3f}, {high:.3f}]; so few by chance: p = {p:.3g}")
-    print("ALARM: the promise is broken; recalibrate" if alarm else f"no alarm at {args.alpha / args.looks:.3g}")
+    print("ALARM: the guarantee is broken; recalibrate" if p <= level else f"no alarm at {level:.3g}")
     if needed and n < needed:
         print(f"a fall by ten points would be seen four times in five with {needed:,} labelled rows")
-    return alarm
+    return p <= level
 
 
-def rows_for_power(args: argparse.Namespace, fall: float = 0.1, power: float = 0.8) -> int | None:
+def rows_for_power(target_accuracy: float, level: float, fall: float = 0.1, power: float = 0.8) -> int | None:
     """The number of labelled rows from which on the test alarms with this power if the accuracy has fallen by `fall`.
 
     None when 5,000 are too few.
     """
     from scipy.stats import binom
 
-    n, level = np.arange(5, 5001), args.alpha / args.looks
-    most = binom.ppf(level, n, args.target_accuracy)  # smallest k with P(X <= k) >= level
-    most -= binom.cdf(most, n, args.target_accuracy) > level
-    enough = binom.cdf(most, n, max(args.target_accuracy - fall, 0)) >= power
+    n = np.arange(5, 5001)
+    most = binom.ppf(level, n, target_accuracy)  # smallest k with P(X <= k) >= level
+    most -= binom.cdf(most, n, target_accuracy) > level
+    enough = binom.cdf(most, n, max(target_accuracy - fall, 0)) >= power
     # The test is discrete and its power saws up and down: from here on it stays above.
     first = 0 if enough.all() else len(n) - int(np.argmin(enough[::-1]))
     return int(n[first]) if first < len(n) else None
