@@ -13,7 +13,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
 
 # Flags
 
@@ -53,25 +54,31 @@ def allow_only_arguments(
 def run(main: Callable[[], None], resumes: bool = False) -> None:
     """Run a script: bad input is one line and exit code 2, Ctrl-C is 130, a closed pipe is no error.
 
-    Our functions raise ValueError or OSError for what a user can mend; anything else is a bug and keeps its traceback.
+    Our functions raise ValueError or OSError for what a user can put right, and Python its own errors for what is too
+    deep or too large; anything else is a bug and keeps its traceback. Whatever is printed is made safe for a terminal.
     """
-    try:
+    with redirect_stdout(PrintableStream(sys.stdout, "\n\t")), redirect_stderr(PrintableStream(sys.stderr, "\n\t\r")):
         try:
-            main()
-        finally:  # also when main ends with an exit code of its own
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
-        sys.exit(1)
-    except (ValueError, OSError, MemoryError) as error:
-        named = getattr(error, "filename", None) and error.strerror
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
-        print("error: " + printable(" ".join(message.split())), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        then = "to continue where it was" if resumes else "to begin again"
-        print(f"\nstopped; repeat the same command {then}", file=sys.stderr)
-        sys.exit(130)
+            try:
+                main()
+            finally:  # also when main ends with an exit code of its own
+                sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
+            sys.exit(1)
+        except (ValueError, OSError, MemoryError, RecursionError, OverflowError) as error:
+            print("error: " + printable(_message(error)), file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            then = "to continue where it was" if resumes else "to begin again"
+            print(f"\nstopped; repeat the same command {then}", file=sys.stderr)
+            sys.exit(130)
+
+
+def _message(error: BaseException) -> str:
+    if getattr(error, "filename", None) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -105,6 +112,23 @@ def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -
 def printable(text: str) -> str:
     """Text for a terminal: whatever could move the cursor or change colours is shown as its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class PrintableStream:
+    """A text stream that shows as its escape whatever could command a terminal, but for the characters `kept`."""
+
+    def __init__(self, stream: TextIO, kept: str) -> None:
+        # One that was wrapped already, by a `run` in the same process, is not wrapped twice.
+        self.stream = stream.stream if isinstance(stream, PrintableStream) else stream
+        self.kept = kept
+
+    def write(self, text: str) -> int:
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() or c in self.kept else printable(c) for c in text)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 def one_line(error: BaseException) -> str:

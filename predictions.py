@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -76,6 +77,9 @@ class Prediction:
                 raise ValueError(f"prediction {self.id!r}: probabilities do not sum to 1")
             if not 0 <= self.label_mass <= 1 + 1e-6:
                 raise ValueError(f"prediction {self.id!r}: label_mass {self.label_mass} is outside [0, 1]")
+            if self.label is not None and self.label not in probabilities:
+                known = ", ".join(probabilities)
+                raise ValueError(f"prediction {self.id!r}: its label {self.label!r} is not one of the task's ({known})")
 
 
 def scored(
@@ -146,11 +150,22 @@ def iterate(path: str | os.PathLike) -> Iterator[Prediction]:
 
 
 def read(path: str | os.PathLike) -> list[Prediction]:
-    """Read a whole predictions file; an empty one is a ValueError."""
+    """Read a whole predictions file; an empty one, and one with an id that stands twice, is a ValueError."""
     rows = list(iterate(path))
     if not rows:
         raise ValueError(f"{path} holds no predictions")
+    check_ids([row.id for row in rows], str(path))
     return rows
+
+
+def check_ids(ids: Sequence[str], where: str) -> None:
+    """ValueError when an id stands twice: a row would count twice."""
+    repeated = [id for id, times in Counter(ids).items() if times > 1]
+    if repeated:
+        raise ValueError(
+            f"{where}: {len(repeated):,} ids stand more than once, the first is {repeated[0]!r}; has a file been "
+            "joined with itself?"
+        )
 
 
 def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[list[Prediction], int]:
@@ -280,7 +295,10 @@ def check_output(path: str | os.PathLike, input_path: str | None = None) -> None
 
 @contextmanager
 def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a predictions file to be continued, locked against a second run; remove it if nothing came of it."""
+    """Open a predictions file to be continued, locked against a second run; remove it if nothing came of it.
+
+    At the end what was written is on the disk, whatever happens to the machine.
+    """
     with open(path, "ab+") as file:
         if fcntl:
             try:
@@ -290,8 +308,18 @@ def open_output(path: str | os.PathLike) -> Iterator[BinaryIO]:
         try:
             yield file
         finally:
-            if not os.fstat(file.fileno()).st_size:
-                Path(path).unlink()
+            file.flush()
+            os.fsync(file.fileno())
+            if not os.fstat(file.fileno()).st_size and os.path.samestat(os.fstat(file.fileno()), Path(path).stat()):
+                Path(path).unlink()  # unless a whole file has taken its place
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a file to be continued holds already: its rows, and how many have another label than the input now."""
+
+    rows: int
+    relabelled: int
 
 
 def resume(
@@ -299,45 +327,47 @@ def resume(
     expected: Iterable[tuple[str, str, str | None]],
     expected_fingerprint: str,
     overwrite: bool = False,
-) -> int:
+) -> Finished:
     """Count the rows already in `file`, verified one by one against the input's (id, text, label); drop a torn tail.
 
-    A file made with other settings or from another input is emptied with `overwrite`, else it is a ValueError and is
-    not touched. A file that fits is continued either way, so the same command always goes on where it was.
+    A file made with other settings or from other texts is emptied with `overwrite`, else it is a ValueError and is not
+    touched. A file that fits is continued either way, so the same command always goes on where it was. A label is no
+    part of a score, so it may have changed; the caller writes it anew.
     """
     try:
-        count, end = _verify(file, expected, expected_fingerprint)
+        finished, end = _verify(file, expected, expected_fingerprint)
     except ValueError:
         if not overwrite:
             raise
-        count, end = 0, 0
+        finished, end = Finished(0, 0), 0
     if end < os.fstat(file.fileno()).st_size:
         file.truncate(end)
-    return count
+    return finished
 
 
-def _verify(file: BinaryIO, expected: Iterable[tuple], expected_fingerprint: str) -> tuple[int, int]:
-    """(rows, bytes) of `file` that are whole records of this input and these settings; a ValueError for any other."""
+def _verify(file: BinaryIO, expected: Iterable[tuple], expected_fingerprint: str) -> tuple[Finished, int]:
+    """What of `file` are whole records of this input and these settings, and its bytes; a ValueError for any other."""
     advice = "use --overwrite to replace it, or another --output"
     file.seek(0)
-    count, end, expected = 0, 0, iter(expected)
+    count, relabelled, end, expected = 0, 0, 0, iter(expected)
     for line in file:
         where = f"{file.name} line {count + 1}"
-        if not line.endswith(b"\n"):  # torn by a kill, if it begins as the next row would; else somebody's file
-            beginning = _json(dict(zip(FIELDS, next(expected, ()), strict=False)))[:-1]
-            if not (line.startswith(beginning) or beginning.startswith(line)):
+        wanted = next(expected, ())
+        if not line.endswith(b"\n"):
+            # Torn by a kill, if it begins as the next row would (a power cut leaves zeros); else it is somebody's file.
+            torn, beginning = line.rstrip(b"\0"), _json(dict(zip(FIELDS, wanted, strict=False)))[:-1]
+            if not (torn.startswith(beginning) or beginning.startswith(torn)):
                 raise ValueError(f"{where} is not a prediction; {advice}")
             break
         row = from_line(line, where)
         if row.fingerprint != expected_fingerprint:
-            raise ValueError(
-                f"{where} was made with other settings (fingerprint {row.fingerprint}, now {expected_fingerprint}); "
-                + advice
-            )
-        if (row.id, row.text, row.label) != next(expected, None):
+            made = f"(fingerprint {row.fingerprint}, now {expected_fingerprint})"
+            raise ValueError(f"{where} was made with other settings {made}; {advice}")
+        if (row.id, row.text) != wanted[:2]:
             raise ValueError(f"{where} (id {row.id}) was made from another input; {advice}")
+        relabelled += row.label != wanted[2]
         count, end = count + 1, end + len(line)
-    return count, end
+    return Finished(count, relabelled), end
 
 
 def replace(path: str | os.PathLike, rows: Iterable[Prediction]) -> None:

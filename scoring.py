@@ -15,7 +15,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -200,8 +200,8 @@ def score_table(
     """
     started = time.monotonic()
     with predictions.open_output(path) as file:
-        done = predictions.resume(file, map(method.task.identify, table), method.fingerprint, overwrite)
-        count = total - done
+        finished = predictions.resume(file, map(method.task.identify, table), method.fingerprint, overwrite)
+        done, count = finished.rows, total - finished.rows
         if count:
             start = done - done % method.window
             with progress(total, start) as advance:
@@ -209,6 +209,8 @@ def score_table(
                 for row in islice(rows, done - start, None):
                     predictions.append(file, [row])
         count += _ask_again(method, table, path, done)
+        if finished.relabelled:
+            _relabel(method.task, table, path, finished.relabelled)
     if not count:
         return None
     seconds = time.monotonic() - started
@@ -228,6 +230,14 @@ def _ask_again(method: Method, table: Table, path: str | Path, done: int) -> int
     rows = predictions.iterate(path)
     predictions.replace(path, (fresh.get(number, row) for number, row in enumerate(rows)))
     return sum(number < done for number in again)
+
+
+def _relabel(task: Task, table: Table, path: str | Path, count: int) -> None:
+    """Write the labels that the table has now; the scores stay."""
+    print(f"note: {count:,} rows have another label in the table now; their scores stay", file=sys.stderr)
+    identities = map(task.identify, table)
+    rows = predictions.iterate(path)
+    predictions.replace(path, (replace(row, label=label) for row, (_, _, label) in zip(rows, identities, strict=True)))
 
 
 def encode_all(
@@ -264,9 +274,9 @@ def write_derived(
     `identities` are the rows' (id, text, label). ValueError for a file with other settings, unless `overwrite`.
     """
     with predictions.open_output(path) as file:
-        done = predictions.resume(file, identities, fingerprint, overwrite)
-    if done < total:
-        predictions.replace(path, rows)
+        finished = predictions.resume(file, identities, fingerprint, overwrite)
+        if finished.rows < total or finished.relabelled:
+            predictions.replace(path, rows)
 
 
 def finish_table(job: Job, report_text: str, path: str | Path | None = None) -> None:

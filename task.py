@@ -393,7 +393,7 @@ def _refuse_double_ids(examples: Iterable[Example], suspects: set[int], source: 
     if repeated:
         raise ValueError(
             f"{source}: {len(repeated):,} rows have the id of an earlier row, the first {repeated[0]!r}; ids must be "
-            'unique: name another --id-column, or leave it out and rows are numbered (a column called id: --id-column "")'
+            'unique: name another --id-column, or none and rows are numbered (if it is called id: --id-column "")'
         )
 
 

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 MODEL_SIDE = {"llama", "lora", "tensors", "model_files", "embedded_model", "endpoint"}
 CLOUD = {"aws", "sagemaker_job", "sagemaker_endpoint"}
 ROWS = [
-    {"command_line", "files", "predictions", "tables", "task", "voting", "plotting", *MODEL_SIDE, *CLOUD},
+    {"command_line", "files", "predictions", "tables", "table_formats", "task", "voting", "voting", "plotting", *MODEL_SIDE, *CLOUD},
     {"calibration_metrics"},
-    {"calibration", "decisions", "scoring"},
-    {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "fine_tune_model"},
+    {"calibration", "confidence_head", "decisions", "scoring"},
+    {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"},
     {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence"},
     {"main"},
 ]

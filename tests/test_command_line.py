@@ -14,6 +14,7 @@ import command_line
         (ValueError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError(2, "No such file or directory", "x.toml"), 2, "error: x.toml: No such file or directory\n"),
         (MemoryError("the GPU is out of memory"), 2, "error: the GPU is out of memory\n"),
+        (RecursionError("maximum recursion depth exceeded"), 2, "error: maximum recursion depth exceeded\n"),
         (ValueError("a column \x1b[31mred"), 2, "error: a column \\x1b[31mred\n"),
     ],
     ids=lambda value: type(value).__name__,
@@ -48,6 +49,16 @@ def test_a_bug_of_ours_keeps_its_traceback():
 def test_text_for_a_terminal_cannot_command_it():
     assert command_line.printable("caf\u00e9 \u65e5\u672c \U0001f3ac") == "caf\u00e9 \u65e5\u672c \U0001f3ac"
     assert command_line.printable("\x1b[2J\x07\r\n\x9b\u202e") == "\\x1b[2J\\x07\\r\\n\\x9b\\u202e"
+
+
+def test_whatever_a_script_prints_is_made_safe_for_the_terminal(capsys):
+    def main():
+        print("label \x1b]0;owned\x07 caf\u00e9\n\tnext")
+        print("a file \x1b[2J\r", file=sys.stderr)
+
+    command_line.run(main)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("label \\x1b]0;owned\\x07 caf\u00e9\n\tnext\n", "a file \\x1b[2J\r\n")
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):

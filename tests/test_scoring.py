@@ -101,6 +101,17 @@ def test_a_table_whose_second_asking_breaks_off_keeps_every_row(tmp_path):
     assert newly_scored(path, table, method) == 1 and predictions.read(path) == [answered(one) for one in table]
 
 
+def test_new_labels_are_taken_over_and_no_row_is_scored_again(tmp_path, capsys):
+    table, method, path = [example(n) for n in range(4)], ServerThatIsDown(), tmp_path / "p.jsonl"
+    assert newly_scored(path, table[:3], method) == 3
+    table[1] = Example("r1", "text 1", "negative")
+    assert newly_scored(path, table, method) == 1 and method.asked[1] == ["r3"]
+    assert [row.label for row in predictions.iterate(path)] == ["positive", "negative", "positive", "positive"]
+    table[2] = Example("r2", "another text", "positive")
+    with pytest.raises(ValueError, match="another input"):
+        newly_scored(path, table, method)
+
+
 def test_derived_rows_are_written_once_and_only_over_a_file_of_theirs(tmp_path):
     rows, path = [answered(example(n)) for n in range(3)], tmp_path / "p.jsonl"
     identities = [(row.id, row.text, row.label) for row in rows]
