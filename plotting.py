@@ -231,8 +231,8 @@ def reliability_by_method(path: str | Path, panels: Sequence[ReliabilityPanel], 
     """Reliability before and after the article's three calibrators."""
     caption = (
         f"Reliability, {where}; raw: nothing fitted. A dot is one of 20 equal bins with the exact 95 % interval of as "
-        "many independent rows; its rows stand at the bottom. On the diagonal the confidence is true. Floor: the noise "
-        "floor, the expected ECE if calibrated, of so many rows."
+        "many independent rows; its rows stand at the bottom. On the diagonal the confidence is true. In parentheses: "
+        "the expected ECE if calibrated (the noise floor)."
     )
     reliability_panels(path, panels, caption, height=3.8)
 
