@@ -21,7 +21,7 @@ CLOUD = {"aws", "sagemaker_job", "sagemaker_endpoint"}
 ROWS = [
     {"command_line", "files", "predictions", "tables", "table_formats", "task", "voting", "voting", "plotting", *MODEL_SIDE, *CLOUD},
     {"calibration_metrics"},
-    {"calibration", "confidence_head", "decisions", "scoring"},
+    {"calibration", "confidence_head", "decisions", "scoring", "label_counts", "text_report", "html_report"},
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"},
     {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence"},
     {"main"},
