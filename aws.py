@@ -137,15 +137,9 @@ def explanation(code: str, said: str) -> str:
 def advice(reason: str) -> str:
     """What to do about the FailureReason of a job, an endpoint or a component; empty if that is not known."""
     if re.search("capacity|unable to provision", reason, re.I):
-        return "AWS has none free: try later, another --instance-type or --region, or without --spot"
-    if re.search("gated|401 client|403 client|awaiting a review", reason, re.I):
-        return "--weights upload stages the weights in S3, without a token"
+        return "; AWS has none free: try later, another --instance-type or --region, or without --spot"
     if re.search("out ?of ?memory|SIGKILL|KV cache", reason, re.I):
-        return "a larger --instance-type; or a smaller --micro-batch-size (training), a smaller --max-length (serving)"
-    if re.search("max_lora_rank", reason):
-        return "delete the endpoint and deploy it with a larger --max-rank"
-    if re.search("access ?denied|not authorized|403 forbidden", reason, re.I):
-        return "the role may not do that; the documentation lists what it needs"
+        return "; a larger --instance-type, or a smaller --micro-batch-size (training) or --max-length (serving)"
     return ""
 
 
@@ -488,7 +482,13 @@ def find_weights(
     _, folder, identity = locate(model)
     files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in STAGED and path.is_file()}
     prefix, size = weights_prefix(home, identity), sum(path.stat().st_size for path in files.values())
-    return Weights(name or model, identity, f"{size / 1e6:,.0f} MB are uploaded once, to {prefix}", prefix, files)
+    detail = f"{size / 1e6:,.0f} MB are uploaded once, to {prefix}"
+    return Weights(name or whole_name(model), identity, detail, prefix, files)
+
+
+def whole_name(model: str) -> str:
+    """What --model says, so that it is understood in another folder too."""
+    return model if model == "default" else str(Path(model).expanduser().resolve())
 
 
 def hub_commit(name: str, has_token: bool) -> str:
@@ -515,7 +515,7 @@ def staged_weights(account: Account, model: str, prefix: str) -> Weights:
     identity = known if account.is_offline else read(account, prefix + IDENTITY).decode()
     if identity.partition("@")[0] != known.partition("@")[0]:
         raise ValueError(f"{prefix} holds {identity}, which is not --model {model}")
-    return Weights(name or model, identity, f"staged in {prefix}", prefix)
+    return Weights(name or whole_name(model), identity, f"staged in {prefix}", prefix)
 
 
 def weights_prefix(home: str, identity: str) -> str:
@@ -553,14 +553,7 @@ def add_arguments(add: Callable) -> None:
     add("--image", metavar="URI", help="another container image (default: AWS's own, for the region)")
     add("--dry-run", action="store_true", help="check and print what would be sent; starts and bills nothing")
     add("--yes", action="store_true", help="do not ask before money is spent")
-    add("--poll-seconds", type=pause, default=POLL_S, metavar="S", help=f"between two looks (default: {POLL_S:g})")
-
-
-def pause(text: str) -> float:
-    """Seconds between two looks, for argparse."""
-    if not 0 < (value := float(text)) <= 600:
-        raise ValueError
-    return value
+    add("--poll-seconds", type=float, default=POLL_S, metavar="S", help=f"between two looks (default: {POLL_S:g})")
 
 
 def weights_place(text: str) -> str:

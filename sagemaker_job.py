@@ -13,6 +13,7 @@ go on from them.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import gzip
 import json
@@ -38,9 +39,7 @@ from tables import Example
 from task import Task
 
 IMAGE = ("huggingface-pytorch-training", "2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04")
-# What a job takes along. The image brings torch; the rest of requirements.txt is for other scripts.
-SOURCES = ("aws", "calibration", "calibration_metrics", "command_line", "embedded_model", "files", "fine_tune_model")
-SOURCES += ("llama", "lora", "model_files", "plotting", "predictions", "sagemaker_job", "tables", "task", "tensors")
+# What a job does not install: the image brings torch and boto3, the others are for other scripts.
 NOT_IN_A_JOB = {"torch", "datasets", "pyarrow", "relplot", "plotly", "openai", "anthropic", "boto3", "botocore"}
 VOLUME_GB = 100
 SPOT_WAIT_S = 6 * 3600  # for capacity, beyond the running time
@@ -140,12 +139,10 @@ def train(settings: Settings, training: Training) -> None:
         aws.upload(account, uri, content)
     aws.upload_weights(account, plan.weights)
     start(account, plan.job)
-    name = plan.job.name
-    print(
-        f"come back to it:  {attach_command(account, settings, name)}\nend it:           {stop_command(account, name)}\n"
-    )
+    print(f"come back to it:  {attach_command(account, settings, plan.job.name)}")
+    print(f"end it:           {stop_command(account, plan.job.name)}\n")
     if not settings.detach:
-        collect(account, settings, name, training.hashes)
+        collect(account, settings, plan.job.name, training.hashes)
 
 
 def attach(settings: Settings, name: str) -> None:
@@ -367,14 +364,14 @@ def job_weights(account: Account, settings: Settings, model: str, home: str) -> 
 def staged_as(weights: Weights) -> dict[str, str]:
     """How the container must find staged weights: in which folder of a cache, and the variable that names the cache.
 
-    Both are empty for a folder, which --model names; there is nothing for weights that the container fetches.
+    There is no variable for a folder, which --model names, and nothing for weights that the container fetches.
     """
     if not weights.prefix:
         return {}
     if weights.model == "default":
         return {"variable": "CALIBRATED_CONFIDENCE_CACHE", "folder": DEFAULT_NAME}
     if hub_id(weights.model) is None:
-        return {"variable": "", "folder": ""}
+        return {"variable": "", "folder": Path(weights.model).name}
     name, _, commit = weights.identity.partition("@")
     return {"variable": "HF_HUB_CACHE", "folder": f"models--{name.replace('/', '--')}/snapshots/{commit}"}
 
@@ -427,16 +424,32 @@ def _json_lines(rows: Iterator[dict]) -> bytes:
 
 def source_files(root: Path, training: Training, weights: Weights) -> dict[str, bytes]:
     """What the source archive holds, flat: our files, the flags, the task, and the pins that a job needs."""
-    files = {f"{name}.py": (root / f"{name}.py").read_bytes() for name in SOURCES}
+    files = imported_modules(root, "fine_tune_model")
     files["sagemaker_entry.py"] = (root / "scripts" / "sagemaker_entry.py").read_bytes()
     files["requirements.txt"] = job_requirements(root / "requirements.txt", training.flags)
     task = training.task
     if task.endswith(".toml"):
         files["task.toml"] = Path(task).read_bytes()
         task = "task.toml"
-    job = {"arguments": ["--task", task, *as_arguments(training.flags)], "base_model": training.model}
+    job = {"arguments": ["--task", task, *as_arguments(training.flags)], "model": training.model}
     job |= {"sources": dict(training.sources), "staged": staged_as(weights)}
     files["arguments.json"] = (json.dumps(job, indent=1, sort_keys=True) + "\n").encode()
+    return files
+
+
+def imported_modules(root: Path, name: str) -> dict[str, bytes]:
+    """The file of a module, and of every module of ours that it imports, directly or not."""
+    files, todo = {}, [name]
+    while todo:
+        file = f"{todo.pop()}.py"
+        if file in files or not (root / file).is_file():
+            continue
+        files[file] = (root / file).read_bytes()
+        for node in ast.walk(ast.parse(files[file])):
+            if isinstance(node, ast.Import):
+                todo += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                todo.append(node.module)
     return files
 
 
@@ -540,8 +553,7 @@ def ended_badly(account: Account, description: dict) -> str | None:
         then = "the command that started it goes on from its checkpoint with --resume (and without --overwrite)"
         return f"the training job {name} is not finished: {why}; {then}"
     reason = aws.printed(description.get("FailureReason", "")).rstrip(".") or secondary
-    parts = [f"the training job {name} failed: {reason}", aws.advice(reason), f"log: {log_command(account, name)}"]
-    return "; ".join(part for part in parts if part)
+    return f"the training job {name} failed: {reason}{aws.advice(reason)}; log: {log_command(account, name)}"
 
 
 def log_command(account: Account, name: str) -> str:

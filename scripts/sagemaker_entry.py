@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         job = json.loads((HERE / "arguments.json").read_text(encoding="utf-8"))
         repair(work)
-        variables = os.environ | place_weights(job["staged"], model_dir.parent / "staged") | token()
-        status, said = run(command(job, work), variables)
+        model, variables = place_weights(job["model"], job["staged"], model_dir.parent / "staged")
+        status, said = run(command(job, model, work), os.environ | variables | token())
         if status == 0:
             deliver(job, work, model_dir)
     except (OSError, ValueError) as error:
@@ -61,19 +61,22 @@ def repair(work: Path) -> None:
     (work / LOG).touch()  # by it a training knows its folder; --resume writes it again from the checkpoint
 
 
-def place_weights(staged: dict[str, str], cache: Path) -> dict[str, str]:
-    """Lay staged weights out as the cache in which the libraries look for them; the variables that say where."""
-    if not staged.get("variable"):
-        return {}
+def place_weights(model: str, staged: dict[str, str], cache: Path) -> tuple[str, dict[str, str]]:
+    """Lay staged weights out as the cache in which the libraries look for them: (--model, variables that say where)."""
+    if not staged:
+        return model, {}
     folder = cache / staged["folder"]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.symlink_to(os.environ["SM_CHANNEL_MODEL"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in Path(os.environ["SM_CHANNEL_MODEL"]).iterdir():
+        (folder / file.name).symlink_to(file)
+    if not staged["variable"]:
+        return str(folder), {}
     if staged["variable"] != "HF_HUB_CACHE":
-        return {staged["variable"]: str(cache)}
+        return model, {staged["variable"]: str(cache)}
     main = folder.parent.parent / "refs" / "main"  # where the Hub's library reads which snapshot is the newest
     main.parent.mkdir(exist_ok=True)
     main.write_text(folder.name, encoding="utf-8")
-    return {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    return model, {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
 
 
 def token() -> dict[str, str]:
@@ -96,11 +99,9 @@ def token() -> dict[str, str]:
     return {"HF_TOKEN": text}
 
 
-def command(job: dict, work: Path) -> list[str]:
+def command(job: dict, model: str, work: Path) -> list[str]:
     """fine_tune_model.py with the flags that travelled, on all GPUs of the machine."""
-    channel, model = Path(os.environ["SM_CHANNEL_TRAINING"]), job["base_model"]
-    if job["staged"] and not job["staged"]["variable"]:
-        model = os.environ["SM_CHANNEL_MODEL"]
+    channel = Path(os.environ["SM_CHANNEL_TRAINING"])
     data = ["--train", f"{channel}/train.jsonl", "--validation", f"{channel}/validation.jsonl", "--model", model]
     if (channel / "groups.jsonl").is_file():
         data += ["--groups", f"{channel}/groups.jsonl"]
@@ -136,7 +137,7 @@ def deliver(job: dict, work: Path, model_dir: Path) -> None:
     """Copy the finished folder to where SageMaker packs it, with the names that the rows and the model had at home."""
     shutil.copytree(work, model_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint"))
     config = json.loads((model_dir / CONFIG).read_text(encoding="utf-8"))
-    config["base_model"] = job["base_model"]
+    config["base_model"] = job["model"]
     for name, source in job["sources"].items():
         config[name]["source"] = source
     config["sagemaker_job"] = os.environ.get("TRAINING_JOB_NAME")
