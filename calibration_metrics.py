@@ -415,19 +415,6 @@ def plot_reliability_diagram(
     return ax
 
 
-def plot_risk_coverage(ax: Axes, curves: dict[str, tuple[np.ndarray, np.ndarray, str]]) -> None:
-    """The error rate among the most confident rows against their share; name -> (confidence, correct, colour)."""
-    for name, (confidence, correct, color) in curves.items():
-        risk = risk_coverage(confidence, correct)
-        start = len(risk) // 100  # the first few rows are noise
-        coverage = np.arange(1, len(risk) + 1) / len(risk)
-        ax.plot(coverage[start:], risk[start:], color=color, label=f"{name}, area {risk.mean():.3f}")
-    ax.set(xlim=(0, 1), ylim=(0, None), title="Risk and coverage")
-    ax.set(xlabel="share of rows automated", ylabel="error rate among them")
-    plotting.percent(ax)
-    ax.legend(loc="upper left")
-
-
 # Command line
 
 PROTOCOLS = {"confidence": "nothing fitted", "calibrated_confidence": "held-out"}  # of what --score measures

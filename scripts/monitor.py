@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.reference} and {args.current} have the fingerprints {reference[0].fingerprint} and "
             f"{current[0].fingerprint}: another model, task or method is no drift; fit a new calibrator"
         )
-    print(f"reference {args.reference}: {len(reference):,} rows\ncurrent {args.current}: {len(current):,} rows")
+    print(f"reference {command_line.printable(args.reference)}: {len(reference):,} rows")
+    print(f"current {command_line.printable(args.current)}: {len(current):,} rows")
     if min(len(reference), len(current)) < FEWEST:
         print(f"fewer than {FEWEST} rows in a file: most drift would go unseen")
     print_drift(reference, current)

@@ -1,14 +1,13 @@
-"""calibration_metrics.py and plotting.py: bins, errors, noise, intervals, scores, diagrams and the command line.
+"""calibration_metrics.py: bins, errors, noise, intervals, scores, the diagram and the command line.
 
 What netcal, torchmetrics, scikit-learn, MAPIE, relplot, uncertainty-calibration and model-diagnostics returned is
-recorded in data/reference_vectors.json. They put a confidence on the edge of a bin into different bins: each rule is
-spelled out here and has to give the recorded number; our functions have to give it where the rule agrees with ours.
+recorded in data/reference_vectors.json. They put a confidence on the edge of a bin into different bins; our functions
+give their numbers wherever no row stands on an edge that they treat otherwise.
 """
 
 import json
 import math
 import re
-from bisect import bisect_left, bisect_right
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, permutations
@@ -22,16 +21,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, chisquare, kstest
 from sklearn import metrics as sklearn_metrics
+from sklearn.isotonic import IsotonicRegression
 
 import calibration_metrics as cm
 import command_line
-import plotting
 import predictions
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "reference_vectors.json").read_text(encoding="utf-8"))
 ARRAYS = VECTORS["metrics"]
 EDGES, LINSPACE = [i / 20 for i in range(21)], np.linspace(0, 1, 21).tolist()
-TORCH = [i * 0.05 if i <= 10 else 1 - (20 - i) * 0.05 for i in range(21)]  # torch.linspace counts from both ends
 CONFIDENCE = st.floats(0, 1) | st.sampled_from([*EDGES, *LINSPACE, 5e-324, 1 - 2**-53])
 ROWS = st.lists(st.tuples(CONFIDENCE, st.booleans()), min_size=1, max_size=40)
 
@@ -58,149 +56,90 @@ def error_by_hand(bins, n, power=1):
     return math.fsum(m * abs(a - c) ** power for m, c, a in bins) / n
 
 
-def debiased_by_hand(bins, n, singletons):
-    terms = (m * ((a - c) ** 2 - (a * (1 - a) / (m - 1) if m > 1 else 0)) for m, c, a in bins if m > 1 or singletons)
+def debiased_by_hand(bins, n):
+    terms = (m * ((a - c) ** 2 - (a * (1 - a) / (m - 1) if m > 1 else 0)) for m, c, a in bins)
     return math.fsum(terms) / n
-
-
-# Other programs' numbers
 
 
 def our_rule(c):
     return max(i for i in range(20) if i / 20 <= c)
 
 
-def right_closed(c):
-    return max(bisect_left(EDGES, c), 1)
+# Other programs' numbers
 
 
-def equal_mass_of_uncertainty_calibration(confidence):
-    parts = np.array_split(np.sort(confidence), 5)
-    edges = sorted({(a[-1] + b[0]) / 2 for a, b in pairwise(parts) if len(a) and len(b)})
-    return lambda c: bisect_left(edges, c)
+def equal_mass_error(confidence, correct):
+    return cm.equal_mass_bins(confidence, correct, 5).mean_gap
 
 
-RULES = {  # the bin of a confidence (statistics.md 1.1)
-    "netcal": lambda _: lambda c: min(bisect_right(LINSPACE, c), 20),
-    "torchmetrics": lambda _: lambda c: bisect_right(TORCH, c),  # 1.0 is in a bin of its own
-    "sklearn uniform": lambda _: lambda c: max(bisect_left(LINSPACE, c), 1),
-    "sklearn quantile": lambda all_c: lambda c: bisect_left(np.quantile(all_c, [0.2, 0.4, 0.6, 0.8]).tolist(), c),
-    "mapie 21": lambda _: lambda c: bisect_left(LINSPACE, c),  # 20 bins; 0.0 is in a bin of its own
-    "mapie 20": lambda _: lambda c: bisect_left(np.linspace(0, 1, 20).tolist(), c),  # 19 bins
-    "relplot": lambda _: lambda c: int(c / 0.05),  # 0.15 / 0.05 is 2.9999999999999996
-    "uncertainty": lambda _: right_closed,
-    "uncertainty mass": equal_mass_of_uncertainty_calibration,
-    "article": lambda _: lambda c: None if c == 0 else bisect_left(LINSPACE, c),  # 0.0 is in no bin
+def root_mean_square(confidence, correct):
+    bins = cm.bins_of(confidence, correct)
+    return math.sqrt(np.nansum(bins.count * bins.gap**2) / len(confidence))
+
+
+def curve(bins):
+    full = bins.count > 0
+    return [*bins.confidence[full], *bins.accuracy[full]]
+
+
+EDGE_ARRAYS = {"edges_k_over_20", "edges_linspace"}
+HALF = {*EDGE_ARRAYS, "deterministic_60"}  # it holds 0.5, which right-closed bins have in the bin below
+UNEVEN = {*EDGE_ARRAYS, "single_class_all_correct", "single_class_all_wrong", "overconfident_12"}  # do not divide by 5
+EXTREME = {*HALF, "zeros_and_ones", "all_zeros_conf"}  # 0 is in no bin of the article's
+RECORDED = {  # recorded value -> our function, and the arrays of which that program puts rows into other bins
+    "netcal.ECE(20)": (cm.expected_calibration_error, {"edges_k_over_20"}),
+    "netcal.MCE(20)": (cm.maximum_calibration_error, {"edges_k_over_20"}),
+    "torchmetrics.BinaryCalibrationError(20,l1,float64)": (cm.expected_calibration_error, EDGE_ARRAYS),
+    "torchmetrics.BinaryCalibrationError(20,max,float64)": (cm.maximum_calibration_error, EDGE_ARRAYS),
+    "torchmetrics.BinaryCalibrationError(20,l2,float64)": (root_mean_square, EDGE_ARRAYS),
+    "mapie.expected_calibration_error(num_bins=21,uniform)": (cm.expected_calibration_error, HALF),
+    "mapie.expected_calibration_error(num_bins=20,uniform)": (
+        lambda *arrays: cm.expected_calibration_error(*arrays, n_bins=19),
+        EDGE_ARRAYS,
+    ),
+    "relplot.binnedECE(20)": (cm.expected_calibration_error, EDGE_ARRAYS),
+    "relplot.smECE": (cm.smooth_calibration_error, set()),
+    "uncertainty_calibration.get_ece(20,equal_prob)": (cm.expected_calibration_error, HALF),
+    "uncertainty_calibration.get_ece_em(5,equal_mass)": (equal_mass_error, UNEVEN),
+    "sklearn.calibration_curve(n_bins=20,uniform)": (lambda *arrays: curve(cm.bins_of(*arrays)), HALF),
+    "sklearn.calibration_curve(n_bins=5,quantile)": (lambda *arrays: curve(cm.equal_mass_bins(*arrays, 5)), UNEVEN),
+    "sklearn.brier_score_loss": (cm.brier_score, set()),
+    "sklearn.log_loss": (cm.log_loss, set()),
+    "sklearn.roc_auc_score": (cm.auroc, set()),
+    "ece": (cm.expected_calibration_error, EXTREME),
+    "mce": (cm.maximum_calibration_error, EXTREME),
 }
-TORCHMETRICS = "torchmetrics.BinaryCalibrationError(20,{},{})".format
-RECORDED = {
-    "netcal": {"ece": "netcal.ECE(20)", "mce": "netcal.MCE(20)"},
-    "torchmetrics": {n: TORCHMETRICS(norm, "float64") for n, norm in [("ece", "l1"), ("mce", "max"), ("l2", "l2")]},
-    "sklearn uniform": {"curve": "sklearn.calibration_curve(n_bins=20,uniform)"},
-    "sklearn quantile": {"curve": "sklearn.calibration_curve(n_bins=5,quantile)"},
-    "mapie 21": {"ece": "mapie.expected_calibration_error(num_bins=21,uniform)"},
-    "mapie 20": {"ece": "mapie.expected_calibration_error(num_bins=20,uniform)"},
-    "relplot": {"ece": "relplot.binnedECE(20)"},
-    "uncertainty": {"ece": "uncertainty_calibration.get_ece(20,equal_prob)"},
-    "uncertainty mass": {
-        "ece": "uncertainty_calibration.get_ece_em(5,equal_mass)",
-        "l2": "uncertainty_calibration.l2(equal_mass 5,plugin)",
-        "debiased": "uncertainty_calibration.l2(equal_mass 5,debiased)",
-    },
-    "article": {"ece": "ece", "mce": "mce"},
-}
-ON_EDGES = {"edges_k_over_20", "edges_linspace"}
-UNEVEN = {*ON_EDGES, "single_class_all_correct", "single_class_all_wrong", "overconfident_12"}  # 21, 6, 6, 12 in 5 bins
-OTHER_BINS = {  # the arrays of which the rule puts some row into another bin than we do; 0.5 is in deterministic_60
-    **{"netcal": {"edges_k_over_20"}, "torchmetrics": ON_EDGES, "mapie 20": ON_EDGES, "relplot": ON_EDGES},
-    **{rule: {*ON_EDGES, "deterministic_60"} for rule in ("sklearn uniform", "mapie 21", "uncertainty")},
-    **{"sklearn quantile": UNEVEN, "uncertainty mass": UNEVEN},
-    "article": {*ON_EDGES, "deterministic_60", "zeros_and_ones", "all_zeros_conf"},
-}
-OF_SCORES = ["relplot.smECE", "sklearn.brier_score_loss", "sklearn.log_loss", "sklearn.roc_auc_score"]
-OF_SCORES += ["model_diagnostics.decompose(SquaredError)", TORCHMETRICS("l1", "float32")]
 
 
-def test_no_recorded_value_is_forgotten_but_netcal_s_ace_which_is_an_unweighted_mean_that_we_do_not_offer():
-    compared = {key for rule in RECORDED if rule != "article" for key in RECORDED[rule].values()} | set(OF_SCORES)
-    assert all(array["ref"].keys() - compared == {"netcal.ACE(20)"} for array in ARRAYS.values())
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", ARRAYS)
-def test_each_program_s_number_follows_from_its_bin_rule_and_is_ours_where_the_rules_agree(name, rule):
-    confidence, correct = vector(name)
-    n, given_there = len(confidence), ARRAYS[name]["public_article_code" if rule == "article" else "ref"]
-    there = bins_by_hand(confidence, correct, RULES[rule](confidence))
-    by_mass = rule in ("sklearn quantile", "uncertainty mass")
-    n_bins = 5 if by_mass else 19 if rule == "mapie 20" else 20
-    found = (cm.equal_mass_bins if by_mass else cm.bins_of)(confidence, correct, n_bins)
-    full = found.count > 0
-    here = list(zip(found.count[full], found.confidence[full], found.accuracy[full], strict=True))
-    agree = np.shape(here) == np.shape(there) and np.allclose(here, there, rtol=0, atol=1e-12)
-    assert agree == (name not in OTHER_BINS[rule])
-    for bins in [there, here] if agree else [there]:
-        values = {"ece": error_by_hand(bins, n), "mce": max((abs(a - c) for _, c, a in bins), default=0)}
-        values |= {"l2": error_by_hand(bins, n, 2) ** 0.5}
-        values |= {"debiased": max(debiased_by_hand(bins, n, singletons=False), 0) ** 0.5}
-        for which, key in RECORDED[rule].items():
-            if which == "curve":
-                curve = zip(given_there[key]["prob_pred"], given_there[key]["prob_true"], strict=True)
-                np.testing.assert_allclose([bin[1:] for bin in bins], list(curve), rtol=0, atol=1e-12)
-            else:
-                assert values[which] == pytest.approx(given_there[key], abs=1e-12), which
-    if agree and not by_mass:
-        for which, function in [("ece", cm.expected_calibration_error), ("mce", cm.maximum_calibration_error)]:
-            if key := RECORDED[rule].get(which):
-                assert function(confidence, correct, n_bins) == pytest.approx(given_there[key], abs=1e-12)
+@pytest.mark.parametrize("key", RECORDED)
+def test_the_numbers_of_other_programs_are_ours_wherever_their_bins_are(key):
+    function, other_bins = RECORDED[key]
+    for name in ARRAYS.keys() - other_bins:
+        recorded = ARRAYS[name]["public_article_code" if key in ("ece", "mce") else "ref"][key]
+        if isinstance(recorded, dict):
+            recorded = recorded["prob_pred"] + recorded["prob_true"]
+        recorded = recorded if isinstance(recorded, list) else float(recorded)  # "nan" is a string there
+        tolerance = 1e-9 if key == "relplot.smECE" else 1e-12
+        assert function(*vector(name)) == pytest.approx(recorded, rel=tolerance, abs=tolerance, nan_ok=True), name
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_scores_are_those_of_scikit_learn_relplot_and_model_diagnostics(name):
+def test_corp_and_the_debiased_error_are_the_recorded_ones(name):
     confidence, correct = vector(name)
-    ref, own = ARRAYS[name]["ref"], ARRAYS[name]["own"]
-    brier, corp = cm.brier_score(confidence, correct), cm.corp_decomposition(confidence, correct)
-    assert brier == pytest.approx(ref["sklearn.brier_score_loss"], abs=1e-12)
-    assert cm.log_loss(confidence, correct) == pytest.approx(ref["sklearn.log_loss"], rel=1e-12)
-    assert cm.log_loss(confidence, correct, clip=1e-15) == pytest.approx(own["logloss_clip_1e15"], rel=1e-12)
-    auroc = pytest.approx(float(ref["sklearn.roc_auc_score"]), abs=1e-12, nan_ok=True)
-    assert cm.auroc(confidence, correct) == auroc
-    assert cm.smooth_calibration_error(confidence, correct) == pytest.approx(ref["relplot.smECE"], abs=1e-9)
+    ref, own, corp = ARRAYS[name]["ref"], ARRAYS[name]["own"], cm.corp_decomposition(confidence, correct)
     names = ("miscalibration", "discrimination", "uncertainty")
     assert [corp[f"corp_{n}"] for n in names] == pytest.approx(list(own["corp_brier"].values()), abs=1e-12)
     theirs = ref["model_diagnostics.decompose(SquaredError)"]
     if name != "one_row":  # where model-diagnostics fails
         assert [corp[f"corp_{n}"] for n in names] == pytest.approx([theirs[n] for n in names], abs=1e-12)
-    if name not in ON_EDGES:
-        float32 = pytest.approx(ref[TORCHMETRICS("l1", "float32")], abs=1e-6)
-        assert cm.expected_calibration_error(confidence, correct) == float32
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_the_recorded_own_debiased_errors_are_those_of_right_closed_bins_and_ours_differ_only_on_edges(name):
-    confidence, correct = vector(name)
-    n, own = len(confidence), ARRAYS[name]["own"]
-    debiased, theirs = (
-        cm.debiased_calibration_error(confidence, correct),
-        bins_by_hand(confidence, correct, right_closed),
-    )
-    recorded = own["l2_20"]["debiased_squared_skip_singletons"]
-    assert debiased_by_hand(theirs, n, singletons=True) == pytest.approx(recorded, abs=1e-12)
-    by_hand = debiased_by_hand(bins_by_hand(confidence, correct, our_rule), n, singletons=True)
+    debiased = cm.debiased_calibration_error(confidence, correct)
+    by_hand = debiased_by_hand(bins_by_hand(confidence, correct, our_rule), len(confidence))
     assert debiased == pytest.approx(by_hand, abs=1e-12)
-    assert (abs(debiased - recorded) > 1e-3) == (name in OTHER_BINS["uncertainty"])
-    ours = cm.expected_calibration_error(confidence, correct), cm.maximum_calibration_error(confidence, correct)
-    assert ours == pytest.approx((own["ece20_left_closed"], own["mce20_left_closed"]), abs=1e-12)
+    if name not in HALF:
+        assert debiased == pytest.approx(own["l2_20"]["debiased_squared_skip_singletons"], abs=1e-12)
 
 
 # Bins
-
-
-def test_wholly_wrong_certainty_has_an_ece_of_1():
-    for confidence, correct in [([1, 1, 1, 1], [0, 0, 0, 0]), ([0, 0, 0, 0], [1, 1, 1, 1])]:
-        assert cm.expected_calibration_error(confidence, correct) == 1
-        assert cm.maximum_calibration_error(confidence, correct) == 1
-        assert cm.expected_calibration_error(confidence, [not y for y in correct]) == 0
 
 
 @pytest.mark.parametrize("n_bins", [1, 2, 3, 7, 10, 20, 100])
@@ -268,29 +207,18 @@ def test_lists_tuples_series_and_small_types_mean_the_same_as_arrays():
             assert cm.debiased_calibration_error(c, y) == (0.75**2 + 0.5**2 + 2 * 0.25**2) / 4
 
 
-def test_a_million_rows_neither_overflow_nor_lose_precision():
-    confidence = np.repeat(np.arange(0.025, 1, 0.05), 50_000)
-    correct = np.arange(len(confidence)) % 1000 < np.repeat(np.arange(25, 1000, 50), 50_000)
-    assert cm.expected_calibration_error(confidence, correct) < 1e-12
-    assert cm.auroc(confidence, correct) == pytest.approx(sklearn_metrics.roc_auc_score(correct, confidence), abs=1e-12)
-
-
 BAD = {
-    "1-D": ([[0.5]], [1]),
     "1-D, they are 1-D and 2-D": ([0.5], [[1]]),
     "2 confidences, but 1 values of correct": ([0.5, 0.5], [1]),
     "confidence is empty": ([], []),
     "confidence is NaN in 1 of 2": ([0.5, math.nan], [1, 0]),
     "NaN in 2 of 2": ([None, None], [1, 0]),
-    r"from 0.5 to 1.5, outside \[0, 1\]": ([0.5, 1.5], [1, 0]),
     "from -0.5 to 1": ([1, -0.5], [1, 0]),
-    "to inf": ([1, math.inf], [1, 0]),
     r"to 1\.0000000000000002, outside": ([0.5, 1 + 2**-52], [1, 0]),
     "confidence must hold a number for each row": (["high", 0.5], [1, 0]),
     "confidence must hold a number": ([[0.5], [0.5, 0.5]], [1, 0]),
     "correct must be true or false": ([1, 1], [1, 2]),
     "correct must be true or false .*every row": ([1, 1], [1, math.nan]),
-    "correct must be": ([1, 1], ["yes", "no"]),
     "or false": ([1, 1], [True, None]),
 }
 
@@ -305,12 +233,11 @@ def test_bad_arrays_are_one_line_that_says_which(message):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("n_bins", [0, -1])
-@pytest.mark.parametrize("call", [cm.bins_of, cm.calibration_metrics, cm.equal_mass_bins, "one argument"])
-def test_fewer_than_one_bin_is_an_error(call, n_bins):
-    for function in [cm.consistency_resampling] if call == "one argument" else [call]:
-        with pytest.raises(ValueError, match=f"n_bins is {n_bins}"):
-            function([0.5], *[[1]] * (call != "one argument"), n_bins=n_bins)
+@pytest.mark.parametrize("call", [cm.bins_of, cm.calibration_metrics, cm.equal_mass_bins, cm.consistency_resampling])
+def test_fewer_than_one_bin_is_an_error(call):
+    arguments = [[0.5]] if call is cm.consistency_resampling else [[0.5], [1]]
+    with pytest.raises(ValueError, match="n_bins is 0"):
+        call(*arguments, n_bins=0)
 
 
 # Noise
@@ -323,29 +250,13 @@ def own_null(confidence, n_draws, seed):
     return np.abs((right - confidence) @ member.T).sum(axis=1) / len(confidence)
 
 
-@pytest.mark.parametrize(("a", "b", "n"), [(1, 1, 2000), (5, 1, 1000), (0.5, 0.5, 4000)])
-def test_the_noise_floor_is_the_ece_that_calibrated_models_show(a, b, n):
+@pytest.mark.parametrize(("a", "b", "n"), [(1, 1, 2000), (0.5, 0.5, 4000)])
+def test_the_expected_ece_is_that_of_calibrated_models(a, b, n):
     confidence = np.random.default_rng(5).beta(a, b, n)
     truth = own_null(confidence, 500, seed=6)
     ours = cm.consistency_resampling(confidence, n_draws=500, seed=7)
     assert ours.mean() == pytest.approx(truth.mean(), rel=0.03)
     assert np.quantile(ours, 0.95) == pytest.approx(np.quantile(truth, 0.95), rel=0.06)
-    spread = [math.sqrt(sum(c * (1 - c) for c in confidence[bins])) for bins in members(confidence)]
-    assert ours.mean() == pytest.approx(math.sqrt(2 / math.pi) * math.fsum(spread) / n, rel=0.03)  # statistics by hand
-
-
-def members(confidence):
-    """The rows of each of 20 bins."""
-    index = np.array([our_rule(c) for c in confidence])
-    return [index == b for b in range(20)]
-
-
-def test_resampled_eces_of_four_coin_flips_are_binomial():
-    errors = cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=1)
-    counts = [np.isclose(errors, value).sum() for value in (0, 0.25, 0.5)]
-    assert sum(counts) == 4000 and chisquare(counts, np.array([6, 8, 2]) * 250).pvalue > 0.001
-    np.testing.assert_array_equal(errors, cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=1))
-    assert (errors != cm.consistency_resampling([0.5] * 4, n_draws=4000, seed=2)).any()
 
 
 def test_p_values_are_uniform_for_calibrated_confidences_and_tiny_for_others():
@@ -464,13 +375,10 @@ def test_aurc_is_the_mean_over_all_orders_of_ties(rows):
 def test_risk_at_each_coverage_counts_equal_confidences_as_their_mean():
     # By confidence: two rows at .9 of which one is wrong, one right at .8, one wrong at .5; given in another order.
     confidence, correct = np.array([0.5, 0.9, 0.8, 0.9]), np.array([False, True, True, False])
-    expected = [0.5, 0.5, 1 / 3, 0.5]
-    assert cm.risk_coverage(confidence, correct) == pytest.approx(expected, abs=1e-15)
-    assert cm.risk_coverage(confidence, correct.astype(int)) == pytest.approx(expected, abs=1e-15)
-    assert cm.area_under_risk_coverage(confidence, correct) == pytest.approx(11 / 24, abs=1e-15)
-    constant = cm.risk_coverage(np.full(5, 0.7), np.array([1, 1, 0, 1, 0]))  # which order is nobody's to choose
-    assert constant == pytest.approx([0.4] * 5, abs=1e-15)
-    assert cm.risk_coverage(np.array([1.0]), np.array([False])).tolist() == [1]
+    for kind in (bool, int, list):
+        y = correct.tolist() if kind is list else correct.astype(kind)
+        assert cm.risk_coverage(confidence, y) == pytest.approx([0.5, 0.5, 1 / 3, 0.5], abs=1e-15)
+        assert cm.auroc(confidence, y) == pytest.approx(2.5 / 4)
 
 
 def test_one_row_of_each_group_is_its_first_whatever_names_the_groups_have():
@@ -478,31 +386,6 @@ def test_one_row_of_each_group_is_its_first_whatever_names_the_groups_have():
     assert cm.one_of_each(np.array([7, 7, 7])).tolist() == [0]
     assert cm.one_of_each([3, 2, 1, 2]).tolist() == [0, 1, 2]  # in the order of the rows, not of the names
     assert cm.one_of_each([1, "1", 1, "1", (1, 2), (1, 2)]).tolist() == [0, 1, 4]
-
-
-@pytest.mark.parametrize("function", [cm.auroc, cm.area_under_risk_coverage])
-def test_zeros_and_ones_rank_as_false_and_true_do(function):
-    confidence, correct = np.array([0.9, 0.8, 0.7, 0.6]), np.array([1, 0, 1, 0])
-    expected = {cm.auroc: 0.75, cm.area_under_risk_coverage: (1 / 2 + 1 / 3 + 2 / 4) / 4}[function]
-    for y in (correct, correct == 1, correct.astype(float), correct.tolist()):
-        assert function(confidence, y) == pytest.approx(expected)
-
-
-@settings(deadline=None)
-@given(rows=ROWS)
-def test_corp_is_that_of_pooled_adjacent_violators(rows):
-    confidence, correct = arrays(rows)
-    blocks = []  # [sum, rows, largest confidence]
-    for c in sorted(set(confidence)):
-        blocks.append([correct[confidence == c].sum(), np.sum(confidence == c), c])
-        while len(blocks) > 1 and blocks[-2][0] * blocks[-1][1] >= blocks[-1][0] * blocks[-2][1]:
-            right, n, last = blocks.pop()
-            blocks[-1] = [blocks[-1][0] + right, blocks[-1][1] + n, last]
-    recalibrated = np.array([next(right / n for right, n, last in blocks if c <= last) for c in confidence])
-    brier = [np.mean((p - correct) ** 2) for p in (confidence, recalibrated, correct.mean())]
-    found = cm.corp_decomposition(confidence, correct)
-    expected = {"miscalibration": brier[0] - brier[1], "discrimination": brier[2] - brier[1], "uncertainty": brier[2]}
-    assert found == pytest.approx({f"corp_{name}": value for name, value in expected.items()}, abs=1e-12)
 
 
 def test_the_refinement_split_adds_up_to_the_log_loss_of_the_raw_confidence():
@@ -529,55 +412,45 @@ def overconfident(n, seed=0):
 def test_the_report_row_holds_every_number_under_its_name():
     confidence, correct = overconfident(300)
     found, bins = cm.calibration_metrics(confidence, correct), bins_by_hand(confidence, correct, our_rule)
-    assert found.keys() == KEYS and None not in found.values()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["n"], found["groups"], found["protocol"]) == (300, 300, "nothing fitted")
-    clipped, wrong = np.clip(confidence, 0.001, 0.999), ~correct[np.argsort(-confidence)]
+    assert found.keys() == KEYS and json.loads(json.dumps(found, allow_nan=False)) == found
     widest, counted = (max((abs(a - c), m) for m, c, a in bins if m >= least) for least in (1, 30))
     null, thirds = own_null(confidence, 1000, seed=9), np.array_split(np.argsort(confidence), 6)
     expected = {
+        "n": 300,
+        "groups": 300,
         "accuracy": correct.mean(),
         "mean_confidence": confidence.mean(),
         "gap": confidence.mean() - correct.mean(),
         "brier": sklearn_metrics.brier_score_loss(correct, confidence),
         "log_loss": sklearn_metrics.log_loss(correct, confidence),
-        "log_loss_clipped": sklearn_metrics.log_loss(correct, clipped),
+        "log_loss_clipped": sklearn_metrics.log_loss(correct, np.clip(confidence, 0.001, 0.999)),
         "auroc": sklearn_metrics.roc_auc_score(correct, confidence),
-        "aurc": (wrong.cumsum() / np.arange(1, 301)).mean(),
+        "aurc": (np.cumsum(~correct[np.argsort(-confidence)]) / np.arange(1, 301)).mean(),
         "ece": error_by_hand(bins, 300),
         "ece_equal_mass": sum(abs(correct[third].mean() - confidence[third].mean()) for third in thirds) / 6,
-        "ece_debiased": debiased_by_hand(bins, 300, singletons=True) ** 0.5,
+        "ece_debiased": debiased_by_hand(bins, 300) ** 0.5,
         "ece_smooth": relplot.smECE(confidence, correct.astype(float)),
         **{"mce": widest[0], "mce_count": widest[1], "mce_30": counted[0], "mce_30_count": counted[1]},
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
-    parts = found["corp_miscalibration"] - found["corp_discrimination"] + found["corp_uncertainty"]
-    assert parts == pytest.approx(found["brier"], abs=1e-12)
     assert found["ece_noise_floor"] == pytest.approx(null.mean(), rel=0.05)
     assert found["ece_noise_95"] == pytest.approx(np.quantile(null, 0.95), rel=0.08)
     assert found["ece_p_value"] == pytest.approx((1 + (null >= found["ece"]).sum()) / 1001, abs=0.006)
-    right = correct.sum()
-    exact = beta.ppf([0.025, 0.975], [right, right + 1], [301 - right, 300 - right])
+    exact = beta.ppf([0.025, 0.975], [correct.sum(), correct.sum() + 1], [301 - correct.sum(), 300 - correct.sum()])
     assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(exact, abs=1e-9)
     for name, values in [("gap", confidence - correct), ("brier", (confidence - correct) ** 2)]:
         half = 1.96 * values.std() / math.sqrt(300)
         ends = pytest.approx((values.mean() - half, values.mean() + half), abs=half / 5)
         assert (found[f"{name}_low"], found[f"{name}_high"]) == ends
-    assert all(found[f"{name}_low"] <= found[name] <= found[f"{name}_high"] for name in WITH_INTERVAL)
 
 
 def test_the_report_row_passes_its_protocol_on_and_repeats_itself():
     data = overconfident(50)
     in_one_bin = cm.calibration_metrics(*data, n_bins=1)
     assert in_one_bin["ece"] == in_one_bin["mce"] == pytest.approx(abs(in_one_bin["gap"]))
-    spread = math.sqrt((data[0] * (1 - data[0])).sum()) / 50
-    assert in_one_bin["ece_noise_floor"] == pytest.approx(math.sqrt(2 / math.pi) * spread, rel=0.1)
     one, two, other = (cm.calibration_metrics(*data, protocol="out-of-fold", seed=seed) for seed in (4, 4, 5))
     assert one == two and one["protocol"] == "out-of-fold"
-    changed = {name for name in one if one[name] != other[name]}
-    assert {"ece_noise_floor", "brier_low", "aurc_high"} <= changed
-    random = {f"{name}_{end}" for name in WITH_INTERVAL[1:] for end in ("low", "high")}
-    assert changed <= random | {"ece_noise_floor", "ece_noise_95", "ece_p_value"}
+    assert {"ece_noise_floor", "brier_low", "aurc_high"} <= {name for name in one if one[name] != other[name]}
 
 
 def test_copies_of_rows_in_one_group_make_no_interval_narrower():
@@ -594,11 +467,6 @@ def test_copies_of_rows_in_one_group_make_no_interval_narrower():
     assert cm.calibration_metrics([0.5] * 5, [1] * 5, groups=[1, "1", None, (1, 2), None])["groups"] == 4
     with pytest.raises(ValueError, match="40 confidences, but 39 groups"):
         cm.calibration_metrics(confidence, correct, groups=np.arange(39))
-
-
-def test_one_repeated_text_does_not_make_a_few_right_rows_certain():
-    found = cm.calibration_metrics([0.9] * 10, [1] * 10, groups=[0, 0, *range(1, 9)])
-    assert found["accuracy_low"] < 0.75  # nine of nine alone: 0.664; ten of ten: 0.692
 
 
 @pytest.mark.parametrize("confidence", [[0.83], [1.0] * 5, [0.0, 0.5, 0.95, 1.0]])
@@ -665,49 +533,7 @@ def test_a_reliability_diagram_has_a_dot_and_an_interval_for_each_bin_with_rows(
     assert alone.figure is not axis.figure and not alone.texts
 
 
-def test_risk_is_drawn_against_coverage_from_the_first_percent_on():
-    from matplotlib.figure import Figure
-
-    draw, axis = np.random.default_rng(0), Figure().subplots()
-    curves = {
-        name: (draw.random(300), draw.random(300) < 0.8, color)
-        for name, color in (("raw", "#D55E00"), ("two", "#0072B2"))
-    }
-    cm.plot_risk_coverage(axis, curves)
-    for line, (name, (confidence, correct, color)) in zip(axis.lines, curves.items(), strict=True):
-        order = sorted(range(300), key=lambda i: -confidence[i])
-        risk = [np.mean([not correct[i] for i in order[:k]]) for k in range(1, 301)]
-        assert line.get_xdata() == pytest.approx([k / 300 for k in range(4, 301)])
-        assert line.get_ydata() == pytest.approx(risk[3:])
-        assert line.get_label() == f"{name}, area {np.mean(risk):.3f}" and line.get_color() == color
-    assert axis.get_xlim() == (0, 1) and axis.get_ylim()[0] == 0
-
-
-def test_the_same_data_give_the_same_png_and_a_failed_one_none(tmp_path):
-    from matplotlib import image, rcParams
-
-    before = dict(rcParams)
-    for name, caption in [("a", "n = 12"), ("b", "n = 12"), ("c", "n = 13")]:
-        with plotting.figure(tmp_path / "new" / f"{name}.png", caption, columns=2, rows=3, height=1) as axes:
-            assert axes.shape == (3, 2)
-            cm.plot_reliability_diagram(*overconfident(40), ax=axes[0, 1])
-    a, b, c = ((tmp_path / "new" / f"{name}.png").read_bytes() for name in "abc")
-    assert a == b != c and b"matplotlib" not in a.lower()
-    assert image.imread(tmp_path / "new" / "a.png").shape[:2] == (511, 1260)  # three rows, two margins, a line
-    with pytest.raises(ZeroDivisionError), plotting.figure(tmp_path / "d.png", "never"):
-        1 / 0  # noqa: B018
-    assert not (tmp_path / "d.png").exists() and dict(rcParams) == before
-
-
 # Command line
-
-TABLE = """accuracy=accuracy/3 mean confidence=mean_confidence/3 overconfidence=gap/3 log loss (nats)=log_loss/3
-clipped at 0.001=log_loss_clipped/3 Brier score=brier/4 miscalibration, in-sample=corp_miscalibration/4
-discrimination, in-sample=corp_discrimination/4 uncertainty=corp_uncertainty/4
-AUROC of confidence for correctness=auroc/3 AURC, area under risk-coverage=aurc/4 ECE=ece/4
-noise floor, if calibrated=ece_noise_floor/4 its 95 % point=ece_noise_95/4 p of calibrated=ece_p_value/3
-equal-mass bins=ece_equal_mass/4 debiased (root of squares)=ece_debiased/4 smooth ECE=ece_smooth/4 MCE=mce/3
-rows in its bin=mce_count/0 MCE of bins with 30 rows or more=mce_30/3 rows in its bin=mce_30_count/0"""
 
 
 def write(path, rows):
@@ -724,40 +550,67 @@ def fails(capsys, *arguments):
     return error
 
 
-def test_the_command_line_prints_the_functions_numbers_and_draws(run, tmp_path):
+def lines_of(text):
+    """A printed table as title -> cells."""
+    split = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    return {title: cells for title, *cells in split}
+
+
+def cell(metrics, name, digits):
+    if name not in WITH_INTERVAL:
+        return f"{metrics[name]:.{digits}f}"
+    return f"{metrics[name]:.{digits}f} [{metrics[f'{name}_low']:.{digits}f}, {metrics[f'{name}_high']:.{digits}f}]"
+
+
+def test_the_command_line_prints_ten_rows_and_with_verbose_every_number(run, capsys, tmp_path):
     one, two = rows_of(60), rows_of(90, seed=1)
     two[1] = replace(two[1], text=two[0].text)
-    files = [write(tmp_path / "base.jsonl", one), write(tmp_path / "tuned.jsonl", two)]
-    done = run("calibration_metrics.py", *files, "--n-bins", 5, "--seed", 3, "--figure", tmp_path / "x" / "y.png")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "x" / "y.png").read_bytes().startswith(b"\x89PNG")
-    head, _, rest = done.stdout.partition("\n\n")
-    assert rest.endswith(f"\n{tmp_path / 'x' / 'y.png'}\n")
-    for path, rows in zip(files, (one, two), strict=True):
-        assert f"{path}: {len(rows) - 1} of {len(rows)} rows scored\n" in head
-        mine = [row for row in rows if row.prediction == "negative"]
-        right = sum(row.label == "negative" for row in mine)
-        low, high = cm.exact_interval(right, len(mine))
-        mean = sum(row.confidence for row in mine) / len(mine)
-        numbers = f"mean confidence {mean:.3f}, accuracy {right / len(mine):.3f} [{low:.3f}, {high:.3f}]"
-        assert f"  predicted negative: {len(mine)} rows, {numbers}" in head
-    lines = [re.split(r"\s{2,}", line.strip()) for line in rest.splitlines()[:-1]]
-    groups = [range(60), [0, 0, *range(2, 90)]]
-    metrics = [
-        cm.calibration_metrics(*predictions.confidence_and_correct(rows), 5, list(of), seed=3)
-        for rows, of in zip((one, two), groups, strict=True)
+    files, figure = (
+        [write(tmp_path / "base.jsonl", one), write(tmp_path / "tuned.jsonl", two)],
+        tmp_path / "x" / "y.png",
+    )
+    flags = [*map(str, files), "--n-bins", "5", "--seed", "3"]
+    done = run("calibration_metrics.py", *flags, "--figure", figure)
+    assert (done.returncode, done.stderr) == (0, "") and figure.read_bytes().startswith(b"\x89PNG")
+    head, _, table = done.stdout.partition("\n\n")
+    assert head.splitlines()[0] == f"{files[0]}: 60 of 61 rows scored, nothing fitted"
+    found = []
+    for rows, groups in ((one, range(60)), (two, [0, 0, *range(2, 90)])):
+        confidence, correct = predictions.confidence_and_correct(rows)
+        found.append(cm.calibration_metrics(confidence, correct, 5, list(groups), seed=3))
+        isotonic = IsotonicRegression().fit(confidence, correct).predict(confidence)
+        found[-1]["refinement"] = sklearn_metrics.log_loss(correct, isotonic)
+        found[-1]["calibration_error"] = found[-1]["log_loss"] - found[-1]["refinement"]
+    short = lines_of(table)
+    assert short == {
+        str(files[0]): [str(files[1])],
+        "rows (groups)": ["60 (60)", "90 (89)"],
+        "accuracy": [cell(m, "accuracy", 3) for m in found],
+        "mean confidence": [cell(m, "mean_confidence", 3) for m in found],
+        "log loss (nats)": [cell(m, "log_loss", 3) for m in found],
+        "calibration error, in-sample": [cell(m, "calibration_error", 3) for m in found],
+        "refinement, in-sample": [cell(m, "refinement", 3) for m in found],
+        "ECE (expected if calibrated)": [f"{m['ece']:.4f} ({m['ece_noise_floor']:.4f})" for m in found],
+        "MCE (rows in its bin)": [f"{m['mce']:.3f} ({m['mce_count']})" for m in found],
+        "AUROC of confidence for correctness": [cell(m, "auroc", 3) for m in found],
+        "Brier score": [cell(m, "brier", 4) for m in found],
+        str(figure): [],
+    }
+    cm.main([*flags, "--verbose"])
+    head, _, table = capsys.readouterr().out.partition("\n\n")
+    every = lines_of(table)
+    assert all(every[title] == cells for title, cells in short.items() if title != str(figure))
+    for line in cm.MORE_LINES[:-1]:
+        assert every[line.title.strip()] == [cell(m, line.name, line.decimals) for m in found]
+    assert every["MCE of bins with 30 rows or more (rows)"] == [
+        "-",
+        f"{found[1]['mce_30']:.3f} ({found[1]['mce_30_count']})",
     ]
-    assert lines[0] == [str(path) for path in files]
-    assert lines[1:3] == [["rows", "60", "90"], ["groups (bootstrap)", "60", "89"]]
-    assert lines[3] == ["protocol", "nothing fitted", "nothing fitted"]
-    expected = []
-    for text, name, digits in re.findall(r"([^=]+)=(\w+)/(\d)\s?", TABLE):
-        cells = ["-" if m[name] is None else f"{m[name]:.{digits}f}" for m in metrics]
-        if name in WITH_INTERVAL:
-            ends = [f" [{m[f'{name}_low']:.{digits}f}, {m[f'{name}_high']:.{digits}f}]" for m in metrics]
-            cells = [cell + end for cell, end in zip(cells, ends, strict=True)]
-        expected.append([text, *cells])
-    assert lines[4:] == expected
+    mine = [row for row in one if row.prediction == "negative"]
+    right, mean = sum(row.label == "negative" for row in mine), np.mean([row.confidence for row in mine])
+    low, high = cm.exact_interval(right, len(mine))
+    numbers = f"mean confidence {mean:.3f}, accuracy {right / len(mine):.3f} [{low:.3f}, {high:.3f}]"
+    assert f"  predicted negative: {len(mine)} rows, {numbers}" in head
 
 
 def test_calibrated_confidences_of_other_rows_are_held_out_and_groups_come_from_a_table(capsys, tmp_path):
@@ -765,16 +618,12 @@ def test_calibrated_confidences_of_other_rows_are_held_out_and_groups_come_from_
     (tmp_path / "g.csv").write_text("group,id\n" + "".join(f"g{i % 3},r{i}\n" for i in range(8)))
     cm.main([str(path), str(path), "--score", "calibrated_confidence", "--groups", str(tmp_path / "g.csv")])
     out = capsys.readouterr().out
-    for text in [r"protocol +held-out", r"groups \(bootstrap\) +3", r"mean confidence +0\.700 \[", "or more +-\n"]:
+    for text in ["8 of 9 rows scored, held-out", r"rows \(groups\) +8 \(3\)", r"mean confidence +0\.700 \["]:
         assert re.search(text, out), text
     assert out.count("rows scored") == 1  # a file named twice is one column
 
 
-def test_help_names_every_flag_and_imports_nothing_heavy(run):
-    done = run("-X", "importtime", "calibration_metrics.py", "--help")
-    assert done.returncode == 0 and "noise floor" in done.stdout
-    assert all(flag in done.stdout for flag in ["--score", "--n-bins", "--groups", "--seed", "--figure"])
-    assert not re.search(r"\| +(torch|sklearn|matplotlib|scipy|relplot|pandas)$", done.stderr, re.MULTILINE)
+CALIBRATED = "--score calibrated_confidence"
 
 
 def changed(path, number, **fields):
@@ -785,47 +634,29 @@ def changed(path, number, **fields):
     return path
 
 
-CALIBRATED = ["--score", "calibrated_confidence"]
-
-
 @pytest.mark.parametrize(
     ("fields", "flags", "message"),
     [
-        ({"label": None}, [], "a.jsonl: 1 of 8 scored rows have no label"),
-        ({"confidence": math.nan}, [], "a.jsonl line 3 is not a prediction"),
-        ({"confidence": 1.5, "probabilities": {"positive": 1.5, "negative": -0.5}}, [], "line 3 is not a prediction"),
+        ({"label": None}, "", "a.jsonl: 1 of 8 scored rows have no label"),
+        ({"confidence": math.nan}, "", "a.jsonl line 3 is not a prediction"),
+        ({"fingerprint": "00000000"}, "", "a.jsonl: it mixes the fingerprints"),
         ({"calibrated_confidence": None}, CALIBRATED, "a.jsonl: 1 of 8 rows have no calibrated_confidence"),
-        ({"calibrated_confidence": 1.5}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is 1.5, not a number"),
         ({"calibrated_confidence": "0.5"}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is '0.5', not"),
-        ({"calibrated_confidence": {"a": 1}}, CALIBRATED, "a.jsonl: row 'r2': calibrated_confidence is {'a': 1}"),
-        ({"calibrated_confidence": math.nan}, CALIBRATED, "a.jsonl line 3 .* NaN is no number"),
-        ({"text": None}, [], "a.jsonl line 3 is not a prediction: .*text"),
-        ({"fingerprint": "00000000"}, [], "a.jsonl: it mixes the fingerprints"),
-        ({"fitted_on": "yes"}, CALIBRATED, "a.jsonl: 1 of 8 rows .*fitted on"),
         ({"fitted_on": True}, CALIBRATED, "a.jsonl: 1 of 8 rows .*fitted on.*in-sample"),
-        ({}, ["--n-bins", "0"], "--n-bins 0: at least one"),
-        ({}, ["--n-bins", "many"], "--n-bins"),
-        ({}, ["--score", "certainty"], "--score"),
-        ({}, ["--groups", "no\x1b.csv"], r"no such file: no\\x1b.csv"),
-        ({}, ["--figure", "a.jsonl/under.png"], "a.jsonl"),
-        ({}, ["--figure", "folder.png"], "folder.png"),
-        ({}, ["--figure", "plot"], "--figure plot: a file name that ends in .png"),
-        ({}, ["--seed", "-1"], "--seed"),
-        ({"id": "\x1b[2J\n\u202e", "text": "\x1b[31m\x00"}, ["--groups", "g.csv"], r"g.csv names no .*\\x1b\[2J"),
-        ({}, ["--groups", "columns.csv"], "columns.csv line 2: --groups needs the columns id and group"),
-        ({}, ["--groups", "null.jsonl"], "null.jsonl line 1: the group is None"),
-        ({}, ["--groups", "list.jsonl"], r"list.jsonl line 1: the group is \[1, 'a'\]"),
+        ({}, "--n-bins 0", "--n-bins 0: at least one"),
+        ({}, "--score certainty", "--score"),
+        ({}, "--groups no\x1b.csv", r"no such file: no\\x1b.csv"),
+        ({}, "--figure folder.png", "folder.png"),
+        ({}, "--figure plot", "--figure plot: a file name that ends in .png"),
+        ({}, "--seed -1", "--seed"),
+        ({"id": "\x1b[2J\n\u202e", "text": "\x1b[31m\x00"}, "--groups g.csv", r"g.csv names no .*\\x1b\[2J"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, fields, flags, message):
     monkeypatch.chdir(tmp_path)
-    for name, group in [("null", [None, "a"]), ("list", [[1, "a"]])]:
-        groups = [{"id": f"r{i}", "group": group[i % len(group)]} for i in range(8)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in groups))
     (tmp_path / "g.csv").write_text("id,group\n" + "".join(f"r{i},1\n" for i in range(8)))
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "columns.csv").write_text("id,grp\nr0,1\n")
-    assert re.search(message, fails(capsys, changed(Path("a.jsonl"), 2, **fields), *flags))
+    assert re.search(message, fails(capsys, changed(Path("a.jsonl"), 2, **fields), *flags.split()))
 
 
 def test_a_missing_an_empty_and_an_unscored_file_are_one_line_and_exit_code_2(run, capsys, tmp_path):
@@ -840,6 +671,6 @@ def test_a_missing_an_empty_and_an_unscored_file_are_one_line_and_exit_code_2(ru
 def test_a_hostile_label_does_not_reach_the_terminal(capsys, tmp_path):
     hostile = "\x1b[31mred\n"
     sure = {"confidence": 0.75, "probabilities": {hostile: 0.75, "other": 0.25}}
-    cm.main([str(changed(tmp_path / "a.jsonl", 2, prediction=hostile, **sure))])
+    cm.main([str(changed(tmp_path / "a.jsonl", 2, prediction=hostile, label=hostile, **sure)), "--verbose"])
     out = capsys.readouterr().out
     assert "\x1b" not in out and r"predicted \x1b[31mred\n: 1 rows" in out
