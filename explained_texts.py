@@ -82,8 +82,9 @@ def read_pairs(paths: Sequence[str], names: Sequence[str], models: Sequence[Pred
             is_other = model.method == "logprobs" and said.fingerprint != model.fingerprint
             if is_other or [*said.probabilities] != [*model.probabilities]:
                 raise ValueError(
-                    f"{path} line {line} has the fingerprint {said.fingerprint} and labels {', '.join(said.probabilities)}, "
-                    f"the predictions have {model.fingerprint} and {', '.join(model.probabilities)}"
+                    f"{path} line {line} has the fingerprint {said.fingerprint} and the labels "
+                    f"{', '.join(said.probabilities)}; the predictions have {model.fingerprint} and "
+                    f"{', '.join(model.probabilities)}: another model, task or setting"
                 )
         found.append({"text": both[0].text} | {name: said.record() for name, said in zip(names, both, strict=True)})
     if not found:
