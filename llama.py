@@ -22,7 +22,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -36,6 +37,17 @@ from tables import check_text
 from tensors import inference, inverse_cdf, log_softmax, map_cache
 
 SLOT = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"  # stands where a text goes in a prompt
+
+# A chat template that writes today's date would make another prompt, and another score, every day. This is the day that
+# Llama 3.1's template names where it knows no other, put in the place of the function that says what day it is.
+DATE_PARTS = {"%d": "26", "%m": "07", "%Y": "2024", "%y": "24", "%b": "Jul", "%B": "July", "%a": "Fri", "%A": "Friday"}
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace({part!r}, {value!r})" for part, value in DATE_PARTS.items())
+    + " }}{%- endmacro -%}"
+)
+TEMPLATE_SECONDS = 20.0
+ORDINARY = (TypeError, ValueError, AttributeError, RecursionError, MemoryError)  # what a template's program may raise
 
 # Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
 TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
@@ -53,6 +65,15 @@ class RenderedPrompt:
 
     def render(self, text: str) -> str:
         return self.before + text.strip() + self.after
+
+
+@dataclass(frozen=True)
+class AnsweredBatch:
+    """Rows that ran together: their numbers, log-probabilities [batch, answers], last hidden states [batch, hidden]."""
+
+    rows: list[int]
+    log_probs: np.ndarray
+    hidden: np.ndarray | None
 
 
 @dataclass
@@ -106,18 +127,47 @@ class Llama:
         """The rendered prompt of a task.Task around the place of its text."""
         return self.rendered_prompt(task.prompt(SLOT))
 
+    def prompt_settings(self, task: object) -> dict[str, object]:
+        """What a fingerprint must know of a task's prompt besides the task: what a chat template makes of it."""
+        if task.format != "chat":
+            return {}
+        prompt = self.task_prompt(task)
+        return {"rendered": [prompt.before, prompt.after]}
+
     def _render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The messages by the model's chat template, on a fixed day.
+
+        The template is a program of the model's makers: it may fail in any way, and has TEMPLATE_SECONDS to end.
+        """
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
             raise ValueError(f'{self.name} has no chat template; use a task with format = "completion"')
-        try:
-            # enable_thinking is read by the templates of thinking models and ignored by all others.
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {self.name} fails: {one_line(error)}") from None
+        template = self.tokenizer.get_chat_template()
+        done: list[str] = []
+        failed: list[Exception] = []
+
+        def render() -> None:
+            try:
+                # enable_thinking is read by the templates of thinking models and ignored by all others.
+                rendered = self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    enable_thinking=False,
+                    chat_template=FIXED_DATE + template if "strftime_now" in template else template,
+                )
+                done.append(rendered)
+            except (TemplateError, ArithmeticError, LookupError, *ORDINARY) as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=render, daemon=True)  # one that never ends does not keep the program alive
+        thread.start()
+        thread.join(TEMPLATE_SECONDS)
+        if done:
+            return done[0]
+        reason = one_line(failed[0]) if failed else f"it has not ended after {TEMPLATE_SECONDS:.0f} s"
+        raise ValueError(f"the chat template of {self.name} fails: {reason}")
 
     def encode(self, prompt: RenderedPrompt, text: str) -> list[int]:
         """The ids of the whole rendered prompt; control strings in the text become plain characters.
@@ -200,19 +250,38 @@ class Llama:
         `hidden`, an array [rows, `hidden_size`], is filled with the last hidden states, from which answers are told.
         """
         result = np.empty((len(rows), len(answers)))
+        for batch in self.answer_batches(rows, answers, batch_size, hidden is not None):
+            result[batch.rows] = batch.log_probs
+            if hidden is not None:
+                hidden[batch.rows] = batch.hidden
+            advance(len(batch.rows))
+        return result
+
+    def answer_batches(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        with_hidden: bool = False,
+        skip: Collection[int] = (),
+    ) -> Iterator[AnsweredBatch]:
+        """As `answer_log_probs`, a batch at a time; one whose rows are all among `skip` is left out.
+
+        What is left out changes no batch and no number, so a run that was stopped can go on with the rest.
+        """
         with inference():
             prefix, cache = self.shared_prefix(rows)
-            for batch in self.batches(
-                [len(row) - len(prefix) for row in rows], batch_size, self.needs_one_length(answers)
-            ):
-                tails = [list(rows[i][len(prefix) :]) for i in batch]
-                with self._head_inputs() if hidden is not None else contextlib.nullcontext() as seen:
+        lengths = [len(row) - len(prefix) for row in rows]
+        for batch in self.batches(lengths, batch_size, self.needs_one_length(answers)):
+            if all(i in skip for i in batch):
+                continue
+            tails = [list(rows[i][len(prefix) :]) for i in batch]
+            with inference():
+                with self._head_inputs() if with_hidden else contextlib.nullcontext() as seen:
                     log_probs = self.answers_after(tails, cache, answers, self.shares_prefix is True)
-                result[batch] = log_probs.cpu().double().numpy()
-                if hidden is not None:
-                    hidden[batch] = self._last_of(tails, seen[0]).float().cpu().numpy()
-                advance(len(batch))
-        return result
+                hidden = self._last_of(tails, seen[0]).float().cpu().numpy() if with_hidden else None
+                found = AnsweredBatch(batch, log_probs.cpu().double().numpy(), hidden)
+            yield found
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -556,6 +625,11 @@ def load_llama(
         if absent := sorted(map(str, info["missing_keys"])):  # transformers would make them up at random
             raise ValueError(f"the weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""))
         _check_causal(network)
+        known, read = network.get_input_embeddings().weight.shape[0], len(tokenizer)
+        if read > known:
+            raise ValueError(
+                f"its tokenizer has {read:,} tokens, its weights know {known:,}: they do not belong together"
+            )
     identity = {"weights": weights, "precision": precision}
     if adapter_path:
         check_base(adapter_path, weights)

@@ -185,11 +185,11 @@ def label_scorer(
     """
     prompt = llama.task_prompt(task)
     answers = tuple(find_answers(task, llama.tokenizer, prompt.render("text")))
-    settings: dict[str, object] = {"truncate": True} if truncate else {}
+    settings = llama.prompt_settings(task) | ({"truncate": True} if truncate else {})
     known = {**llama.identity, "task": task.settings(), "method": "logprobs"}
     head = None
     if use_head:
-        head = read_head(llama, predictions.fingerprint(**known, settings={}))
+        head = read_head(llama, predictions.fingerprint(**known, settings=llama.prompt_settings(task)))
         settings["head"] = head.digest
     fingerprint = predictions.fingerprint(**known, settings=settings)
     debiased = predictions.fingerprint(**known, settings=settings | DEBIASED)

@@ -111,7 +111,9 @@ def folder_hash(folder: Path) -> str:
     for path in files:
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        value = known.get(key) or sha256(path)
+        value = known.get(key)
+        if not (isinstance(value, str) and len(value) == 64):
+            value = sha256(path)
         if stat.st_size > 64 << 20:
             known[key] = value
         digest.update(f"{path.name} {value}\n".encode())

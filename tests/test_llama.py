@@ -155,6 +155,39 @@ def test_a_chat_template_that_cannot_be_used_is_an_error(tiny_llama, tokenizer, 
     assert "\n" not in str(refusal.value) and "tiny-llama" in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "not ended"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ range(10 ** 9) }}", "range"),
+        ("{{ messages[7].x.y }}", "element"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_a_chat_template_that_fails_or_never_ends_is_one_line(template, reason, tiny_llama, monkeypatch):
+    monkeypatch.setattr(loader, "TEMPLATE_SECONDS", 0.5)
+    changed = copy.copy(tiny_llama.tokenizer)
+    changed.chat_template = template
+    with pytest.raises(ValueError, match=rf"(?i)^the chat template of tiny-llama fails: [^\n]*{reason}"):
+        replace(tiny_llama, tokenizer=changed).rendered_prompt([{"role": "user", "content": SLOT}])
+
+
+def test_a_chat_template_knows_one_day_only_and_the_fingerprint_knows_what_it_writes(tiny_llama):
+    def fingerprint(template):
+        changed = copy.copy(tiny_llama.tokenizer)
+        changed.chat_template = template + "{% for m in messages %}{{ m.content }}{% endfor %}"
+        llama = replace(tiny_llama, tokenizer=changed)
+        prompts.append(llama.task_prompt(CHAT).before)
+        return label_scorer(llama, CHAT).fingerprint
+
+    prompts = []
+    dated = "{% set day = strftime_now('%d %b %Y, %A') %}{{ day }} {{ strftime_now('%Y-%m-%d') }} "
+    assert len({fingerprint(dated), fingerprint("Today "), fingerprint("")}) == 3
+    assert prompts[0].startswith("26 Jul 2024, Friday 2024-07-26 ")
+    assert label_scorer(tiny_llama, COMPLETION).fingerprint == label_scorer(tiny_llama, replace(COMPLETION)).fingerprint
+
+
 # Texts that do not fit
 
 
