@@ -1,7 +1,7 @@
 """Models behind a server: the most probable next tokens, and sampled answers, over HTTP.
 
     with connect("http://127.0.0.1:8000/v1") as server:           # or "anthropic", or "sagemaker:NAME/ADAPTER"
-        server.wait(server.first_token(prompt))                    # Listing: the server's top list, with what it leaves
+        server.wait(server.first_token(prompt))                    # Listing: the server's top list
         server.wait(server.sample(prompt, seed=1))                 # one answer
         server.in_order(function, items)                           # many at a time, results in order
 
@@ -12,9 +12,6 @@ that a model's API rejects is left out, and `sent` says what was really sent.
 
 A ValueError concerns one row; PassingError is one that another try may cure. An OSError concerns the server: the run
 stops, nothing is lost, and the same command continues it. Keys come from the environment and are never shown.
-
-On SageMaker an endpoint NAME has a component for its base model and one for each adapter, all of which LMI serves with
-vLLM and in OpenAI's layouts; boto3 carries the requests, with AWS's credentials and region as boto3 finds them.
 """
 
 from __future__ import annotations
@@ -32,11 +29,15 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from llama import load_reader
+from aws import aws_name, component_name, explanation, hidden
+from llama import Llama, load_reader
 from tables import check_text
+from task import Task
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Prompt = str | list[int] | list[dict[str, str]]
@@ -49,52 +50,33 @@ TIMEOUT_S = 60.0
 IN_A_ROW = 20  # rows failing one after another that say it is the server and not the rows
 NO_LOGPROBS = "{} gives no log-probabilities; use Method 2, consistency_confidence.py"
 NOT_COMPUTED = -9999.0  # what vLLM writes where it has no log-probability
+CONTINUE = "nothing is lost, repeat the command to continue"
 
 # Without these a server truncates or penalises by defaults of its own; each has another subset of the names.
 UNTRUNCATED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
 BY_ID = ("logprob_token_ids", "return_tokens_as_token_ids")  # vLLM's
 # Parameters that may be left out when the server rejects them. All others are what was asked.
 OPTIONAL = ("temperature", "seed", "stop", "max_tokens", *UNTRUNCATED, *BY_ID)
-# What is known to be rejected, by host and by model (November 2026); the rest is found out by the first request.
-REJECTED_BY_HOST = {"api.openai.com": {"top_k", "min_p", "repeat_penalty", "repetition_penalty"}}
-REJECTED_BY_MODEL = (
-    (r"claude-(opus-4-[789]|(opus|sonnet|haiku)-[5-9]|fable)", {"temperature"}),
-    (r"^(o\d|gpt-5)", {"temperature", "top_p", "stop", "max_tokens"}),
-)
-# A refusal of a value is the user's to mend; any other 400 that names an optional parameter is a rejection of it.
+# A refused value is the user's to correct; any other 400 that names an optional parameter is a rejection of it.
 VALUE_REFUSED = re.compile(r"range|less than|greater than|between|at most|at least|maximum|minimum", re.I)
 # A server reads these in a prompt as control tokens, wherever they come from.
 CONTROL = re.compile(
     r"<\|[^<>|\s]{1,64}\|>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?(INST|SYSTEM_PROMPT)\]"
 )
-END = object()
 
-# SageMaker's
-AWS_NAME = re.compile("[a-zA-Z0-9](-*[a-zA-Z0-9])*")  # of at most 63 characters
-AWS_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 AWS_BODY_BYTES = 6_291_456  # the most that InvokeEndpoint takes
-# What stops a run: an error's code, or botocore's name for it, and the beginning of its text; and what to do.
-AWS_STOPS = (
-    ("AccessDenied", "AWS denies access ({said}); the credentials need sagemaker:InvokeEndpoint on {endpoint}"),
-    ("ExpiredToken|RequestExpired", "the AWS credentials have expired ({code}); renew them; {go_on}"),
-    # Whose text repeats the signed request, with a session's token in it.
-    (
-        r"\w*Signature|UnrecognizedClient|InvalidClientToken|MissingAuth|Unauthorized|Forbidden",
-        "AWS refuses the credentials ({code}); check the access key or the profile, and the clock",
-    ),
-    (r"\w*(Credential|Token|SSO|Login)", "no AWS credentials ({said}); run aws configure, or set AWS_PROFILE"),
-    ("(EndpointConnection|ConnectTimeout|ProxyConnection|SSL)Error", "{said}; is the region right? {go_on}"),
-    ("ModelNotReady", "component {component} of {endpoint} is not ready ({said}); wait some minutes; {go_on}"),
-    (r"ValidationError: Endpoint \S+ .*not found", "there is no endpoint {endpoint} ({said}); {deploy} makes it"),
-    (
-        r"ValidationError: .*[Cc]omponent|ModelError: .{,40}LoRA adapter \S+ not found in registry",
-        "endpoint {endpoint} has no component {component} ({said}); {deploy} adds it",
-    ),
-)
 
 
 class PassingError(ValueError):
     """A row failed for a reason that may pass: a server's error, a lost connection, a broken reply."""
+
+
+@dataclass(eq=False)
+class StatusError(Exception):
+    """A server answered with a status other than success, and said why."""
+
+    status: int
+    said: str
 
 
 @dataclass(frozen=True)
@@ -108,22 +90,25 @@ class Listing:
     complete: bool = False
 
 
+# What is asked
+
+
 @dataclass
 class Endpoint:
-    """A model of a server. `sent` are the sampling parameters that its API accepts, once a first request has been."""
+    """A model of a server. `rejected` are the parameters that its API does not take, once a first request has been."""
 
     client: object = field(repr=False)
-    # openai or anthropic, whose clients and errors have the same names; with a component botocore's exceptions
-    library: object = field(repr=False)
+    post: Callable[[str, dict], Awaitable[str | bytes]] = field(repr=False)  # (path, body) -> content of the reply
     url: str
     name: str
     concurrency: int
     top_tokens: int
-    reader: object | None  # a tokenizer of llama.py's: prompts go as ids
-    rejected: set[str]
-    by_id: bool = False  # whether the server lists tokens by id
+    reader: Llama | None  # a tokenizer: prompts go as ids
     component: str = ""  # the inference component, on SageMaker
-    _secret: str = field(default="", repr=False)
+    is_anthropic: bool = False
+    secret: str = field(default="", repr=False)
+    rejected: set[str] = field(default_factory=set)
+    by_id: bool = False  # whether the server lists tokens by id
     _probing: bool = field(default=False, repr=False)
     _failed_in_a_row: int = field(default=0, repr=False)
 
@@ -137,13 +122,9 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._end(asyncio.all_tasks(self._loop))
         with contextlib.suppress(Exception):  # a connection that is already broken cannot be closed politely
-            if closing := self.client.close():
-                self._loop.run_until_complete(closing)
+            if closing := self.client.close():  # boto3's is closed at once
+                self.wait(closing)
         self._loop.close()
-
-    @property
-    def is_anthropic(self) -> bool:
-        return self.library.__name__ == "anthropic"
 
     @property
     def identity(self) -> dict:
@@ -163,19 +144,21 @@ class Endpoint:
 
     def in_order(self, function: Callable[[Item], Awaitable[Result]], items: Iterable[Item]) -> Iterator[Result]:
         """function(item) for each item, in their order; a few items beyond the one waited for are under way."""
-        items, waiting = iter(items), deque()
+        items, under_way = iter(items), deque()
+
+        def begin(count: int) -> None:
+            under_way.extend(self._loop.create_task(function(item)) for item in islice(items, count))
+
         try:
-            while True:
-                while len(waiting) < 2 * self.concurrency and (item := next(items, END)) is not END:
-                    waiting.append(self._loop.create_task(function(item)))
-                if not waiting:
-                    return
-                result = self.wait(waiting[0])
-                waiting.popleft()
+            begin(2 * self.concurrency)
+            while under_way:
+                result = self.wait(under_way[0])
+                under_way.popleft()
                 yield result
+                begin(1)
         finally:
             if not self._loop.is_closed():  # a caller that failed may leave this to the garbage collector
-                self._end(waiting)
+                self._end(under_way)
 
     def _end(self, tasks: Collection[asyncio.Task]) -> None:
         """Cancel what is under way."""
@@ -197,7 +180,7 @@ class Endpoint:
 
     # The two calls
 
-    def question(self, task: object) -> Callable[[str], Prompt]:
+    def question(self, task: Task) -> Callable[[str], Prompt]:
         """How a text is put to this server: as ids if we have its tokenizer, else as the task's prompt.
 
         Raises ValueError for a text that cannot be sent as data.
@@ -208,16 +191,16 @@ class Endpoint:
                 "as --task sentiment-yes-no"
             )
         if self.reader:
-            prompt = self.reader.task_prompt(task)
-            return lambda text: self.reader.encode_within(prompt, text)[0]
+            rendered = self.reader.task_prompt(task)
+            return lambda text: self.reader.encode_within(rendered, text)[0]
 
         def ask(text: str) -> Prompt:
             check_text(text)
             # These two tokenize a user's text as characters; of other servers nobody knows.
-            safe = self.is_anthropic or urlsplit(self.url).hostname == "api.openai.com"
-            if not safe and (spelt := CONTROL.search(text)):
+            reads_characters = self.is_anthropic or urlsplit(self.url).hostname == "api.openai.com"
+            if not reads_characters and (spelled := CONTROL.search(text)):
                 raise ValueError(
-                    f"the text spells the control token {spelt.group()}, which this server would obey; "
+                    f"the text spells the control token {spelled.group()}, which this server would obey; "
                     "--tokenizer sends ids, in which it is characters"
                 )
             return task.prompt(text)
@@ -232,21 +215,22 @@ class Endpoint:
         if self.is_anthropic:
             raise ValueError(NO_LOGPROBS.format(self.name))
         body = {"max_tokens": 1, "temperature": 1.0, **UNTRUNCATED}  # some servers list what sampling leaves
-        chat = _is_chat(prompt)
-        body |= {"logprobs": True, "top_logprobs": self.top_tokens} if chat else {"logprobs": self.top_tokens}
+        if is_chat(prompt):
+            body |= {"logprobs": True, "top_logprobs": self.top_tokens}
+        else:
+            body["logprobs"] = self.top_tokens
         if self.reader:
             body["return_tokens_as_token_ids"] = True
         if 0 < len(ids) <= LISTED_BY_ID and (self.by_id or self._probing):
             body["logprob_token_ids"] = list(ids)
             if self.component:  # lists so many at most; an endpoint of ours allows as many
                 body["logprobs"] = max(self.top_tokens, len(ids))
-        reply = await self._ask(prompt, body)
-        tokens = self._listed(_choice(reply).get("logprobs"))
+        tokens = listed_tokens(await self._ask(prompt, body), self.name)
         numbers = {token for token, _ in tokens}
         complete = bool(ids) and numbers.issuperset(f"token_id:{i}" for i in ids)
         if self._probing:
             self.by_id = complete
-        return Listing(tuple((self._text(token), logprob) for token, logprob in tokens), complete)
+        return Listing(tuple((self._text(token), log_prob) for token, log_prob in tokens), complete)
 
     async def sample(
         self,
@@ -257,26 +241,16 @@ class Endpoint:
         choice: Sequence[str] = (),
     ) -> str:
         """One sampled answer; of a completion its first line. `choice`: the server must give one of these (vLLM)."""
-        body = {"max_tokens": max_tokens, "temperature": temperature}
+        body: dict = {"max_tokens": max_tokens, "temperature": temperature}
         if self.is_anthropic:
-            reply = await self._ask(prompt, body)
-            blocks = reply.get("content")
-            if not isinstance(blocks, list):
-                raise PassingError("the reply has no content")
-            return "".join(_string(block.get("text")) for block in blocks if isinstance(block, Mapping))
+            return claude_answer(await self._ask(prompt, body))
         body |= {"seed": seed, **UNTRUNCATED}
-        chat = _is_chat(prompt)
-        if not chat:
-            body["stop"] = ["\n"]
         if choice:
             body["structured_outputs"] = {"choice": list(choice)}
-        reply = _choice(await self._ask(prompt, body))
-        if not chat:
-            return _string(reply.get("text")).partition("\n")[0]  # also where `stop` was rejected
-        message = reply.get("message")
-        if not isinstance(message, Mapping):
-            raise PassingError("the reply has no message")
-        return _string(message.get("content"))  # a refusal stands elsewhere, and its "No" is no answer
+        if is_chat(prompt):
+            return chat_answer(await self._ask(prompt, body))
+        body["stop"] = ["\n"]
+        return completion_answer(await self._ask(prompt, body))
 
     def _text(self, token: str) -> str:
         """A token as text: servers write some as their number, or with the vocabulary's own mark for a space."""
@@ -284,204 +258,44 @@ class Endpoint:
             return self.reader.tokenizer.decode([int(number.group(1))])
         return token.replace("\u2581", " ").replace("\u0120", " ")
 
-    def _listed(self, logprobs: object) -> list[tuple[str, float]]:
-        """(token, log-probability) of the first position, in either of the two layouts; ValueError if there is none."""
-        without = NO_LOGPROBS.format(self.name)
-        if not isinstance(logprobs, Mapping):
-            raise ValueError(without)
-        try:
-            if logprobs.get("content"):
-                pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
-            else:
-                pairs = list(logprobs["top_logprobs"][0].items())
-            tokens = [(token, float(value)) for token, value in pairs if not value <= NOT_COMPUTED]
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
-            raise ValueError(without) from None
-        if not tokens or not all(isinstance(token, str) for token, _ in tokens):
-            raise ValueError(without)
-        total = math.fsum(math.exp(min(value, 1.0)) for _, value in tokens)
-        if not total <= 1.001:  # also when one of them is NaN
-            raise PassingError(f"the listed probabilities sum to {total:.3f}")
-        return sorted(tokens, key=lambda pair: -pair[1])
-
     # One request
 
     async def _ask(self, prompt: Prompt, body: dict) -> dict:
-        """The reply to one request as JSON, after the client's own retries; errors sorted into rows' and servers'."""
-        path = "/completions"
+        """The reply to one request, after the connection's own retries; in a first request without what it rejects."""
         if self.is_anthropic:
             path, body = "/v1/messages", body | {"messages": prompt}
-        elif _is_chat(prompt):
+        elif is_chat(prompt):
             path, body = "/chat/completions", body | {"messages": prompt}
         else:
-            body = body | {"prompt": prompt}
-        model = {} if self.component else {"model": self.name}
+            path, body = "/completions", body | {"prompt": prompt}
+        if not self.component:
+            body = {"model": self.name} | body
         while True:
+            accepted = {name: value for name, value in body.items() if name not in self.rejected}
+            if "max_tokens" in self.rejected:  # the reasoning models' name for it
+                accepted["max_completion_tokens"] = body["max_tokens"]
             try:
                 async with self._slots:
-                    reply = await self._send(path, model | self._accepted(body))
+                    reply = read_reply(await self.post(path, accepted), self.secret)
                 self._failed_in_a_row = 0
                 return reply
-            except _RejectedError as error:
-                self.rejected.add(error.parameter)
+            except StatusError as error:
+                parameter = rejected_parameter(error, accepted)
+                if not (self._probing and parameter):
+                    failure = status_failure(error, self.url, self.name, "logprobs" in accepted)
+                    raise self._counted(failure) from None
+                self.rejected.add(parameter)
+            except PassingError as error:
+                raise self._counted(error) from None
 
-    def _accepted(self, body: dict) -> dict:
-        accepted = {name: value for name, value in body.items() if name not in self.rejected}
-        if "max_tokens" in self.rejected:  # the reasoning models' name for it
-            accepted["max_completion_tokens"] = body["max_tokens"]
-        return accepted
-
-    async def _send(self, path: str, body: dict) -> dict:
-        text = await (self._invoke(body) if self.component else self._post(path, body))
-        try:
-            reply = json.loads(text)
-            if not isinstance(reply, dict):
-                raise ValueError
-        except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
-            raise self._passing("the server's reply is not JSON; is this the URL of an API?") from None
-        if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
-            raise self._passing(f"the server says: {self._redacted(_words(reply))[:300]}")
-        return reply
-
-    async def _post(self, path: str, body: dict) -> str:
-        errors, timeout_s = self.library, self.client.timeout
-        try:
-            return await self.client.post(path, body=body, cast_to=str)
-        except errors.APITimeoutError:
-            raise self._passing(f"no answer within {timeout_s:g} s, {1 + RETRIES} times") from None
-        except errors.APIConnectionError:
-            if not await self._is_there():
-                raise OSError(f"no server answers at {self.url}; {_CONTINUE}") from None
-            raise self._passing(f"the server cut the connection, {1 + RETRIES} times") from None
-        except errors.APIStatusError as error:
-            raise self._status_failure(error, body) from None
-
-    async def _invoke(self, body: dict) -> bytes:
-        """The reply to one request through SageMaker, in which boto3 would not wait for a model that is not ready."""
-        call = {"EndpointName": self.name.partition("/")[0], "InferenceComponentName": self.component}
-        call |= {"ContentType": "application/json", "Body": json.dumps(body).encode()}
-        if (size := len(call["Body"])) > AWS_BODY_BYTES:
-            raise ValueError(f"the request has {size:,} bytes, of which SageMaker takes {AWS_BODY_BYTES:,}")
-        for attempt in range(1 + RETRIES):
-            try:
-                return await self._in_thread(lambda: self.client.invoke_endpoint(**call)["Body"].read())
-            except (self.library.ClientError, self.library.BotoCoreError) as error:
-                code, status, said = self._aws_words(error)
-            if status < 500 and status not in (408, 409, 429):
-                break
-            if attempt < RETRIES:
-                await asyncio.sleep(FIRST_PAUSE_S * 2**attempt)
-        raise self._aws_failure(code, status, said, body)
-
-    def _in_thread(self, function: Callable[[], Result]) -> Awaitable[Result]:
-        """function() in a thread of its own, which Ctrl-C need not wait for."""
-        outcome = Future()
-        outcome.set_running_or_notify_cancel()
-
-        def work() -> None:
-            try:
-                outcome.set_result(function())
-            except Exception as error:
-                outcome.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        return asyncio.wrap_future(outcome, loop=self._loop)
-
-    def _aws_words(self, error: Exception) -> tuple[str, int, str]:
-        """(code, status, text) of an error; a lost connection has status 599, any other fault on this side 0."""
-        if not isinstance(error, self.library.ClientError):
-            lost = self.library.ConnectionError, self.library.HTTPClientError, self.library.IncompleteReadError
-            return type(error).__name__, 599 if isinstance(error, lost) else 0, str(error)
-        reply = error.response
-        code, said = (reply["Error"].get(name, "") for name in ("Code", "Message"))
-        status = reply["ResponseMetadata"]["HTTPStatusCode"]
-        if code == "ModelError":  # the container's, which was too slow if it has no status
-            status, said = reply.get("OriginalStatusCode") or 504, reply.get("OriginalMessage") or said
-            status = 422 if status == 424 else status  # LMI's for a request that it cannot read or answer
-            with contextlib.suppress(ValueError, RecursionError):
-                said = _words(json.loads(said)) or said
-        return code, 429 if "Throttl" in code else status, said
-
-    def _aws_failure(self, code: str, status: int, said: str, body: dict) -> Exception:
-        """What an error means: for this row, for a parameter, or for the whole run."""
-        said, (name, _, adapter) = self._redacted(" ".join(said.split()))[:300], self.name.partition("/")
-        deploy = f"python scripts/deploy_sagemaker.py {name}" + (f" --adapter {adapter}=FOLDER" if adapter else "")
-        words = {"said": said, "endpoint": self.url.partition(":")[2], "component": self.component, "deploy": deploy}
-        for pattern, sentence in AWS_STOPS:
-            if re.match(pattern, f"{code}: {said}"):
-                return OSError(sentence.format(code=code, go_on=_CONTINUE, **words))
-        if status == 599:
-            return self._passing(f"{said}, {1 + RETRIES} times")
-        if code == "ModelError" or status == 429 or status >= 500:
-            return self._failure(status, said, body)
-        return self._passing(f"AWS says {code}: {said}") if status else OSError(f"AWS cannot be asked: {said}")
-
-    def _status_failure(self, error: object, body: dict) -> Exception:
-        said = self._redacted(_words(error.body) or error.response.reason_phrase)[:300]
-        return self._failure(error.status_code, said, body)
-
-    def _failure(self, status: int, said: str, body: dict) -> Exception:
-        """What a status other than success means: for this row, for a parameter, or for the whole run."""
-        if status in (400, 413, 422):
-            named = next((p for p in OPTIONAL if p in body and re.search(rf"\b{p}\b", said)), None)
-            if named and self._probing and not VALUE_REFUSED.search(said):
-                return _RejectedError(named)
-            if re.search("logprob", said) and "logprobs" in body:
-                return ValueError(f"{self.name} gives no such log-probabilities ({said}); use Method 2 or --top-tokens")
-            return ValueError(f"the server refuses the request: {said}")
-        if status >= 500 or status in (408, 409):
-            return self._passing(f"the server failed with status {status}, {1 + RETRIES} times: {said}")
-        if status in (401, 403):
-            return OSError(f"{self.url} refuses the key ({status}: {said}); --api-key-env names its variable")
-        if status == 404:
-            hint = "" if self.is_anthropic or self.component else "; most URLs end in /v1"
-            return OSError(f"{self.url} has no {self.name} or no such API (404: {said}){hint}")
-        if status == 429:
-            return OSError(f"{self.url} takes no more requests (429: {said}); {_CONTINUE}")
-        return OSError(f"{self.url} answers with status {status}: {said}")
-
-    def _passing(self, message: str) -> Exception:
-        """A row's error; from so many in a row on, the server's."""
+    def _counted(self, failure: Exception) -> Exception:
+        """The failure of a request; when so many in a row may all pass, it is the server that failed."""
+        if not isinstance(failure, PassingError):
+            return failure
         self._failed_in_a_row += 1
-        if self._failed_in_a_row >= IN_A_ROW:
-            return OSError(f"{IN_A_ROW} requests in a row failed, the last because {message}; {_CONTINUE}")
-        return PassingError(message)
-
-    async def _only_model(self) -> str:
-        """The name of the one model that the server has."""
-        try:
-            reply = await self.client.get("/models", cast_to=str)
-        except self.library.NotFoundError:
-            reply = ""
-        except self.library.APIConnectionError:
-            raise OSError(f"no server answers at {self.url}") from None
-        except self.library.APIStatusError as error:
-            raise self._status_failure(error, {}) from None
-        try:
-            names = [entry["id"] for entry in json.loads(reply)["data"]]
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise OSError(f"{self.url} lists no models; is it the URL of an API? Most end in /v1") from None
-        if not names:
-            raise OSError(f"{self.url} has no model")
-        if len(names) != 1 or not isinstance(names[0], str):
-            raise ValueError(
-                f"{self.url} has {len(names)} models; name one with --model: {', '.join(map(str, names[:9]))}"
-            )
-        return names[0]
-
-    async def _is_there(self) -> bool:
-        try:
-            await self.client.with_options(max_retries=0, timeout=5).get("/models", cast_to=str)
-        except self.library.APIConnectionError:
-            return False
-        except self.library.APIStatusError:
-            pass
-        return True
-
-    def _redacted(self, text: str) -> str:
-        for secret in map(os.environ.get, AWS_SECRETS) if self.component else [self._secret]:
-            text = text.replace(secret, "[key]") if secret else text
-        return text
+        if self._failed_in_a_row < IN_A_ROW:
+            return failure
+        return OSError(f"{IN_A_ROW} requests in a row failed, the last because {failure}; {CONTINUE}")
 
 
 async def all_of(calls: Iterable[Awaitable[Result]]) -> list[Result]:
@@ -495,38 +309,247 @@ async def all_of(calls: Iterable[Awaitable[Result]]) -> list[Result]:
         await asyncio.gather(*made, return_exceptions=True)
 
 
-_CONTINUE = "nothing is lost, repeat the command to continue"
-
-
-class _RejectedError(Exception):
-    """The API rejects a parameter that can be left out."""
-
-    def __init__(self, parameter: str) -> None:
-        self.parameter = parameter
-
-
-def _is_chat(prompt: Prompt) -> bool:
+def is_chat(prompt: Prompt) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def _choice(reply: dict) -> Mapping:
+def known_rejections(host: str | None, model: str) -> set[str]:
+    """Parameters that are known to be rejected (November 2026); the rest is found out by the first request."""
+    rejected = set()
+    if host == "api.openai.com":
+        rejected |= {"top_k", "min_p", "repeat_penalty", "repetition_penalty"}
+    if re.search(r"claude-(opus-4-[789]|(opus|sonnet|haiku)-[5-9]|fable)", model):
+        rejected |= {"temperature"}
+    if re.match(r"o\d|gpt-5", model):
+        rejected |= {"temperature", "top_p", "stop", "max_tokens"}
+    return rejected
+
+
+# How it is sent: to a server over HTTP
+
+
+async def post_http(client: object, library: object, secret: str, path: str, body: dict) -> str:
+    """The content of a reply. Raises StatusError, PassingError, or OSError where there is no server.
+
+    `library` is openai or anthropic, whose clients and errors have the same names; the client itself tries again.
+    """
+    try:
+        return await client.post(path, body=body, cast_to=str)
+    except library.APITimeoutError:
+        raise PassingError(f"no answer within {client.timeout:g} s, {1 + RETRIES} times") from None
+    except library.APIConnectionError as error:
+        if type(error.__cause__).__name__ == "ConnectError":  # the HTTP library's: nobody listens there
+            raise OSError(f"no server answers at {address(client)}; {CONTINUE}") from None
+        raise PassingError(f"the server cut the connection, {1 + RETRIES} times") from None
+    except library.APIStatusError as error:
+        raise http_status(error, secret) from None
+
+
+async def only_model(client: object, library: object, secret: str) -> str:
+    """The name of the one model that a server has."""
+    url = address(client)
+    try:
+        reply = json.loads(await client.get("/models", cast_to=str))
+        names = [str(entry["id"]) for entry in reply["data"]]
+    except (library.NotFoundError, ValueError, TypeError, LookupError, RecursionError):
+        raise OSError(f"{url} lists no models; is it the URL of an API? Most end in /v1") from None
+    except library.APIConnectionError:
+        raise OSError(f"no server answers at {url}") from None
+    except library.APIStatusError as error:
+        raise status_failure(http_status(error, secret), url) from None
+    if len(names) != 1:
+        raise ValueError(f"{url} has {len(names)} models; name one with --model: {', '.join(names[:9])}")
+    return names[0]
+
+
+def http_status(error: object, secret: str) -> StatusError:
+    return StatusError(error.status_code, shown(own_words(error.body) or error.response.reason_phrase, secret))
+
+
+def address(client: object) -> str:
+    """The client's, which the environment may have moved."""
+    return str(client.base_url).rstrip("/")
+
+
+# How it is sent: to a component on SageMaker
+
+
+async def post_sagemaker(client: object, name: str, adapter: str | None, path: str, body: dict) -> bytes:
+    """The content of a reply, whatever the path: LMI tells a chat by its messages. Raises what post_http raises.
+
+    The attempts are ours, because boto3 would not wait for a model that is not ready.
+    """
+    from botocore import exceptions
+
+    content = json.dumps(body).encode()
+    if len(content) > AWS_BODY_BYTES:
+        raise ValueError(f"the request has {len(content):,} bytes, of which SageMaker takes {AWS_BODY_BYTES:,}")
+    call = {"EndpointName": name, "InferenceComponentName": component_name(name, adapter)}
+    call |= {"ContentType": "application/json", "Body": content}
+    for attempt in range(1 + RETRIES):
+        if attempt:
+            await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
+        try:
+            return await in_thread(lambda: client.invoke_endpoint(**call)["Body"].read())
+        except exceptions.ClientError as error:
+            failure = aws_refusal(error.response, name, adapter)
+            if not isinstance(failure, StatusError) or (failure.status < 500 and failure.status != 429):
+                break
+        except (exceptions.HTTPClientError, exceptions.IncompleteReadError) as error:
+            failure = PassingError(f"{shown(str(error))}, {1 + RETRIES} times")
+        except exceptions.ConnectionError as error:  # nobody was reached
+            failure = OSError(f"{explanation(type(error).__name__, str(error))}; {CONTINUE}")
+        except exceptions.BotoCoreError as error:  # nothing was sent, as without credentials
+            raise OSError(explanation(type(error).__name__, str(error))) from None
+    raise failure
+
+
+def aws_refusal(reply: Mapping, name: str, adapter: str | None) -> Exception:
+    """What an error of AWS, or of the container behind it, means."""
+    code, said = reply["Error"].get("Code", ""), reply["Error"].get("Message", "")
+    status, component = reply["ResponseMetadata"]["HTTPStatusCode"], component_name(name, adapter)
+    if code == "ModelError":  # the container's, which was too slow if it has no status
+        status, said = reply.get("OriginalStatusCode") or 504, reply.get("OriginalMessage") or said
+        with contextlib.suppress(ValueError, RecursionError):
+            said = own_words(json.loads(said)) or said
+        if not re.search(r"LoRA adapter \S+ not found in registry", said):
+            return StatusError(422 if status == 424 else status, shown(said))  # 424: LMI cannot read or answer it
+    if code in ("ModelError", "ValidationError"):
+        deploy = f"python scripts/deploy_sagemaker.py {name}" + (f" --adapter {adapter}=FOLDER" if adapter else "")
+        return OSError(f"there is no component {component} ({shown(said)}); {deploy} makes it")
+    said = explanation(code, said)
+    if code == "ModelNotReadyException":
+        said = f"{component} is not ready, wait some minutes: {said}"
+    if status == 403:
+        return OSError(f"{said}; {CONTINUE}")
+    if status == 429 or status >= 500 or "Throttl" in code:
+        return StatusError(429 if "Throttl" in code else status, said)
+    return PassingError(f"AWS says {code}: {said}")
+
+
+def in_thread(function: Callable[[], Result]) -> Awaitable[Result]:
+    """function() in a thread of its own, which Ctrl-C need not wait for."""
+    outcome = Future()
+    outcome.set_running_or_notify_cancel()
+
+    def work() -> None:
+        try:
+            outcome.set_result(function())
+        except Exception as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return asyncio.wrap_future(outcome)
+
+
+# How a reply is read
+
+
+def read_reply(content: str | bytes, secret: str) -> dict:
+    """A reply as JSON; PassingError for one that is none, as a page of HTML, and for one that says only an error."""
+    try:
+        reply = json.loads(content)
+        if not isinstance(reply, dict):
+            raise ValueError
+    except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
+        raise PassingError("the server's reply is not JSON; is this the URL of an API?") from None
+    if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
+        raise PassingError(f"the server says: {shown(own_words(reply), secret)}")
+    return reply
+
+
+def first_choice(reply: Mapping) -> Mapping:
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise PassingError("the reply has no choices")
     return choices[0]
 
 
-def _string(value: object) -> str:
+def completion_answer(reply: Mapping) -> str:
+    return text_of(first_choice(reply), "text").partition("\n")[0]  # also where `stop` was rejected
+
+
+def chat_answer(reply: Mapping) -> str:
+    message = first_choice(reply).get("message")
+    if not isinstance(message, Mapping):
+        raise PassingError("the reply has no message")
+    return text_of(message, "content")  # a refusal stands elsewhere, and its "No" is no answer
+
+
+def claude_answer(reply: Mapping) -> str:
+    blocks = reply.get("content")
+    if not isinstance(blocks, list):
+        raise PassingError("the reply has no content")
+    return "".join(text_of(block, "text") for block in blocks if isinstance(block, Mapping))
+
+
+def text_of(part: Mapping, name: str) -> str:
+    """A field of a reply; empty if it is null or no text."""
+    value = part.get(name)
     return value if isinstance(value, str) else ""
 
 
-def _words(body: object) -> str:
-    """A server's own words about an error, in one line; empty if it has none."""
+def listed_tokens(reply: Mapping, model: str) -> list[tuple[str, float]]:
+    """(token, log-probability) of the first position, most probable first; ValueError if there is none."""
+    logprobs, without = first_choice(reply).get("logprobs"), NO_LOGPROBS.format(model)
+    try:
+        if logprobs.get("content"):  # a chat's layout
+            pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
+        else:
+            pairs = list(logprobs["top_logprobs"][0].items())
+        tokens = [(token, float(value)) for token, value in pairs if not value <= NOT_COMPUTED]
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
+        raise ValueError(without) from None
+    if not tokens or not all(isinstance(token, str) for token, _ in tokens):
+        raise ValueError(without)
+    total = math.fsum(math.exp(min(value, 1.0)) for _, value in tokens)
+    if not total <= 1.001:  # also when one of them is NaN
+        raise PassingError(f"the listed probabilities sum to {total:.3f}")
+    return sorted(tokens, key=lambda pair: -pair[1])
+
+
+def own_words(body: object) -> str:
+    """A server's own words about an error; empty if it has none."""
     for key in ("error", "message", "detail"):
         if isinstance(body, Mapping) and body.get(key):
             body = body[key]
-    words = body if isinstance(body, str) else json.dumps(body) if body else ""
-    return " ".join(words.split())
+    if isinstance(body, str):
+        return body
+    return json.dumps(body) if body else ""
+
+
+def shown(words: str, secret: str = "") -> str:
+    """A server's words as one line of at most 300 characters that repeats no secret."""
+    line = hidden(" ".join(words.split()))
+    return (line.replace(secret, "[redacted]") if secret else line)[:300]
+
+
+# What a failure means
+
+
+def rejected_parameter(error: StatusError, body: Mapping) -> str | None:
+    """The parameter of a request that this error rejects and that can be left out."""
+    if error.status not in (400, 413, 422) or VALUE_REFUSED.search(error.said):
+        return None
+    return next((name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", error.said)), None)
+
+
+def status_failure(error: StatusError, url: str, model: str = "", lists: bool = False) -> Exception:
+    """What a status means: a ValueError for the row, an OSError for the run. `lists`: log-probabilities were asked."""
+    status, said = error.status, error.said
+    if status in (400, 413, 422):
+        if lists and "logprob" in said:
+            return ValueError(f"{model} gives no such log-probabilities ({said}); use Method 2 or --top-tokens")
+        return ValueError(f"the server refuses the request: {said}")
+    if status >= 500 or status in (408, 409):
+        return PassingError(f"the server failed with status {status}, {1 + RETRIES} times: {said}")
+    if status in (401, 403):
+        return OSError(f"{url} refuses the key ({status}: {said}); --api-key-env names its variable")
+    if status == 404:
+        return OSError(f"{url} has no {model} or no such API (404: {said}); most URLs end in /v1")
+    if status == 429:
+        return OSError(f"{url} takes no more requests (429: {said}); {CONTINUE}")
+    return OSError(f"{url} answers with status {status}: {said}")
 
 
 # Connecting
@@ -539,7 +562,7 @@ def connect(
     concurrency: int = 8,
     timeout_s: float = TIMEOUT_S,
     top_tokens: int = TOP_TOKENS,
-    reader: object | None = None,
+    reader: Llama | None = None,
 ) -> Endpoint:
     """Connect to an OpenAI-compatible server, to Claude where `url` is "anthropic", or to a "sagemaker:NAME[/ADAPTER]".
 
@@ -552,75 +575,76 @@ def connect(
                 f"{url} takes no --model, the component is the model, and no --api-key-env: AWS credentials come from "
                 "the environment, a profile or a role"
             )
-        client, library, component = _sagemaker_client(url, concurrency, timeout_s)
-        name = url.removeprefix("sagemaker:")
-        url = f"sagemaker:{client.meta.region_name}/{name.partition('/')[0]}"
-        return Endpoint(client, library, url, name, concurrency, top_tokens, reader, set(), component=component)
+        return connect_sagemaker(url, concurrency, timeout_s, top_tokens, reader)
     if url == "anthropic":
         import anthropic as library
     else:
         import openai as library
-    host = _checked_host(url)
+    host, is_anthropic = checked_host(url), url == "anthropic"
     usual = {"api.anthropic.com": "ANTHROPIC_API_KEY", "api.openai.com": "OPENAI_API_KEY"}
     if url.startswith("http:"):  # in the clear no key is shown unless asked to, nor to any other host
         usual = {}
-    secret = _key(api_key_env or usual.get(host))
-    options = {"api_key": secret or "none", "timeout": timeout_s, "max_retries": RETRIES}
-    # A text goes where it was sent, and nowhere else.
-    options["http_client"] = library.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout_s)
-    if url == "anthropic":
-        if reader or model == "default":
-            raise ValueError("Claude has no public tokenizer" if reader else "name one of Claude's models with --model")
-        make = library.AsyncAnthropic
-    else:
-        url, make = url.rstrip("/"), library.AsyncOpenAI
-        options["base_url"] = url
-        if host != "api.openai.com":  # nor what else the client would read in the environment
-            options["default_headers"] = {f"OpenAI-{name}": library.Omit() for name in ("Organization", "Project")}
-            options["default_headers"]["Authorization"] = f"Bearer {options['api_key']}"
-    try:
-        client = make(**options)
-    except Exception as error:
-        if type(error).__name__ != "InvalidURL":  # the HTTP library's, for which neither client has a name
-            raise
-        raise ValueError(f"--endpoint: {error}") from None
-    url = str(client.base_url).rstrip("/")  # Claude's too, which the environment may have moved
-    server = Endpoint(client, library, url, model, concurrency, top_tokens, reader, set(), _secret=secret)
+    secret = read_key(api_key_env or usual.get(host))
+    if is_anthropic and (reader or model == "default"):
+        raise ValueError("Claude has no public tokenizer" if reader else "name one of Claude's models with --model")
+    client = http_client(library, url, host, secret or "none", timeout_s)
+    post = partial(post_http, client, library, secret)
+    server = Endpoint(
+        client, post, address(client), model, concurrency, top_tokens, reader, is_anthropic=is_anthropic, secret=secret
+    )
     if model == "default":
-        server.name = server.wait(server._only_model())
-    server.rejected |= REJECTED_BY_HOST.get(host, set())
-    for pattern, rejected in REJECTED_BY_MODEL:
-        if re.search(pattern, server.name):
-            server.rejected |= rejected
+        server.name = server.wait(only_model(client, library, secret))
+    server.rejected |= known_rejections(host, server.name)
     return server
 
 
-def _sagemaker_client(url: str, concurrency: int, timeout_s: float) -> tuple[object, object, str]:
-    """boto3's client, botocore's exceptions and the inference component of sagemaker:NAME or sagemaker:NAME/ADAPTER."""
-    import boto3
-    from botocore import exceptions
-    from botocore.config import Config
+def http_client(library: object, url: str, host: str, key: str, timeout_s: float) -> object:
+    """A client of openai or anthropic that sends texts and keys where they were meant for, and nowhere else."""
+    options = {"api_key": key, "timeout": timeout_s, "max_retries": RETRIES}
+    options["http_client"] = library.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout_s)
+    if url == "anthropic":
+        return library.AsyncAnthropic(**options)
+    if host != "api.openai.com" or url.startswith("http:"):  # nor what else the client would read in the environment
+        omitted = {"OpenAI-Organization": library.Omit(), "OpenAI-Project": library.Omit()}
+        options["default_headers"] = omitted | {"Authorization": f"Bearer {key}"}
+    try:
+        return library.AsyncOpenAI(base_url=url.rstrip("/"), **options)
+    except Exception as error:
+        if type(error).__name__ != "InvalidURL":  # the HTTP library's, for which the client has no name
+            raise
+        raise ValueError(f"--endpoint: {error}") from None
 
-    names = url.removeprefix("sagemaker:").split("/", 1)
-    component = "-adapter-".join(names) if names[1:] else f"{names[0]}-base"
-    if not all(map(AWS_NAME.fullmatch, names)) or len(component) > 63:
-        raise ValueError(
-            f"--endpoint {url}: sagemaker:NAME or sagemaker:NAME/ADAPTER, in letters, digits and hyphens between them; "
-            "NAME-adapter-ADAPTER has at most 63 characters"
-        )
+
+def connect_sagemaker(url: str, concurrency: int, timeout_s: float, top_tokens: int, reader: Llama | None) -> Endpoint:
+    """Connect to a component of a SageMaker endpoint: NAME for its base model, NAME/ADAPTER for one of its adapters.
+
+    LMI serves them with vLLM and in OpenAI's layouts; credentials and region are those that boto3 finds.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    served = url.removeprefix("sagemaker:")
+    name, slash, adapter = served.partition("/")
+    adapter = adapter if slash else None
+    try:
+        component = component_name(aws_name(name), adapter)
+    except ValueError as error:
+        raise ValueError(f"--endpoint {url}: sagemaker:NAME or sagemaker:NAME/ADAPTER; {error}") from None
     once = {"mode": "standard", "total_max_attempts": 1}  # the retries are ours
     limits = {"connect_timeout": min(10, timeout_s), "read_timeout": timeout_s, "max_pool_connections": concurrency}
     try:
         session = boto3.Session()
         region = session.region_name or os.environ.get("AWS_REGION")
         client = session.client("sagemaker-runtime", region_name=region, config=Config(retries=once, **limits))
-    except exceptions.BotoCoreError as error:  # no region, no such profile, half a key
+    except BotoCoreError as error:  # no region, no such profile, half a key
         hint = "set AWS_DEFAULT_REGION and AWS_PROFILE, or run aws configure"
         raise ValueError(f"--endpoint {url}: {str(error).rstrip('.')}; {hint}") from None
-    return client, exceptions, component
+    url, post = f"sagemaker:{client.meta.region_name}/{name}", partial(post_sagemaker, client, name, adapter)
+    return Endpoint(client, post, url, served, concurrency, top_tokens, reader, component=component)
 
 
-def _checked_host(url: str) -> str:
+def checked_host(url: str) -> str:
     if url == "anthropic":
         return "api.anthropic.com"
     try:
@@ -634,7 +658,7 @@ def _checked_host(url: str) -> str:
     return parts.hostname
 
 
-def _key(variable: str | None) -> str:
+def read_key(variable: str | None) -> str:
     if variable is None:
         return ""
     secret = os.environ.get(variable, "").strip()
@@ -643,6 +667,9 @@ def _key(variable: str | None) -> str:
     if not re.fullmatch("[!-~]+", secret):
         raise ValueError(f"the environment variable {variable} holds no key: a key has only ASCII letters and signs")
     return secret
+
+
+# Flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -662,10 +689,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("api_key_env", "tokenizer"):
         if getattr(args, name) and not args.endpoint:
             parser.error(f"--{name.replace('_', '-')} needs --endpoint")
-    local = {"load_in_4bit": False, "load_in_8bit": False, "batch_size": None, "truncate": False, "dtype": "auto"}
-    local |= {"device": "auto"}
-    for name, default in local.items():
-        if args.endpoint and getattr(args, name, default) != default:
+    for name in ("load_in_4bit", "load_in_8bit", "batch_size", "truncate", "dtype", "device"):
+        if args.endpoint and getattr(args, name, None) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for models loaded here, not behind --endpoint")
     if args.endpoint and args.adapter not in ("auto", "none"):
         parser.error("--adapter is for models loaded here; a server's have names (--model, or sagemaker:NAME/ADAPTER)")
@@ -676,12 +701,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def connection_arguments(args: argparse.Namespace) -> dict[str, object]:
     """What the flags of `add_arguments` say, as keyword arguments of `connect`; loads the tokenizer they name."""
-    return {
-        "url": args.endpoint,
-        "model": args.model,
-        "api_key_env": args.api_key_env,
-        "concurrency": args.concurrency,
-        "timeout_s": args.timeout,
-        "top_tokens": args.top_tokens,
-        "reader": load_reader(args.tokenizer) if args.tokenizer else None,
-    }
+    connection = {name: getattr(args, name) for name in ("model", "api_key_env", "concurrency", "top_tokens")}
+    reader = load_reader(args.tokenizer) if args.tokenizer else None
+    return connection | {"url": args.endpoint, "timeout_s": args.timeout, "reader": reader}
