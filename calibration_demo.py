@@ -392,42 +392,57 @@ def spreadsheet_safe(cell: str) -> str:
 
 def draw_figures(study: CalibrationStudy, report: Mapping, folder: Path) -> None:
     """The eight figures."""
-    test, seed, chosen, settings = study.test, study.seed, report["chosen"], report["settings"]
-    correct, where, thresholds = test.scores.correct, caption_words(study), np.linspace(0.4, 1, 121)
-    prices = {key: settings[key] for key in ("review_cost", "error_cost")}
+    correct, chosen, where = study.test.scores.correct, report["chosen"], caption_words(study)
     raw, calibrated = study.confidences.values()
-    curves, costs, risks = [], [], {}
-    for name, confidence in (("raw", raw), (chosen, calibrated)):
-        bins = metrics.reliability_bins(confidence, correct, 10)
-        x, y = ([each[key] for each in bins] for key in ("mean_confidence", "accuracy"))
-        curves.append(plotting.Curve(name, x, y))
-        band = 1000 * decisions.cost_band(confidence, correct, thresholds, **prices, groups=test.groups, seed=seed)
-        costs.append(plotting.Curve(name, thresholds, *band.T))
-        risks[name] = metrics.risk_coverage(confidence, correct)
-    plotting.raw_confidence_histogram(
-        folder / "raw_confidence_histogram.png",
-        raw,
-        correct,
-        model=printable(report["model"]),
-        source=printable(Path(test.source).name),
+    model, tested = printable(report["model"]), printable(Path(study.test.source).name)
+    plotting.raw_confidence_histogram(folder / "raw_confidence_histogram.png", raw, correct, model=model, source=tested)
+    plotting.reliability_diagrams(
+        folder / "reliability_by_method.png",
+        panels_by_method(study, report),
+        what="raw and the calibrated confidence",
+        where=f"{where}; raw: nothing fitted",
+        height=3.8,
     )
-    plotting.reliability_by_method(folder / "reliability_by_method.png", reliability_panels(study, report), where=where)
     plotting.business_reliability(
         folder / "business_reliability.png",
-        curves,
+        [points("raw", raw, correct), points(chosen, calibrated, correct)],
         [[band["n"] for band in bands] for bands in report["buckets"].values()],
         decisions.BUCKETS,
         lowest=min(raw.min(), calibrated.min()),
         where=where,
     )
-    gates_where = f"{where}; calibrated: {chosen}"
-    plotting.accuracy_threshold(folder / "accuracy_threshold.png", report["gates"], where=gates_where)
-    optimum = report["cost_optimal_threshold"]
-    plotting.cost_curve(folder / "cost_curve.png", costs, **prices, optimum=optimum, where=where, seed=seed)
-    remark = "Area: under the curve, lower is better. A calibrator of the confidence cannot move this curve; knowing "
-    remark += "which label was predicted can."
-    plotting.risk_coverage(folder / "risk_coverage.png", risks, about=f"{where}; raw: nothing fitted. {remark}")
+    gates = report["gates"]
+    plotting.accuracy_threshold(folder / "accuracy_threshold.png", gates, where=f"{where}; calibrated: {chosen}")
+    risks = {"raw": metrics.risk_coverage(raw, correct), chosen: metrics.risk_coverage(calibrated, correct)}
+    about = (
+        f"{where}; raw: nothing fitted. Area: under the curve, lower is better. A calibrator of the confidence cannot "
+        "move this curve; knowing which label was predicted can."
+    )
+    plotting.risk_coverage(folder / "risk_coverage.png", risks, about=about)
+    draw_costs(study, report, folder)
     draw_label_counts(study, folder)
+
+
+def points(name: str, confidence: np.ndarray, correct: np.ndarray) -> plotting.Curve:
+    """Accuracy against mean confidence in those of ten bins that hold rows."""
+    bins = metrics.bins_of(confidence, correct, 10)
+    has_rows = bins.count > 0
+    return plotting.Curve(name, bins.confidence[has_rows], bins.accuracy[has_rows])
+
+
+def draw_costs(study: CalibrationStudy, report: Mapping, folder: Path) -> None:
+    """What 1,000 rows cost at each threshold, with a band that resamples whole groups."""
+    test, seed, where = study.test, study.seed, caption_words(study)
+    prices = {key: report["settings"][key] for key in ("review_cost", "error_cost")}
+    thresholds, curves = np.linspace(0.4, 1, 121), []
+    for name, confidence in zip(("raw", report["chosen"]), study.confidences.values(), strict=True):
+        costs = decisions.cost_band(
+            confidence, test.scores.correct, thresholds, **prices, groups=test.groups, seed=seed
+        )
+        cost, low, high = 1000 * costs.T
+        curves.append(plotting.Curve(name, thresholds, cost, low, high))
+    optimum = report["cost_optimal_threshold"]
+    plotting.cost_curve(folder / "cost_curve.png", curves, **prices, optimum=optimum, where=where, seed=seed)
 
 
 def draw_label_counts(study: CalibrationStudy, folder: Path) -> None:
@@ -452,7 +467,7 @@ def caption_words(study: CalibrationStudy) -> str:
     return f"{study.where} ({tested}, {how})"
 
 
-def reliability_panels(study: CalibrationStudy, report: Mapping) -> list[plotting.ReliabilityPanel]:
+def panels_by_method(study: CalibrationStudy, report: Mapping) -> list[plotting.ReliabilityPanel]:
     """Before and after the article's three calibrators."""
     shown = {"raw": study.test.scores.confidence}
     for method in ("platt", "isotonic", "temperature"):

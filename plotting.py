@@ -164,8 +164,15 @@ def reliability_panel(
     percent(axis)
 
 
-def reliability_panels(path: str | Path, panels: Sequence[ReliabilityPanel], caption: str, height: float) -> None:
+def reliability_diagrams(
+    path: str | Path, panels: Sequence[ReliabilityPanel], *, what: str, where: str, height: float = 4.8
+) -> None:
     """A figure of reliability diagrams, two in a row, on common axes."""
+    caption = (
+        f"Reliability of the {what}, {where}. A dot is one of 20 equal bins with the exact 95 % interval of as many "
+        "independent rows; its rows stand at the bottom. On the diagonal the confidence is true. In parentheses: the "
+        "expected ECE if calibrated (the noise floor)."
+    )
     rows = -(-len(panels) // 2)
     with figure(path, caption, rows, 2, height=height, sharex=True, sharey=True) as axes:
         for axis, panel in zip(axes.flat, panels, strict=False):
@@ -225,16 +232,6 @@ def raw_confidence_histogram(
         axis.set(xlim=(min(0.48, confidence.min()), 1.005), xlabel="raw confidence", ylabel="rows")
         axis.set_title("What the model says")
         axis.legend(loc="upper left")
-
-
-def reliability_by_method(path: str | Path, panels: Sequence[ReliabilityPanel], *, where: str) -> None:
-    """Reliability before and after the article's three calibrators."""
-    caption = (
-        f"Reliability, {where}; raw: nothing fitted. A dot is one of 20 equal bins with the exact 95 % interval of as "
-        "many independent rows; its rows stand at the bottom. On the diagonal the confidence is true. In parentheses: "
-        "the expected ECE if calibrated (the noise floor)."
-    )
-    reliability_panels(path, panels, caption, height=3.8)
 
 
 def business_reliability(
@@ -465,7 +462,7 @@ def agreement_panel(axis: Axes, draws: int, probability: np.ndarray, agreement: 
     axis.fill_between(grid, low, high, color=SKY, alpha=0.35, linewidth=0)
     axis.plot(grid, grid, color=GREY, linewidth=1, linestyle="--")
     axis.scatter(probability, agreement, s=3, marker="s", color=BLUE, alpha=0.6, linewidth=0, antialiased=False)
-    axis.set(title=f"{draws:,} draws", xlabel="probability", ylabel="agreement", xlim=(grid[0], 1.01), ylim=(0, 1.04))
+    axis.set(title=f"{draws:,} draws", xlabel="probability", ylabel="vote share", xlim=(grid[0], 1.01), ylim=(0, 1.04))
     percent(axis)
 
 
@@ -627,13 +624,3 @@ def confidence_comparison(
             row[0].set_ylabel("rows")
         for axis in axes[1]:
             axis.set_xlabel("confidence")
-
-
-def reliability_comparison(path: str | Path, panels: Sequence[ReliabilityPanel], *, what: str, where: str) -> None:
-    """Accuracy against confidence of both models, raw or by one calibrator."""
-    caption = (
-        f"Reliability of the {what}, {where}. A dot is one of 20 equal bins with the exact 95 % interval of as many "
-        "independent rows; its rows stand at the bottom. On the diagonal the confidence is true. In parentheses: the "
-        "expected ECE if calibrated (the noise floor)."
-    )
-    reliability_panels(path, panels, caption, height=4.8)

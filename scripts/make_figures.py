@@ -6,13 +6,11 @@
     python scripts/make_figures.py --check                     # are the images those that the recordings give?
     python scripts/make_figures.py --list                      # their names, files and recordings
 
-It draws nothing of its own but one figure: the others are those of calibration_demo.py, compare_base_vs_finetuned.py,
-consistency_confidence.py and fine_tune_model.py, with their default settings. The same recordings give the same bytes
-on one machine.
+The figures are those of plotting.py, of what the scripts measure with their default settings.
 
---check draws into a temporary folder and compares bytes. Another machine may round a pixel otherwise, and another
-matplotlib or freetype sets text otherwise; then pixels are compared with a tolerance, small or, with other versions,
-rough; it says which. Exit code: 0, or 1 when an image differs.
+--check draws into a temporary folder and compares bytes: the same recordings give the same on one machine. Another
+machine may round a pixel otherwise, and another matplotlib or freetype sets text otherwise; then pixels are compared
+with a tolerance, small or, with other versions, rough; it says which. Exit code: 0, or 1 when an image differs.
 """
 
 from __future__ import annotations
@@ -20,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from shutil import copyfile
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -35,11 +33,11 @@ sys.path.insert(0, str(ROOT))
 import command_line  # noqa: E402
 import plotting  # noqa: E402
 import predictions  # noqa: E402
-import task as tasks  # noqa: E402
+import voting  # noqa: E402
+from task import read_task  # noqa: E402
 
-RECORDED = "data/predictions/"
-ADAPTER = "fine_tuned_sentiment_model"
-DRAWS, ROWS = (10, 100, 1000), 1000  # of the agreement figure: answers to each text, texts
+RECORDED, SPLITS, ADAPTER = "data/predictions", "data/sentiment/splits.csv", "fine_tuned_sentiment_model"
+DRAWS, ROWS = (10, 100, 1000), 1000  # of the vote shares: answers to each text, texts
 MADE_WITH = ("3.11.2", "2.14.3")  # matplotlib and freetype of the images in this repository
 # (side, limit): the mean red, green and blue of a square of so many pixels may differ by so much of 255. With the same
 # tools a lone pixel may differ, and a changed digit is seen. Others set every letter elsewhere: these numbers let all
@@ -50,90 +48,58 @@ SAME_TOOLS, OTHER_TOOLS = (4, 20), (32, 45)
 # What draws them: each function fills a folder, and is called once
 
 
-def calibration(folder: Path) -> None:
+def draw_calibration(folder: Path) -> None:
     """The figures of calibration_demo.py, and all calibrators beside each other."""
     import calibration_demo as demo
 
-    args = demo.parse_arguments([])
-    study = demo.prepare(args)
-    report = demo.measure(study, args)
-    demo.draw(study, report, args, folder)
-    tested, fitted = Path(args.test_on).name, Path(args.calibrate_on).name
-    where = f"{study.where} ({tested}, fitted on {len(study.fit_rows):,} rows of {fitted})"
-    draw_methods(report, where, folder / "methods.png")
+    names = ("base_calibration.jsonl", "base_test.jsonl")
+    fit, test = (demo.labelled_rows(ROOT / RECORDED / name, str(ROOT / SPLITS)) for name in names)
+    study = demo.calibration_study(fit, test)
+    report = demo.study_report(study)
+    demo.draw_figures(study, report, folder)
+    common = {"chosen": report["chosen"], "where": demo.caption_words(study), "seed": study.seed}
+    plotting.calibration_method_comparison(folder / "methods.png", report["metrics"], **common)
 
 
-def draw_methods(report: dict, where: str, path: Path) -> None:
-    """Log loss and ECE of every calibrator and of the raw confidence, the best on top."""
-    found = sorted(report["metrics"].items(), key=lambda item: item[1]["log_loss"])
-    names, y = [name for name, _ in found], np.arange(len(found))
-    caption = (
-        f"Each calibrator, {where}; raw: nothing fitted. Lower is better. Bars of the log loss: 95 %, 1,000 bootstrap "
-        f"samples of whole groups (seed {report['settings']['seed']}). Grey: 95 % of the ECEs (20 equal bins) that "
-        f"true confidences show on so many independent rows, with their mean. '{report['chosen']}' was chosen by its "
-        "log loss on the calibration rows, out-of-fold."
-    )
-    with plotting.figure(path, caption, columns=2, height=3.4, sharey=True) as axes:
-        left, right = axes[0]
-        for place, (name, row) in enumerate(found):
-            color, marker = (plotting.RED, "s") if name == "raw" else (plotting.BLUE, "o")
-            loss, ece = row["log_loss"], row["ece"]
-            ends = [[loss - row["log_loss_low"]], [row["log_loss_high"] - loss]]
-            left.errorbar(loss, place, xerr=ends, fmt=marker, color=color, capsize=2)
-            left.annotate(f"{loss:.3f}", (loss, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
-            right.barh(place, row["ece_noise_95"], 0.36, color="#d5d9e0")
-            right.vlines(row["ece_noise_floor"], place - 0.18, place + 0.18, color=plotting.GREY, linewidth=2)
-            right.plot(ece, place, marker, color=color)
-            right.annotate(f"{ece:.3f}", (ece, place), (0, 6), textcoords="offset points", ha="center", fontsize=9)
-        left.set_yticks(y, [f"{name}\n(chosen)" if name == report["chosen"] else name for name in names])
-        left.set(title="Log loss", xlabel="nats", ylim=(len(found) - 0.4, -0.7))
-        right.set(title="Expected calibration error", xlabel="ECE; grey: if the confidence were true", xlim=(0, None))
-
-
-def fine_tuning(folder: Path) -> None:
+def draw_fine_tuning(folder: Path) -> None:
     """The figures of compare_base_vs_finetuned.py."""
     import compare_base_vs_finetuned as compare
 
-    args = compare.parse_arguments([])
-    study = compare.prepare(args)
-    compare.draw(study, compare.measure(study, args), folder)
+    comparison = compare.read_comparison(**compare.recorded_files())
+    compare.draw_figures(comparison, compare.comparison_report(comparison), folder)
 
 
-def training(folder: Path) -> None:
+def draw_training(folder: Path) -> None:
     """The curves that fine_tune_model.py drew at the end of the training, from the log that it left."""
-    import fine_tune_model
-
     lines = (ROOT / ADAPTER / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     config = json.loads((ROOT / ADAPTER / "training_config.json").read_text(encoding="utf-8"))
-    model = next(predictions.iterate(ROOT / RECORDED / "base_test.jsonl")).model
-    log = [json.loads(line) for line in lines]
-    run = SimpleNamespace(  # what fine_tune_model.draw reads of a Run, which itself needs the model
-        log=log,
-        validations=[entry for entry in log if "log_loss" in entry],
-        best_validation=config["best"],
-        student=SimpleNamespace(llama=SimpleNamespace(name=model), task=SimpleNamespace(name=config["task"]["name"])),
-        training=SimpleNamespace(rows=range(config["train"]["rows"])),
-        validation=SimpleNamespace(rows=range(config["validation"]["rows"])),
+    plotting.training_curves(
+        folder / "training_curves.png",
+        [json.loads(line) for line in lines],
+        best_step=config["best"]["step"],
+        model=first_recorded_rows(1)[0].model,
+        task=config["task"]["name"],
+        training_rows=config["train"]["rows"],
+        validation_rows=config["validation"]["rows"],
     )
-    fine_tune_model.draw(run, folder / "training_curves.png")
 
 
-def agreement(folder: Path) -> None:
-    """What consistency_confidence.py --first-token draws, from the recorded probabilities of the first token.
+def draw_vote_shares(folder: Path) -> None:
+    """What consistency_confidence.py --first-token draws, from the recorded probabilities of the first token."""
+    about = f"{first_recorded_rows(1)[0].model} on the first texts of data:test"
+    plotting.agreement_convergence(folder / "agreement.png", recorded_convergence(), about=about)
 
-    The draws are its own: they hang on a row's id and text and on the seed, 0, and on nothing else.
-    """
-    import consistency_confidence as consistency
 
-    sampler = consistency.Sampler(None, None, consistency.Sampling(), (), (), {}, "")  # for the seeds of its rows
-    found: dict[int, list] = {size: [] for size in DRAWS}
-    for _, row in zip(range(ROWS), predictions.iterate(ROOT / RECORDED / "base_test.jsonl"), strict=False):
-        by_label = [row.probabilities[label] * row.label_mass for label in tasks.read_task(row.task).labels]
-        shares = consistency.agreement_by_draws(by_label, sampler.seed(row, 0), DRAWS)
-        for size, share in shares.items():
-            found[size].append((max(by_label), share))
-    pairs = {size: np.array(values) for size, values in found.items()}
-    consistency.draw_convergence(folder / "agreement.png", pairs, f"{row.model} on the first texts of data:test")
+def recorded_convergence() -> dict[int, np.ndarray]:
+    """`voting.converge` of the recorded rows: the draws depend on a row's id and text and on the seed, 0, alone."""
+    rows = first_recorded_rows(ROWS)
+    labels = read_task(rows[0].task).labels
+    by_label = np.array([[row.probabilities[label] * row.label_mass for label in labels] for row in rows])
+    return voting.converge(by_label, [voting.answer_seed(0, row.id, row.text, 0) for row in rows], DRAWS)
+
+
+def first_recorded_rows(n: int) -> list[predictions.Prediction]:
+    return list(islice(predictions.iterate(ROOT / RECORDED / "base_test.jsonl"), n))
 
 
 # Which there are
@@ -149,9 +115,7 @@ class Figure:
     source: str
 
 
-BASE = f"{RECORDED}base_calibration.jsonl, base_test.jsonl"
-BOTH = f"{RECORDED}base_*.jsonl, tuned_*.jsonl"
-OF_CALIBRATION = {  # name -> what calibration() calls it
+OF_CALIBRATION = {  # name -> what calibration_demo.py calls it
     "raw_confidence_histogram": "raw_confidence_histogram",
     "reliability": "reliability_by_method",
     "calibration_method_comparison": "methods",
@@ -162,26 +126,26 @@ OF_CALIBRATION = {  # name -> what calibration() calls it
     "cost": "cost_curve",
     "risk_coverage": "risk_coverage",
 }
-OF_FINE_TUNING = (
-    "accuracy_comparison",
-    "calibration_error_comparison",
-    "confidence_distributions",
-    "reliability_raw",
-    "reliability_platt",
-    "reliability_isotonic",
-)
-FIGURES = {
-    name: Figure(f"images/{name}.png", calibration, f"{drawn}.png", BASE) for name, drawn in OF_CALIBRATION.items()
+OF_VOTE_SHARES = {"agreement_converges": "agreement"}
+OF_FINE_TUNING = {
+    "fine_tuning/accuracy_comparison": "accuracy_comparison",
+    "fine_tuning/calibration_error_comparison": "calibration_error_comparison",
+    "fine_tuning/confidence_distributions": "confidence_distributions",
+    "fine_tuning/reliability_raw": "reliability_raw",
+    "fine_tuning/reliability_platt": "reliability_platt",
+    "fine_tuning/reliability_isotonic": "reliability_isotonic",
 }
-FIGURES["agreement_converges"] = Figure(
-    "images/agreement_converges.png", agreement, "agreement.png", f"{RECORDED}base_test.jsonl"
-)
-FIGURES |= {
-    f"fine_tuning/{name}": Figure(f"images/fine_tuning/{name}.png", fine_tuning, f"{name}.png", BOTH)
-    for name in OF_FINE_TUNING
-}
+
+
+def images(names: Mapping[str, str], draw: Callable[[Path], None], source: str) -> dict[str, Figure]:
+    return {name: Figure(f"images/{name}.png", draw, f"{drawn}.png", source) for name, drawn in names.items()}
+
+
+FIGURES = images(OF_CALIBRATION, draw_calibration, f"{RECORDED}/base_calibration.jsonl, base_test.jsonl")
+FIGURES |= images(OF_VOTE_SHARES, draw_vote_shares, f"{RECORDED}/base_test.jsonl")
+FIGURES |= images(OF_FINE_TUNING, draw_fine_tuning, f"{RECORDED}/base_*.jsonl, tuned_*.jsonl")
 FIGURES["training_curves"] = Figure(
-    f"{ADAPTER}/training_curves.png", training, "training_curves.png", f"{ADAPTER}/training_log.jsonl"
+    f"{ADAPTER}/training_curves.png", draw_training, "training_curves.png", f"{ADAPTER}/training_log.jsonl"
 )
 GROUPS = {"demo_visualizations": [name for name in FIGURES if name.startswith(("fine_tuning/", "training"))]}
 
@@ -189,7 +153,7 @@ GROUPS = {"demo_visualizations": [name for name in FIGURES if name.startswith(("
 def build(names: Iterable[str], folder: Path) -> None:
     """Draw these figures into a folder, each under its file's path."""
     wanted = [FIGURES[name] for name in names]
-    for draw in dict.fromkeys(figure.draw for figure in wanted):
+    for draw in {figure.draw: None for figure in wanted}:
         with TemporaryDirectory() as part:
             draw(Path(part))
             for figure in wanted:
@@ -240,16 +204,19 @@ def tools() -> tuple[str, str]:
 
 def check(names: Sequence[str]) -> list[str]:
     """Print of each figure whether it is what the recordings give; the names of those that are not."""
+    lines, different = [], []
     with TemporaryDirectory() as folder:
         build(names, Path(folder))
-        found = {
-            name: difference(ROOT / file, Path(folder) / file) for name, file in ((n, FIGURES[n].file) for n in names)
-        }
-    print(command_line.columns([[FIGURES[name].file, words] for name, (words, _) in found.items()]))
+        for name in names:
+            file = FIGURES[name].file
+            words, is_another = difference(ROOT / file, Path(folder) / file)
+            lines.append([file, words])
+            different += [name] if is_another else []
+    print(command_line.columns(lines))
     if tools() != MADE_WITH:
         ours, theirs = ("matplotlib {} and freetype {}".format(*versions) for versions in (tools(), MADE_WITH))
         print(f"the images were made with {theirs}, here are {ours}: a rough comparison")
-    return [name for name, (_, other) in found.items() if other]
+    return different
 
 
 def main(argv: Sequence[str] | None = None) -> None:
