@@ -414,12 +414,12 @@ class Scores:
 
 
 def scores_of(rows: Sequence[predictions.Prediction]) -> Scores:
-    """The arrays of the scored rows; ValueError when any lacks a label, or names one the task does not have."""
+    """The arrays of the scored rows; ValueError when any lacks a label or has other labels than the first."""
     confidence, correct = predictions.confidence_and_correct(rows)
     scored = [row for row in rows if row.error is None]
     labels = tuple(scored[0].probabilities)
     for row in scored:
-        if tuple(row.probabilities) != labels or row.label not in labels:
+        if tuple(row.probabilities) != labels:
             raise ValueError(f"row {row.id!r}: its labels are not {', '.join(labels)}, as the first row's")
     probabilities = np.array([[*predictions.smoothed(row).values()] for row in scored])
     truth = np.array([labels.index(row.label) for row in scored])

@@ -19,7 +19,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, softmax
 from scipy.stats import binom
 from sklearn.base import BaseEstimator, clone
@@ -28,7 +28,17 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
 import predictions
-from calibration import METHODS, ClasswiseCalibrator, FittedCalibrator, Recipe, Scores, choose, cross_fit, recipes, scores_of
+from calibration import (
+    METHODS,
+    ClasswiseCalibrator,
+    FittedCalibrator,
+    Recipe,
+    Scores,
+    choose,
+    cross_fit,
+    recipes,
+    scores_of,
+)
 from calibration import BetaCalibrator as Beta
 from calibration import IsotonicRegressionCalibrator as Isotonic
 from calibration import PlattScalingCalibrator as Platt
@@ -42,7 +52,6 @@ with np.errstate():  # importing venn_abers silences numpy's warnings everywhere
 
 VECTORS = json.loads((Path(__file__).parent / "data/reference_vectors.json").read_text(encoding="utf-8"))
 ARRAYS = [*VECTORS["calibrators"]]
-TWO_CLASSES = [name for name in ARRAYS if name != "single_class_all_correct"]
 LOGIT_ARRAYS = [name for name in ARRAYS if name != "constant_07"]
 COMMON = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "3f9c2a71"}
 
@@ -88,71 +97,12 @@ def test_platt_on_the_logit_is_scikit_learns(name):
         np.testing.assert_allclose(ours.predict(grid), again["predict_grid"], atol=2e-7)
 
 
-@pytest.mark.parametrize("name", LOGIT_ARRAYS)
-def test_platt_on_the_raw_confidence_is_another_and_lower_map(name):
-    # logit(expit(c)) = c, so our Platt on expit(c) is theirs on c; it never exceeds sigma(slope + intercept).
-    confidence, correct, grid, ref = vectors(name)
-    raw, article = ref["sklearn._SigmoidCalibration(raw confidence)"], ref[[*ref][-1]]
-    ours = Platt().fit(expit(confidence), correct).predict(expit(grid))
-    np.testing.assert_allclose(ours, raw["predict_grid"], atol=2e-5)
-    if "error" not in article:  # The article's adds a penalty and is flatter still.
-        assert np.ptp(article["predict_grid"]) < np.ptp(raw["predict_grid"])
-        assert Platt().fit(confidence, correct).predict([1])[0] > 0.95 > 0.86 > raw["predict_grid"][-1]
-
-
-def test_a_constant_input_has_no_slope_so_ours_are_flat_at_the_base_rate():
-    # scikit-learn and betacal stop where their search began to move; only the value at 0.7 is determined.
-    confidence, correct, grid, ref = vectors("constant_07")
-    smoothed = (7 * 8 / 9 + 3 * 1 / 5) / 10  # the mean of Platt's targets
-    for calibrator, key, rate in (
-        (Platt(), "sklearn._SigmoidCalibration(logit, eps=1e-6)", smoothed),
-        (Beta(), "betacal.BetaCalibration(abm)", 0.7),
-    ):
-        theirs = np.array(ref[key]["predict_grid"])
-        assert theirs[grid == 0.7] == pytest.approx(rate, abs=1e-6) and np.ptp(theirs) > 0.2
-        np.testing.assert_allclose(calibrator.fit(confidence, correct).predict(grid), rate, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", TWO_CLASSES)
-def test_temperature_is_scikit_learns(name):
-    confidence, correct, grid, ref = vectors(name)
-    ours = Temperature().fit(confidence, correct)
-    assert ours.temperature_ == pytest.approx(ref["sklearn._TemperatureScaling(logit/2)"]["temperature"], rel=1e-6)
-    for key in ("_TemperatureScaling(logit/2)", "CalibratedClassifierCV(temperature) decision_function=logit/2"):
-        theirs = ref[f"sklearn.{key}"].get("predict_grid", ours.predict(grid))  # CalibratedClassifierCV needs 5 wrong
-        np.testing.assert_allclose(ours.predict(grid), theirs, atol=1e-7)
-    probabilities = ref["sklearn.CalibratedClassifierCV(temperature) predict_proba"]
-    if "error" not in probabilities:
-        theirs, inner = np.array(probabilities["predict_grid"]), slice(1, -1)
-        np.testing.assert_allclose(ours.predict(grid)[inner], theirs[inner], atol=1e-7)
-        # At 0 and 1 it adds 1e-12 where we clip at 1e-6.
-        assert theirs[-1] == pytest.approx(expit(-math.log(1e-12) * probabilities["inverse_temperature"]), abs=1e-6)
-
-
-def test_rows_that_are_all_right_give_no_temperature_and_no_beta():
-    confidence, correct, _, ref = vectors("single_class_all_correct")
-    assert ref["sklearn._TemperatureScaling(logit/2)"]["temperature"] < 0.006  # on its way to 0
-    assert "one class" in ref["betacal.BetaCalibration(abm)"]["error"]
-    for calibrator in (Temperature(), Beta()):
-        with pytest.raises(ValueError, match=r"^all 6 rows are right; this calibrator needs both$"):
-            calibrator.fit(confidence, correct)
-        with pytest.raises(ValueError, match=r"^all 6 rows are wrong; this calibrator needs both$"):
-            calibrator.fit(confidence, 1 - correct)
-
-
-@pytest.mark.parametrize("name", [name for name in TWO_CLASSES if name != "constant_07"])
-def test_beta_is_betacals_up_to_its_optimiser_and_no_worse(name):
-    confidence, correct, grid, ref = vectors(name)
-    theirs, ours = ref["betacal.BetaCalibration(abm)"], Beta().fit(confidence, correct)
-
-    def loss(a, b, m):
-        return sklearn.metrics.log_loss(correct, expit(a * np.log(confidence) - b * np.log(1 - confidence) + m))
-
-    their_loss = loss(theirs["a"], theirs["b"], theirs["intercept"])
-    assert loss(ours.a_, ours.b_, ours.m_) <= their_loss + 1e-12
-    assert [ours.a_, ours.b_, ours.m_] == pytest.approx([theirs[k] for k in ("a", "b", "intercept")], abs=1e-3)
-    np.testing.assert_allclose(ours.predict(grid)[:-1], theirs["predict_grid"][:-1], atol=1e-4)
-    assert ours.predict([1])[0] == pytest.approx(theirs["predict_grid"][-1], abs=3.2e-3)  # they clip at 2e-16
+@pytest.mark.parametrize("calibrator", [Temperature(), Beta()])
+def test_rows_that_are_all_right_give_no_temperature_and_no_beta(calibrator):
+    confidence, correct, _, _ = vectors("single_class_all_correct")
+    for outcome, word in ((correct, "right"), (1 - correct, "wrong")):
+        with pytest.raises(ValueError, match=rf"^all 6 rows are {word}; this calibrator needs both$"):
+            calibrator.fit(confidence, outcome)
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -167,18 +117,12 @@ def test_isotonic_without_smoothing_is_scikit_learns(name):
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_venn_abers_is_the_librarys_and_mapies_but_for_mapies_error_above_the_largest_score(name):
+def test_venn_abers_is_the_librarys_and_that_of_the_definition(name):
     confidence, correct, grid, ref = vectors(name)
-    ours, theirs = VennAbers().fit(confidence, correct), ref["venn_abers.VennAbers (IVAP)"]
-    for expected in (theirs, VECTORS["calibrators"][name]["own"]["ivap_by_definition"]):
-        np.testing.assert_allclose(ours.predict_interval(grid), np.transpose([expected["p0"], expected["p1"]]), 1e-14)
-        np.testing.assert_allclose(ours.predict(grid), expected["p"], 1e-14)
-    # MAPIE 1.6.0 repeats the last block's value above it, which is wrong when that block holds errors.
-    wrong = (grid > confidence.max()) & (name in ("ties", "constant_07"))
-    mapie = np.array(ref["mapie.VennAbersCalibrator(prefit)"]["p"])
-    np.testing.assert_allclose(ours.predict(grid)[~wrong], mapie[~wrong], 1e-14)
-    np.testing.assert_allclose(mapie[wrong], 2 / 3, 1e-14)
-    np.testing.assert_allclose(ours.predict(grid)[wrong], 8 / 11 if name == "ties" else 11 / 15, 1e-14)
+    ours = VennAbers().fit(confidence, correct)
+    for theirs in (ref["venn_abers.VennAbers (IVAP)"], VECTORS["calibrators"][name]["own"]["ivap_by_definition"]):
+        np.testing.assert_allclose(ours.predict_interval(grid), np.transpose([theirs["p0"], theirs["p1"]]), 1e-14)
+        np.testing.assert_allclose(ours.predict(grid), theirs["p"], 1e-14)
 
 
 def test_temperature_of_three_labels_is_scikit_learns():
@@ -200,16 +144,6 @@ def test_temperature_of_three_labels_is_scikit_learns():
 def test_platts_targets_are_his():
     assert Platt().fit([0.6, 0.7, 0.9], [1, 1, 1]).predict([0.1, 0.8]) == pytest.approx(4 / 5)
     assert Platt().fit([0.6, 0.7, 0.9], [0, 0, 0]).predict([0.1, 0.8]) == pytest.approx(1 / 5)
-    rng = np.random.default_rng(3)
-    confidence, correct = rng.uniform(0.5, 1, 40), rng.random(40) < 0.7
-    target = np.where(correct, (correct.sum() + 1) / (correct.sum() + 2), 1 / ((~correct).sum() + 2))
-    z = np.log(confidence / (1 - confidence))
-
-    def loss(v):
-        return np.sum(np.logaddexp(0, v[0] * z + v[1]) - target * (v[0] * z + v[1]))
-
-    ours = Platt().fit(confidence, correct)
-    assert [ours.slope_, ours.intercept_] == pytest.approx(minimize(loss, [1, 0], tol=1e-12).x, abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", [lambda c: c, lambda c: 1 - c, lambda c: np.abs(2 * c - 1), lambda c: 0 * c + 0.5])
@@ -251,45 +185,30 @@ def test_isotonic_pools_blocks_that_are_equal_but_for_rounding():
     np.testing.assert_allclose(Isotonic().fit(confidence, correct).predict(confidence), 31 / 48)
 
 
-@settings(deadline=None, max_examples=60)
-@given(rows=TABLES, asked=st.lists(st.floats(0, 1), max_size=4))
-def test_venn_abers_is_two_exact_fits_with_the_row_added(rows, asked):
-    confidence, correct = map(list, zip(*rows, strict=True))
-    asked = [*asked, 0.0, 1.0, *confidence[:6]]
-    ours = VennAbers().fit(confidence, correct)
-    for score, pair in zip(asked, ours.predict_interval(asked), strict=True):
-        for outcome in (0, 1):
-            blocks = pooled([*confidence, score], [*correct, outcome])
-            expected = next(right / count for first, last, right, count in blocks if first <= score <= last)
-            assert pair[outcome] == pytest.approx(expected, abs=1e-12)
-        assert ours.predict([score])[0] == pytest.approx(pair[1] / (1 - pair[0] + pair[1]), abs=1e-12)
-
-
-def test_venn_abers_is_the_librarys_on_random_rows_with_ties():
+@pytest.mark.parametrize("decimals", [1, 2, 12])
+def test_venn_abers_is_the_librarys_on_random_rows_with_ties(decimals):
     rng = np.random.default_rng(5)
-    for decimals in (1, 2, 12):
-        for n in (2, 15, 200):
-            confidence = np.round(rng.random(n), decimals)
-            correct, asked = rng.random(n) < confidence, np.append(np.round(rng.random(40), decimals), [0, 1])
-            with np.errstate(all="ignore"):
-                theirs = TheirVennAbers()
-                theirs.fit(np.c_[1 - confidence, confidence], correct.astype(int))
-                probability, interval = theirs.predict_proba(np.c_[1 - asked, asked])
-            ours = VennAbers().fit(confidence, correct)
-            np.testing.assert_allclose(ours.predict(asked), probability[:, 1], atol=1e-12)
-            np.testing.assert_allclose(ours.predict_interval(asked), interval, atol=1e-12)
+    for n in (2, 15, 200):
+        confidence = np.round(rng.random(n), decimals)
+        correct, asked = rng.random(n) < confidence, np.append(np.round(rng.random(40), decimals), [0, 1])
+        with np.errstate(all="ignore"):
+            theirs = TheirVennAbers()
+            theirs.fit(np.c_[1 - confidence, confidence], correct.astype(int))
+            probability, interval = theirs.predict_proba(np.c_[1 - asked, asked])
+        ours = VennAbers().fit(confidence, correct)
+        np.testing.assert_allclose(ours.predict(asked), probability[:, 1], atol=1e-12)
+        np.testing.assert_allclose(ours.predict_interval(asked), interval, atol=1e-12)
 
 
 @pytest.mark.parametrize("labels", [2, 3, 5])
-def test_temperature_is_the_best_of_a_grid_and_of_scipy(labels):
+def test_temperature_is_the_best_of_a_grid(labels):
     probabilities, truth = drawn(400, labels)
 
     def loss(temperature):
         return -log_softmax(np.log(probabilities) / temperature, axis=1)[np.arange(400), truth].mean()
 
-    ours, best = Temperature().fit(probabilities, truth).temperature_, minimize_scalar(loss, bounds=(0.1, 10)).x
-    assert ours == pytest.approx(best, rel=1e-4) and 1.5 < best < 2.5  # the simulation's is 2
-    assert loss(ours) <= min(map(loss, np.geomspace(0.05, 20, 500)))
+    ours = Temperature().fit(probabilities, truth).temperature_
+    assert 1.5 < ours < 2.5 and loss(ours) <= min(map(loss, np.geomspace(0.05, 20, 500)))  # the simulation's is 2
     if labels == 2:  # then it is the same of the confidence
         confidence = Temperature().fit(probabilities.max(axis=1), probabilities.argmax(axis=1) == truth)
         assert confidence.temperature_ == pytest.approx(ours, rel=1e-5)
@@ -326,15 +245,13 @@ def test_every_calibrator_keeps_scikit_learns_convention(method):
                 call(bad)
 
 
-def test_class_aware_keeps_scikit_learns_convention():
+def test_the_classwise_calibrator_keeps_scikit_learns_convention():
     calibrator = ClasswiseCalibrator(Isotonic(smoothing=None))
     assert clone(calibrator).get_params()["calibrator__smoothing"] is None
     with pytest.raises(NotFittedError):
         calibrator.predict([[0.5, 0.5]])
-    probabilities, truth = drawn(60)
-    assert calibrator.fit(probabilities.tolist(), truth.tolist()) is calibrator
     with pytest.raises(NotFittedError):
-        calibrator.calibrator.predict([0.5])  # what it was given stays as it was
+        calibrator.fit(*drawn(60)).calibrator.predict([0.5])  # what it was given stays as it was
     with pytest.raises(ValueError, match=r'^smoothing is "laplace" or None, not 1$'):
         Isotonic(smoothing=1).fit([0.5], [1])
 
@@ -370,7 +287,7 @@ def test_separable_and_constant_rows_stay_finite_and_raise_no_warning(method):
         assert np.isfinite(values).all() and all(np.isfinite(getattr(fitted, name)).all() for name in fitted.FITTED)
 
 
-# ClasswiseCalibrator
+# Classwise calibration
 
 
 class Share(BaseEstimator):
@@ -384,10 +301,10 @@ class Share(BaseEstimator):
         return np.full(len(confidence), self.share_)
 
 
-def test_class_aware_mends_a_lean_on_both_sides_where_the_confidence_cannot():
+def test_a_class_bias_is_corrected_for_both_labels_where_calibrating_the_confidence_cannot():
     rng = np.random.default_rng(6)
     second = rng.uniform(0.02, 0.98, 8000)
-    true = expit(np.log(second / (1 - second)) + 1)  # the model leans to the first label
+    true = expit(np.log(second / (1 - second)) + 1)  # the model has a bias to the first label
     probabilities, truth = np.c_[1 - second, second], (rng.random(8000) < true).astype(int)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     right = np.where(predicted == 1, true, 1 - true)
@@ -416,19 +333,21 @@ def test_of_three_labels_each_with_fifty_rows_has_its_own_calibrator_and_the_res
 
 
 @pytest.mark.parametrize("labels", [2, 3])
-@pytest.mark.parametrize("calibrator", [Temperature(), ClasswiseCalibrator(Temperature()), ClasswiseCalibrator(Platt())], ids=str)
+@pytest.mark.parametrize("calibrator", [Temperature(), ClasswiseCalibrator(Platt())], ids=str)
 def test_bad_probabilities_and_true_labels_are_a_clear_value_error(calibrator, labels):
     probabilities, truth = drawn(60, labels)
-    bad_truth = [np.append(truth[1:], labels), np.append(truth[1:], -1), truth + 0.5, truth[1:], np.array(["a"] * 60)]
-    bad = [np.where(probabilities > 0.9, math.nan, probabilities), probabilities * 3, probabilities - 0.5]
-    bad += [probabilities[1:], np.empty((0, labels)), probabilities[None]]
-    for inputs in [(p, truth) for p in bad] + [(probabilities, t) for t in bad_truth]:
+    wrong_truth = [np.append(truth[1:], labels), np.append(truth[1:], -1), truth + 0.5, truth[1:], np.array(["a"] * 60)]
+    not_numbers, unsummed = np.where(probabilities > 0.9, math.nan, probabilities), probabilities * 3
+    cases = [(probabilities, outcome) for outcome in wrong_truth]
+    cases += [
+        (bad, truth) for bad in (not_numbers, unsummed, probabilities - 0.5, probabilities[1:], probabilities[None])
+    ]
+    for inputs in cases:
         with pytest.raises(ValueError, match=r"^.+$"):
             clone(calibrator).fit(*inputs)
-    calibrator = clone(calibrator).fit(probabilities, truth)
-    for asked in bad[:3]:
+    for asked in (not_numbers, unsummed):
         with pytest.raises(ValueError, match=r"^.+$"):
-            calibrator.predict(asked)
+            clone(calibrator).fit(probabilities, truth).predict(asked)
 
 
 # Cross-fitting
@@ -437,14 +356,14 @@ def test_bad_probabilities_and_true_labels_are_a_clear_value_error(calibrator, l
 GROUPS = {
     "numbers": np.arange(60) // 3,
     "strings": [f"group {i // 3}" for i in range(60)],
-    "objects": np.array([f"{i // 3}" for i in range(60)], dtype=object),
+    "tuples": [("a", i // 3) for i in range(60)],
+    "mixed": [*range(30), *map(str, range(30))],  # 1 and "1" are two groups
     "none": None,
 }
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", GROUPS)
-def test_no_row_is_calibrated_by_its_own_group_and_each_is_once(kind, seed):
+def test_no_row_is_calibrated_by_its_own_group_and_each_is_once(kind):
     fits, asked = [], []
 
     class Spy(Share):
@@ -458,7 +377,7 @@ def test_no_row_is_calibrated_by_its_own_group_and_each_is_once(kind, seed):
 
     number, correct = np.arange(60) / 60, np.arange(60) % 4 > 0
     groups = list(range(60)) if GROUPS[kind] is None else list(GROUPS[kind])
-    answers = cross_fit(spy := Spy(), number, correct, GROUPS[kind], n_splits=4, seed=seed)
+    answers = cross_fit(spy := Spy(), number, correct, GROUPS[kind], n_splits=4, seed=1)
     assert not hasattr(spy, "share_")
     assert np.sort(np.concatenate(asked)).tolist() == number.tolist() and len(fits) == len(asked) == 4
     for trained, tested in zip(fits, asked, strict=True):
@@ -467,30 +386,13 @@ def test_no_row_is_calibrated_by_its_own_group_and_each_is_once(kind, seed):
         assert answers[sorted(test)] == pytest.approx(np.mean(correct[sorted(train)]))
 
 
-def test_cross_fitting_is_the_loop_written_out_and_repeats_by_seed():
-    probabilities, truth = drawn(80, 3)
-    groups = np.arange(80) // 2
-    expected = np.empty(80)
+def test_cross_fitting_is_the_loop_written_out_and_follows_its_seed():
+    (probabilities, truth), groups, expected = drawn(80, 3), np.arange(80) // 2, np.empty(80)
+    calibrator = ClasswiseCalibrator(Temperature())
     for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=7).split(probabilities, truth, groups):
-        fitted = ClasswiseCalibrator(Temperature()).fit(probabilities[train], truth[train])
-        expected[test] = fitted.predict(probabilities[test])
-    answers = [cross_fit(ClasswiseCalibrator(Temperature()), probabilities, truth, groups, seed=s) for s in (7, 7, 8)]
-    assert (answers[0] == expected).all() and (answers[1] == expected).all() and (answers[2] != expected).any()
-
-
-@pytest.mark.parametrize(
-    "groups",
-    [
-        [("a", i // 3) for i in range(60)],
-        [None] * 3 + [i // 3 for i in range(57)],
-        [*range(30), *map(str, range(30))],  # 1 and "1" are two groups
-    ],
-)
-def test_groups_may_be_labelled_with_anything_that_hashes(groups):
-    number, places = np.arange(60) / 60, {g: i for i, g in enumerate(dict.fromkeys(groups))}
-    correct = np.arange(60) % 4 > 0
-    expected = cross_fit(Platt(), number, correct, [places[g] for g in groups])
-    np.testing.assert_array_equal(cross_fit(Platt(), number, correct, groups), expected)
+        expected[test] = clone(calibrator).fit(probabilities[train], truth[train]).predict(probabilities[test])
+    answers = [cross_fit(calibrator, probabilities, truth, groups, seed=seed) for seed in (7, 8)]
+    assert (answers[0] == expected).all() and (answers[1] != expected).any()
 
 
 def test_too_few_rows_or_groups_are_a_value_error():
@@ -535,20 +437,19 @@ def scores_from(probabilities, truth, labels=("no", "yes")):
 
 def test_the_lowest_mean_log_loss_wins_not_the_lowest_ece_nor_the_first_seed(monkeypatch):
     scores = scores_from(*drawn(100))
-    given = {"t": [], "aware": [], "blind": []}
+    constant = np.full(100, scores.correct.mean())  # an ECE of 0
 
     def planted(estimator, inputs, outcome, groups, seed):
-        name = "blind" if isinstance(estimator, Platt) else "aware" if isinstance(estimator.calibrator, Platt) else "t"
-        given[name].append((inputs, outcome, seed))
-        sure = {"t": 0.5, "aware": 0.99 if seed == 3 else 0.01, "blind": 0.8}[name]
-        return np.full(100, scores.correct.mean()) if name == "t" else np.where(scores.correct, sure, 1 - sure)
+        if isinstance(estimator, Platt):
+            assert np.array_equal(inputs, scores.confidence) and outcome is scores.correct
+            return np.where(scores.correct, 0.8, 0.2)
+        assert inputs is scores.probabilities and outcome is scores.truth
+        sure = 0.99 if seed == 3 else 0.01
+        return np.where(scores.correct, sure, 1 - sure) if isinstance(estimator.calibrator, Platt) else constant
 
     monkeypatch.setattr(calibration, "cross_fit", planted)
     recipe, found = choose(scores, np.arange(100), seeds=(3, 4))
     assert recipe == Recipe("platt", False) and {v.shape for v in found.values()} == {(2, 100)} and len(found) == 3
-    assert [seed for _, _, seed in given["blind"]] == [3, 4]
-    assert np.array_equal(given["blind"][0][0], scores.confidence) and given["blind"][0][1] is scores.correct
-    assert given["aware"][0][0] is scores.probabilities and given["t"][0][1] is scores.truth
 
 
 def test_too_few_rows_or_one_outcome_are_one_clear_line():
@@ -561,33 +462,28 @@ def test_too_few_rows_or_one_outcome_are_one_clear_line():
             choose(scores_from(probabilities, label), np.arange(20))
 
 
-@pytest.mark.parametrize("case", ["one error", "one true label"])
-def test_a_rare_error_or_label_leaves_the_calibrators_that_can_bear_it(case):
+def test_a_rare_error_leaves_the_calibrators_that_can_bear_it():
     probabilities, _ = drawn(300)
     truth = probabilities.argmax(axis=1)
-    truth = np.where(np.arange(300) == 7, 1 - truth, truth) if case == "one error" else np.zeros(300, int)
-    try:
-        recipe, _ = choose(scores_from(probabilities, truth), np.arange(300), seeds=(0,))
-    except ValueError as error:
-        assert "300" in str(error)
-    else:
-        assert recipe.method in METHODS
+    scores = scores_from(probabilities, np.where(np.arange(300) == 7, 1 - truth, truth))
+    recipe, found = choose(scores, np.arange(300), seeds=(0,))
+    assert recipe in found and 0 < len(found) < len(recipes(300))
 
 
-def test_a_promise_from_cross_fitted_scores_is_kept_by_the_calibrator_fitted_on_all_rows():
+def test_a_guarantee_from_cross_fitted_scores_holds_for_the_calibrator_fitted_on_all_rows():
     """The threshold is chosen on scores of other calibrators than the one it is used with: does it still hold?"""
     from decisions import choose_threshold
 
     def world(draw, n):
-        z = draw.normal(0, 1.6, n)  # the model's logit of label 1: too far out, and leaning to label 1
+        z = draw.normal(0, 1.6, n)  # the model's logit of label 1: too far out, with a bias to label 1
         true = expit(0.5 * z - 0.45)
         return np.column_stack([expit(-z), expit(z)]), true, (draw.random(n) < true).astype(int)
 
     draw = np.random.default_rng(0)
-    everywhere, true, _ = world(draw, 20_000)
+    everywhere, true, _ = world(draw, 5000)
     right = np.where(everywhere.argmax(axis=1) == 1, true, 1 - true)
     broken, made = 0, 0
-    for repeat in range(60):
+    for repeat in range(40):
         probabilities, _, truth = world(draw, 500)
         scores = cross_fit(ClasswiseCalibrator(Platt()), probabilities, truth, seed=repeat)
         threshold = choose_threshold(scores, probabilities.argmax(axis=1) == truth, 0.8).value
@@ -595,7 +491,7 @@ def test_a_promise_from_cross_fitted_scores_is_kept_by_the_calibrator_fitted_on_
             taken = ClasswiseCalibrator(Platt()).fit(probabilities, truth).predict(everywhere) >= threshold
             made += 1
             broken += right[taken].mean() < 0.8
-    assert made > 5 and broken <= binom.ppf(0.999, 60, 0.05)
+    assert made > 5 and broken <= binom.ppf(0.999, 40, 0.05)
 
 
 # The calibrator file
@@ -635,7 +531,6 @@ def test_a_predictions_file_becomes_arrays_and_bad_ones_are_refused():
     swapped = replace(b, probabilities=dict(reversed(b.probabilities.items())))
     for rows, message in (
         ([a, replace(b, label=None)], "1 of 2 scored rows have no label.*"),
-        ([a, replace(b, label="other")], "row 'r1': its labels are not no, yes.*"),
         ([a, swapped], "row 'r1': its labels are not no, yes.*"),
         ([a, ROWS[3][0]], "row 'r0': its labels are not no, yes.*"),
         ([failed], "no row was scored"),
@@ -663,28 +558,14 @@ def test_a_calibrator_of_votes_is_fitted_on_and_applied_to_smoothed_votes(recipe
     yes = np.array([(row.extras["votes"]["yes"] + 0.5) / 11 for row in VOTED])
     assert scores.probabilities == pytest.approx(np.stack([1 - yes, yes], axis=1), abs=1e-15)
     assert scores.confidence.tolist() == [row.confidence for row in VOTED]  # what a report of raw numbers shows
-    estimator = recipe.estimator().fit(*recipe.inputs(scores))
-    inputs = np.stack([1 - yes, yes], axis=1) if recipe.class_aware else np.maximum(yes, 1 - yes)
-    truth = np.array([row.label == "yes" for row in VOTED]).astype(int)
-    target = truth if recipe.class_aware else truth == 1  # every row says yes
-    assert np.array_equal(estimator.predict(inputs), recipe.estimator().fit(inputs, target).predict(inputs))
-    calibrator = replace(fitted(recipe), estimator=estimator)
-    assert calibrator.calibrate(VOTED) == pytest.approx(estimator.predict(inputs), abs=1e-15)
+    calibrator = replace(fitted(recipe), estimator=recipe.estimator().fit(*recipe.inputs(scores)))
     # Ten of ten is a log odds of 3, not of 14: the six unanimous wrong rows do not flatten the curve of all others.
     said = dict(zip(yes.round(3).tolist(), calibrator.calibrate(VOTED).tolist(), strict=True))
     assert said == pytest.approx({0.955: 0.9, 0.682: 0.7}, abs=0.02)
-    raw = np.array([row.confidence for row in VOTED])
-    assert (
-        Platt().fit(raw, truth == 1).predict(np.array([0.9]))[0]
-        < estimator.predict(np.array([[0.1, 0.9]]) if recipe.class_aware else np.array([0.9]))[0] - 0.05
-    )
-
-
-def test_votes_that_are_no_counts_stop_fitting_and_applying():
     wrong = replace(VOTED[0], id="w", extras={"votes": {"yes": 10, "no": 0}})
-    for call in (lambda: scores_of([*VOTED, wrong]), lambda: fitted(Recipe("platt", False)).calibrate([wrong])):
+    for call, rows in ((scores_of, [*VOTED, wrong]), (calibrator.calibrate, [wrong])):
         with pytest.raises(ValueError, match=r"^row 'w': its votes are .+, not a count for each label"):
-            call()
+            call(rows)
 
 
 @pytest.mark.parametrize("recipe", ALL, ids=str)
@@ -709,12 +590,8 @@ def test_applying_adds_the_confidence_the_decision_and_what_was_seen(recipe):
         decisions = [r.extras.get("decision") for r in replace(calibrator, threshold=nothing).apply(rows)]
         assert decisions == [None] + ["review"] * len(scored) + [None]
     assert calibrator.apply([]) == [] and calibrator.apply([failed]) == [failed]
-
-
-def test_applying_again_replaces_what_another_calibrator_said():
-    stale = {"note": 3, "calibrated_confidence": 2.0, "decision": "?", "fitted_on": True}
-    row = replace(FRESH[2][0], text="never seen", extras=stale)
-    assert fitted(ALL[0]).apply([row]) == fitted(ALL[0]).apply([replace(row, extras={"note": 3})])
+    stale = {"calibrated_confidence": 2.0, "decision": "?", "fitted_on": True}  # another calibrator's
+    assert calibrator.apply([replace(rows[1], extras=rows[1].extras | stale)]) == [applied[1]]
 
 
 def test_another_models_rows_or_labels_are_refused():
@@ -725,13 +602,6 @@ def test_another_models_rows_or_labels_are_refused():
     for other in (swapped, FRESH[3][0]):
         with pytest.raises(ValueError, match=r"^the calibrator's labels are no, yes, not .+$"):
             calibrator.apply([row, other])
-
-
-@pytest.mark.parametrize("text", ["Good  FILM\n", "\ud83c lone"])
-def test_a_text_is_known_again_whatever_its_case_and_spaces(text):
-    calibrator = replace(fitted(ALL[0]), fitted_on=frozenset([calibration.text_key(f" {text.lower()} ")]))
-    assert calibrator.apply([replace(FRESH[2][0], text=text)])[0].extras["fitted_on"] is True
-    assert "fitted_on" not in calibrator.apply([replace(FRESH[2][0], text=text + "!")])[0].extras
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -747,25 +617,13 @@ def test_every_number_survives_the_file_and_no_text_gets_into_it(recipe, labels,
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("step", ["write_text", "replace", "numbers"])
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_failed_write_leaves_the_old_file_or_none(step, existing, tmp_path, monkeypatch):
+def test_a_number_that_json_does_not_have_leaves_the_old_file(tmp_path):
     path, calibrator = tmp_path / "calibrator.json", fitted(ALL[0])
-    if existing:
-        save(path, calibrator)
-    before = path.read_bytes() if existing else None
-
-    def full_disk(self, *args, **kwargs):
-        self.write_bytes(b'{"format": "half')
-        raise OSError("no space left")
-
-    if step == "numbers":
-        calibrator = replace(calibrator, report_card={"log_loss": math.nan})
-    else:
-        monkeypatch.setattr(Path, step, full_disk)
-    with pytest.raises((OSError, ValueError)):
-        save(path, calibrator)
-    assert (path.read_bytes() if path.exists() else None) == before
+    save(path, calibrator)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        save(path, replace(calibrator, report_card={"log_loss": math.nan}))
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.fixture(scope="session")
@@ -797,95 +655,60 @@ def edited(record, path, value):
     return record
 
 
-NAMES = ["method", "labels", "parameters", "n", "report_card", "threshold", "class_aware", "fingerprint", "model"]
-BAD = [  # recipe, path of the field, values it cannot have
-    *((PLATT, name, [GONE]) for name in [*NAMES, "task", "groups", "fitted_on"]),
-    (PLATT, "format", [GONE, "calibrated-confidence calibrator, version 2"]),
-    (PLATT, "method", ["forest", "beta", None, [], "x" * 10**6]),
-    (PLATT, "class_aware", [0, 1, None, True]),
-    (AWARE, "class_aware", [False]),
-    (PLATT, "labels", [["no", "no", "yes"], ["no"], "no", [1, 2], [["no"], "yes"], ["no"] * 10**5]),
-    (PLATT, "model", ["", None]),
-    (PLATT, "fingerprint", [3]),
-    (PLATT, "n", [219, 220.0, 0, "220"]),
-    (PLATT, "groups", [221, 0, True]),
-    (PLATT, "fitted_on", [[], "0123456789ab", ["0123456789AB"], ["0123456789ab\n"], ["0123456789a"]]),
-    (PLATT, "report_card", [[], None, "good"]),
-    (PLATT, "fitted_on", [{"0123456789ab": 1}, [12], None]),
-    (PLATT, "threshold", [{}, 0.9, [0.9], "0.9", False, ""]),
-    (PLATT, "threshold value", [1.01, -0.01, "0.9", True, [0.9], 10**400]),
-    (PLATT, "parameters slope_", [GONE, "0.5", True, None, [1.0], 10**400]),
-    (AWARE, "parameters", [{}, [], {"0": {"slope_": 1, "intercept_": 0}}]),
-    (AWARE, "parameters 0", [{"slope_": 1, "intercept_": 0}]),
-    (TEMPERATURE, "parameters temperature_", [0, 0.04, 20.1, -1]),
-    (BETA, "parameters a_", [-1e-9]),
-    (BETA, "parameters b_", [-1e-9]),
-    (PLATT, "parameters", [None, [], 1, {"slope_": 1, "intercept_": 0, "more_": 0}]),
-    (ISOTONIC, "parameters", [{"scores_": [x, 0.5], "values_": [0.1, 0.2]} for x in (0.5, 0.6, -0.1)]),
-    (VENN_ABERS, "parameters", [{"scores_": [0.5], "right_": [0], "count_": [n]} for n in (0, 0.5, -1)]),
-    (ISOTONIC, "parameters scores_", [[], 0.5, [0.1], "0.5"]),
-    (ISOTONIC, "parameters scores_ -1", [0.1, -0.1, 1.1, "1", None, [0.9], True, GONE]),
-    (ISOTONIC, "parameters values_ -1", [0.0, 1.1]),
-    (VENN_ABERS, "parameters count_ 3", [0.5, 0, GONE]),
-    (VENN_ABERS, "parameters right_ 3", [10**9, -1]),
+BAD = [  # recipe, path of the field, values it cannot have, the field that the message names
+    (PLATT, "format", [GONE, "calibrated-confidence calibrator, version 2"], "format"),
+    (PLATT, "method", [GONE, "forest", None, "x" * 10**6], "method"),
+    (PLATT, "method", ["beta"], "parameters"),
+    (PLATT, "class_aware", [GONE, 1], "class_aware"),
+    (PLATT, "class_aware", [True], "parameters"),
+    (AWARE, "class_aware", [False], "parameters"),
+    (PLATT, "labels", [GONE, ["no", "no", "yes"], ["no"], "no", [["no"], "yes"]], "labels"),
+    (PLATT, "model", [GONE, ""], "model"),
+    (PLATT, "fingerprint", [GONE, 3], "fingerprint"),
+    (PLATT, "task", [GONE, ["sentiment"]], "task"),
+    (PLATT, "n", [GONE, 219, 220.0, 0, "220"], "n"),
+    (PLATT, "groups", [GONE, 0, True], "groups"),
+    (PLATT, "groups", [221], "n"),
+    (PLATT, "fitted_on", [GONE, [], "0123456789ab", ["0123456789ab\n"], ["0123456789a"]], "fitted_on"),
+    (PLATT, "report_card", [GONE, []], "report_card"),
+    (PLATT, "threshold", [GONE, {}, 0.9], "threshold"),
+    (PLATT, "threshold value", [1.01, -0.01, "0.9", True, 10**400], "threshold"),
+    (PLATT, "parameters", [GONE, None, {"slope_": 1, "intercept_": 0, "more_": 0}], "parameters"),
+    (PLATT, "parameters slope_", [GONE, "0.5", True, [1.0], 9e307, 10**400], "slope_"),
+    (AWARE, "parameters", [{}, [], {"0": {"slope_": 1, "intercept_": 0}}], "parameters"),
+    (AWARE, "parameters 0", [{"slope_": 1, "intercept_": 0}], "parameters"),
+    (TEMPERATURE, "parameters temperature_", [0.04, 20.1], "temperature_"),
+    (BETA, "parameters a_", [-1e-9, 9e307], "a_"),
+    (ISOTONIC, "parameters scores_", [[], 0.5], "scores_"),
+    (ISOTONIC, "parameters scores_ -1", [0.1, 1.1, "1", True], "scores_"),
+    (ISOTONIC, "parameters scores_ -1", [GONE], "lists differ"),
+    (ISOTONIC, "parameters values_ -1", [0.0, 1.1], "values_"),
+    (VENN_ABERS, "parameters count_ 3", [0.5, 0, 9e307], "count_"),
+    (VENN_ABERS, "parameters right_ 3", [10**8, -1], "right_|count_"),
 ]
 CASES = [
-    pytest.param(recipe, path, value, id=f"{recipe.method} {path} {str(value)[:20]}")
-    for recipe, path, values in BAD
+    pytest.param(recipe, path, value, named, id=f"{recipe.method} {path} {str(value)[:20]}")
+    for recipe, path, values, named in BAD
     for value in values
 ]
 
 
-@pytest.mark.parametrize(("recipe", "path", "value"), CASES)
-def test_an_edited_file_is_refused_in_one_line_that_names_the_field(recipe, path, value, folder):
+@pytest.mark.parametrize(("recipe", "path", "value", "named"), CASES)
+def test_an_edited_file_is_refused_in_one_line_that_names_the_field(recipe, path, value, named, folder):
     keys = [int(key) if key in ("-1", "3") else key for key in path.split()]
     (folder / "edited.json").write_text(json.dumps(edited(record(folder, recipe), keys, value)), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^[^\n]{1,300}$") as caught:
+    with pytest.raises(ValueError, match=r"^[^\n]{1,400}$") as caught:
         load(folder / "edited.json")
     where, reason = str(caught.value).split("edited.json")
-    # Some edits first show in another field: a smaller n in fitted_on, another method in the parameters.
-    also = {"n": "fitted_on", "method": "parameters", "class_aware": "parameters", "format": "calibrator file"}
-    named = "|".join(
-        [keys[0], also.get(keys[0], keys[0]), *(METHODS[recipe.method].FITTED if keys[0] == "parameters" else [])]
-    )
-    assert where == f"{folder}/" and re.search(rf"\b({named})( |'|:|$)", reason), reason
+    assert where == f"{folder}/" and re.search(rf"\b({named})\b", reason), reason
 
 
-TEXTS = {
-    "empty": "",
-    "not JSON": "method = platt",
-    "cut off": '{"format": "calibrated-',
-    "an array": "[1]",
-    "null": "null",
-    "NaN": '{"n": NaN}',
-    "infinity": '{"n": -Infinity}',
-    "deep": "[" * 100_000,
-    "deep objects": '{"a":' * 100_000,
-    "endless digits": '{"n": ' + "9" * 5000 + "}",
-    "huge": json.dumps([0] * 2_000_000),
-    "not UTF-8": b"\xff\xfe\x00{}",
-}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("text", ["", "method = platt", "[1]", "null", '{"n": NaN}', "[" * 100_000])
 def test_what_is_no_calibrator_file_is_refused_in_one_line(text, tmp_path):
     path = tmp_path / "file.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=r"^[^\n]{1,400}$") as caught:
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{path} is not [^\n]+$"):
         load(path)
-    assert str(path) in str(caught.value)
-    for missing in (tmp_path, tmp_path / "none"):
-        with pytest.raises(OSError, match=r"^[^\n]+$"):
-            load(missing)
-
-
-@pytest.mark.parametrize("field", ["parameters slope_", "report_card log_loss"])
-@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_json_does_not_have_are_refused(field, constant, folder):
-    text = json.dumps(edited(record(folder, PLATT), field.split(), "HERE")).replace('"HERE"', constant)
-    (folder / "edited.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"^[^\n]{1,300}$"):
-        load(folder / "edited.json")
 
 
 NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, 9e307, -9e307, 1e-308, -0.0, True])
@@ -916,22 +739,3 @@ def test_a_fuzzed_file_is_refused_or_still_gives_probabilities(recipe, labels, v
     values = loaded.calibrate(rows)
     assert np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1
     assert {row.extras["decision"] for row in loaded.apply(rows)} <= {"automate", "review"}
-
-
-@pytest.mark.parametrize(
-    ("recipe", "parameters"),
-    [
-        (PLATT, {"slope_": 9e307, "intercept_": 0}),
-        (BETA, {"a_": 9e307, "b_": 9e307, "m_": 0}),
-        (VENN_ABERS, {"scores_": [0.6, 0.8], "right_": [9e307] * 2, "count_": [9e307] * 2}),
-    ],
-)
-def test_parameters_no_fit_could_give_are_refused_or_stay_finite(recipe, parameters, folder):
-    (folder / "edited.json").write_text(
-        json.dumps(record(folder, recipe) | {"parameters": parameters}), encoding="utf-8"
-    )
-    try:
-        values = load(folder / "edited.json").calibrate(FRESH[2])
-    except ValueError:
-        return
-    assert np.isfinite(values).all()
