@@ -19,9 +19,10 @@ Prints tables and writes nothing. Exit code: 0 clean, 1 the splits leak, 2 bad i
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,10 +33,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import calibration_metrics as metrics  # noqa: E402
 import command_line  # noqa: E402
 import predictions  # noqa: E402
 import tables  # noqa: E402
-import task as tasks  # noqa: E402
+from command_line import printable  # noqa: E402
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -46,22 +48,27 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditedRow:
     """One text and what the audit needs to know of it."""
 
     split: str
     id: str
     text: str
-    label: str | None
-    group: str | None
-    domain: str | None
-    by: tuple[str, ...]
+    label: str | None = None
+    group: str | None = None
+    domain: str | None = None
+    by: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     answers = predictions.read(args.predictions) if args.predictions else []
-    rows = list(read(args))
+    wanted = {"split": args.split_column, "group": args.group_column, "domain": args.domain_column}
+    columns, rows = tables.column_arguments(args), []
+    for file in args.files:
+        rows += read_audited(file, columns, wanted, args.by)
+    for split in by_split(rows):
+        predictions.check_ids([row.id for row in rows if row.split == split], split)
     likenesses = list(tables.near_duplicates([row.text for row in rows], args.threshold, args.shingle))
     within, elsewhere = partners(rows, likenesses)
     print_splits(rows, within, elsewhere)
@@ -89,61 +96,69 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("a file is given twice")
     if args.shingle < 1:
         parser.error(f"--shingle {args.shingle}: at least one word")
+    if args.sample is not None:
+        parser.error("--sample: an audit reads every row")
     return args
 
 
-def read(args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of all files; ids are unique within a split."""
-    seen = set()
-    wanted = {"split": args.split_column, "group": args.group_column, "domain": args.domain_column}
-    for file in args.files:
-        table = tables.read_rows(file, not args.no_header)
-        for example, (where, columns) in zip(tasks.examples_from(args, file), table, strict=False):  # --limit ends it
-            named = [name for name in (*wanted.values(), *(args.by or ())) if name]
-            if absent := [name for name in named if name not in columns]:
-                raise ValueError(f"{where}: no column {absent[0]!r}; it has {', '.join(map(str, columns))}")
-            value = {role: columns.get(name or role) for role, name in wanted.items()}
-            split = str(value["split"]) if args.split_column else file
-            if (split, example.id) in seen:
-                raise ValueError(f"{where}: the id {example.id!r} stands twice; ids must be unique")
-            seen.add((split, example.id))
-            by = tuple(str(columns[name]) for name in args.by or ("difficulty", "part") if name in columns)
-            yield Row(split, example.id, example.text, example.label, value["group"], value["domain"], by)
+def read_audited(
+    file: str, columns: Mapping[str, object], wanted: Mapping[str, str | None], by: Sequence[str] | None
+) -> Iterator[AuditedRow]:
+    """The rows of a file, which is a split of its own unless `wanted` names a column of splits.
+
+    `columns` are as `tables.read_examples` takes them; `wanted` names the columns of split, group and domain.
+    """
+    written = {name: columns[name] for name in ("header", "encoding", "delimiter", "skip_bad_rows")}
+    examples = tables.read_examples(file, **columns)
+    for example, (where, cells) in zip(examples, tables.read_rows(file, **written), strict=False):  # --limit ends it
+        for name in (*wanted.values(), *(by or ())):
+            if name and name not in cells:
+                raise ValueError(f"{where}: no column {name!r}; it has {', '.join(map(str, cells))}")
+        split = str(cells[wanted["split"]]) if wanted["split"] else file
+        group, domain = (cells.get(wanted[role] or role) for role in ("group", "domain"))
+        parts = tuple(str(cells[name]) for name in by or ("difficulty", "part") if name in cells)
+        yield AuditedRow(split, example.id, example.text, example.label, group, domain, parts)
+
+
+def by_split(rows: Sequence[AuditedRow]) -> dict[str, list[int]]:
+    """split -> numbers of its rows, in order."""
+    splits = defaultdict(list)
+    for number, row in enumerate(rows):
+        splits[row.split].append(number)
+    return splits
 
 
 # Repeats and leaks
 
 
-def partners(rows: list[Row], likenesses: list[tuple[int, int, float]]) -> tuple[dict[int, int], dict[int, int]]:
+def partners(rows: list[AuditedRow], likenesses: list[tuple[int, int, float]]) -> tuple[dict[int, int], dict[int, int]]:
     """For each row that has one, a near-duplicate in its own split, and one in another split."""
     same = {j: i for i, j, jaccard in likenesses if jaccard == 1}  # near_duplicates pairs equals with the first alone
-    alike = defaultdict(set)
+    first = [same.get(number, number) for number in range(len(rows))]
+    members = defaultdict(list)  # (first of its equals, split) -> two of its rows there: one has another as its partner
+    for number, row in enumerate(rows):
+        if len(members[first[number], row.split]) < 2:
+            members[first[number], row.split].append(number)
+    alike = defaultdict(set)  # first of its equals -> those of its near-duplicates
     for i, j, _ in likenesses:
-        alike[same.get(i, i)].add(same.get(j, j))
-        alike[same.get(j, j)].add(same.get(i, i))
-    members = defaultdict(dict)  # first of its equals -> split -> its rows there
+        alike[first[i]].add(first[j])
+        alike[first[j]].add(first[i])
+    within, elsewhere, splits = {}, {}, list(by_split(rows))
     for number, row in enumerate(rows):
-        members[same.get(number, number)].setdefault(row.split, []).append(number)
-    within, elsewhere = {}, {}
-    for number, row in enumerate(rows):
-        first = same.get(number, number)
-        for other in sorted({first} | alike[first]):
-            for split, numbers in members[other].items():
+        for other in sorted({first[number]} | alike[first[number]]):
+            for split in splits:
                 found = within if split == row.split else elsewhere
-                for partner in numbers[:2]:
+                for partner in members.get((other, split), ()):
                     if partner != number:
                         found.setdefault(number, partner)
     return within, elsewhere
 
 
-def print_splits(rows: list[Row], within: dict[int, int], elsewhere: dict[int, int]) -> None:
+def print_splits(rows: list[AuditedRow], within: dict[int, int], elsewhere: dict[int, int]) -> None:
     """One line a split: rows, labels, words, and how many texts have a repeat or a near-duplicate."""
-    splits = defaultdict(list)
-    for number, row in enumerate(rows):
-        splits[row.split].append(number)
     heads = ["split", "rows", "labels", "words: min, median, max", "repeated", "alike in it", "alike in others"]
     table = []
-    for split, numbers in splits.items():
+    for split, numbers in by_split(rows).items():
         words = [len(rows[n].text.split()) for n in numbers]
         labels = Counter(rows[n].label or "none" for n in numbers)
         repeated = len(numbers) - len({" ".join(rows[n].text.casefold().split()) for n in numbers})
@@ -153,7 +168,7 @@ def print_splits(rows: list[Row], within: dict[int, int], elsewhere: dict[int, i
     print(command_line.columns([heads, *table]))
 
 
-def print_leaks(rows: list[Row], elsewhere: dict[int, int]) -> bool:
+def print_leaks(rows: list[AuditedRow], elsewhere: dict[int, int]) -> bool:
     """Say what stands in two splits, and whether anything does."""
     homes = defaultdict(set)
     for row in rows:
@@ -164,23 +179,22 @@ def print_leaks(rows: list[Row], elsewhere: dict[int, int]) -> bool:
         print(f"\nLEAK: {len(elsewhere):,} rows have a near-duplicate in another split. The first:")
     for number in list(elsewhere)[:SHOWN]:
         for row in (rows[number], rows[elsewhere[number]]):
-            print(f"  {row.split} {command_line.printable(row.id)}: {command_line.printable(row.text[:100])}")
+            print(f"  {row.split} {printable(row.id)}: {printable(row.text[:100])}")
         print()
     if groups:
         print(f"\nLEAK: {len(groups):,} groups stand in more than one split, the first is {groups[0]!r}")
-    if len({row.split for row in rows}) > 1 and not elsewhere and not groups:
-        print(
-            "\nNo text has a near-duplicate in another split" + (", and no group is in two splits." if homes else ".")
-        )
+    if len(by_split(rows)) > 1 and not elsewhere and not groups:
+        end = ", and no group is in two splits." if homes else "."
+        print(f"\nNo text has a near-duplicate in another split{end}")
     return bool(elsewhere or groups)
 
 
 # Baselines
 
 
-def print_baselines(rows: list[Row], answers: list[predictions.Prediction]) -> None:
+def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction]) -> None:
     """Accuracy and AUC of the bags of words, and of a model's predictions, for each part of the last split."""
-    splits = list(dict.fromkeys(row.split for row in rows))
+    splits = list(by_split(rows))
     train, test = ([row for row in rows if row.split == split and row.label] for split in (splits[0], splits[-1]))
     sizes = Counter(row.label for row in train)
     if len(sizes) < 2 or min(sizes.values()) < FOLDS or not test:
@@ -194,24 +208,44 @@ def print_baselines(rows: list[Row], answers: list[predictions.Prediction]) -> N
         probabilities[answers[0].model] = model_probabilities(answers, test, labels)
     how = f"trained on {splits[0]}, n = {len(train):,}" if len(splits) > 1 else f"{FOLDS}-fold out-of-fold"
     print(f"\nBag of words ({how}), tested on {splits[-1]}, n = {len(test):,}. Accuracy with 95 % interval, and AUC:\n")
-    right = {name: correct(p, test, labels) for name, p in probabilities.items()}
+    truth = np.array([labels.index(row.label) if row.label in sizes else -1 for row in test])
+    table = [["", "rows", *(head for name in probabilities for head in (name, "AUC"))]]
+    for part, numbers in easiest_first(test, probabilities["bag of words"].argmax(axis=1) == truth):
+        table.append([", ".join(part) or "all", f"{len(numbers):,}"])
+        for of_labels in probabilities.values():
+            table[-1] += accuracy_and_auc(of_labels[numbers], truth[numbers])
+    print(command_line.columns(table))
+
+
+def easiest_first(test: list[AuditedRow], right: np.ndarray) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """The parts of the rows and the numbers of their rows: all, then each part before its own parts."""
     members = defaultdict(list)
     for number, row in enumerate(test):
         for depth in range(len(row.by) + 1):
             members[row.by[:depth]].append(number)
-    rank = {part: (-np.mean(right["bag of words"][numbers]), part) for part, numbers in members.items()}
-    table = []
+    rank = {part: (-right[numbers].mean(), part) for part, numbers in members.items()}
     for part in sorted(members, key=lambda part: [rank[part[: depth + 1]] for depth in range(len(part))]):
-        numbers = np.array(members[part])
-        table.append([", ".join(part) or "all", f"{len(numbers):,}"])
-        for name, p in probabilities.items():
-            table[-1] += [accuracy(right[name][numbers]), auc(p[numbers], [test[n].label for n in numbers], labels)]
-    heads = ["", "rows", *(head for name in probabilities for head in (name, "AUC"))]
-    print(command_line.columns([heads, *table]))
+        yield part, members[part]
+
+
+def accuracy_and_auc(probabilities: np.ndarray, truth: np.ndarray) -> tuple[str, str]:
+    """Accuracy with its exact 95 % interval and how many rows had no answer; AUC of the second of two labels, or "-".
+
+    `probabilities` [n, labels] are NaN in rows without an answer, `truth` [n] are numbers of labels.
+    """
+    answered = ~np.isnan(probabilities[:, 0])
+    lost, probabilities, truth = int((~answered).sum()), probabilities[answered], truth[answered]
+    if not len(truth):
+        return "no answers", "-"
+    right = int((probabilities.argmax(axis=1) == truth).sum())
+    low, high = metrics.exact_interval(right, len(truth))
+    accuracy = f"{right / len(truth):.3f} [{low:.3f}, {high:.3f}]" + (f", {lost} without" if lost else "")
+    auc = metrics.auroc(probabilities[:, 1], truth == 1) if probabilities.shape[1] == 2 else math.nan
+    return accuracy, "-" if math.isnan(auc) else f"{auc:.3f}"
 
 
 def bag_of_words(
-    train: list[Row], test: list[Row], labels: list[str], without_domain_words: bool = False
+    train: list[AuditedRow], test: list[AuditedRow], labels: list[str], without_domain_words: bool = False
 ) -> np.ndarray:
     """Label probabilities [n, labels] of the test rows; out-of-fold ones where the test rows are the training rows."""
     from sklearn.feature_extraction.text import CountVectorizer
@@ -237,7 +271,7 @@ def bag_of_words(
     return probabilities
 
 
-def domain_words(counts: csr_array, rows: list[Row]) -> np.ndarray:
+def domain_words(counts: csr_array, rows: list[AuditedRow]) -> np.ndarray:
     """Which columns of counts [rows, words] are domain words, [words] bool.
 
     Compared among rows of one label, so that a word is not taken for a domain's because the domain's label is its own.
@@ -252,7 +286,7 @@ def domain_words(counts: csr_array, rows: list[Row]) -> np.ndarray:
     return found
 
 
-def model_probabilities(answers: list[predictions.Prediction], test: list[Row], labels: list[str]) -> np.ndarray:
+def model_probabilities(answers: list[predictions.Prediction], test: list[AuditedRow], labels: list[str]) -> np.ndarray:
     """[n, labels] of the test rows, found by id; NaN where the model gave none."""
     found = {answer.id: answer for answer in answers}
     probabilities = np.full((len(test), len(labels)), np.nan)
@@ -265,35 +299,6 @@ def model_probabilities(answers: list[predictions.Prediction], test: list[Row], 
                 raise ValueError(f"--predictions: the table's labels and theirs differ, {foreign[0]!r} is not in both")
             probabilities[number] = [prediction.probabilities[label] for label in labels]
     return probabilities
-
-
-def correct(probabilities: np.ndarray, test: list[Row], labels: list[str]) -> np.ndarray:
-    """[n]: 1 where the most probable label is the true one, else 0; NaN where there are no probabilities."""
-    right = np.array([labels[k] == row.label for k, row in zip(probabilities.argmax(axis=1), test, strict=True)], float)
-    return np.where(np.isnan(probabilities[:, 0]), np.nan, right)
-
-
-def accuracy(right: np.ndarray) -> str:
-    """The share of 1 with its exact binomial 95 % interval, and how many rows had no answer."""
-    from scipy.stats import binomtest
-
-    answered = right[~np.isnan(right)]
-    if not len(answered):
-        return "no answers"
-    low, high = binomtest(int(answered.sum()), len(answered)).proportion_ci(0.95, "exact")
-    none = f", {len(right) - len(answered)} without" if len(answered) < len(right) else ""
-    return f"{answered.mean():.3f} [{low:.3f}, {high:.3f}]{none}"
-
-
-def auc(probabilities: np.ndarray, truth: list[str], labels: list[str]) -> str:
-    """AUC of the second of two labels, "-" for more labels or where only one occurs."""
-    from sklearn.metrics import roc_auc_score
-
-    answered = ~np.isnan(probabilities[:, 0])
-    is_second = np.array([label == labels[-1] for label in truth])[answered]
-    if len(labels) != 2 or is_second.all() or not is_second.any():
-        return "-"
-    return f"{roc_auc_score(is_second, probabilities[answered, 1]):.3f}"
 
 
 if __name__ == "__main__":
