@@ -41,9 +41,9 @@ def choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Path
     if task is None or not config.is_file():
         return None
     try:
-        trained = dict(read_json(config))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config} is broken ({error}); remove the folder or use --adapter none") from None
+        trained = _read_object(config)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the folder or use --adapter none") from None
     if (trained.get("base_weights"), trained.get("task")) != (weights, task):
         return None
     check_adapter(ADAPTER_FOLDER)
@@ -56,19 +56,24 @@ def check_adapter(path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")
-    try:
-        kind = dict(read_json(path / "adapter_config.json")).get("peft_type")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / 'adapter_config.json'} is broken: {error}") from None
+    kind = _read_object(path / "adapter_config.json").get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path} is not a LoRA adapter: its peft_type is {kind}")
+
+
+def _read_object(path: Path) -> dict:
+    """What a JSON file says; ValueError in one line if it is broken."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
 
 
 def check_base(adapter: Path, weights: str) -> None:
     """Refuse an adapter that says it was trained from other weights; of the same shape, it would load and be wrong."""
     try:
-        trained = str(dict(read_json(adapter / "training_config.json")).get("base_weights", ""))
-    except (OSError, ValueError, TypeError):
+        trained = str(_read_object(adapter / "training_config.json").get("base_weights", ""))
+    except (OSError, ValueError):
         return  # not one of ours: peft's own files do not say
     (trained_name, trained_at, _), (name, at, _) = trained.partition("@"), weights.partition("@")
     # A model of the Hub is owner/name@commit: another commit of the same model may pass, a folder's hash may not.
