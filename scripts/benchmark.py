@@ -23,8 +23,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -35,10 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
-import predictions  # noqa: E402
 import task as tasks  # noqa: E402
+import training  # noqa: E402
+from fine_tune_model import read_labelled  # noqa: E402
 from llama import TOKENS_PER_BATCH, Llama, add_arguments, load_llama, model_arguments  # noqa: E402
-from logprobs_confidence import prepare  # noqa: E402
+from logprobs_confidence import label_scorer  # noqa: E402
+from tables import Example, Table, add_table_arguments, column_arguments  # noqa: E402
 
 PLAIN_BATCH = 32
 TRAINER_BATCH = 8  # rows of a step that Trainer runs together; more do not fit into 24 GB of memory
@@ -53,90 +56,13 @@ LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
     "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+Rows = Sequence[Sequence[int]]  # prompts as token ids
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    task = tasks.read_task(args.task)
-    if args.training:
-        compare_training(args, task)
-        return
-    first = None if args.random_weights else first_answer(args)  # now, for a child's peak begins at its parent's size
-    texts = [example.text for example in tasks.examples_from(args)]
-    llama = random_llama(args) if args.random_weights else load_from(args)
-    scorer = prepare(llama, task)
-    rows = [llama.encode(scorer.frame, text) for text in texts]
-    ids = [answer.ids[0] for answer in scorer.answers]
-    ways = {
-        "one generate call a text (the article's way)": generate_each,
-        f"plain batches of {PLAIN_BATCH}": plain_batches,
-        "ours": ours,
-    }
-    results, seconds = {}, {name: [] for name in ways}
-    for way in ways.values():
-        way(llama, rows[:4], ids)  # warm up
-    for turn in range(args.rounds):
-        for name, way in ways.items():
-            results[name], elapsed = timed(lambda way=way: way(llama, rows, ids), llama.device)
-            seconds[name].append(elapsed)
-            print(f"round {turn + 1}: {name}: {elapsed:.1f} s", file=sys.stderr)
-
-    prefix, _ = llama._shared_prefix(rows)
-    own = sum(map(len, rows)) - len(prefix) * len(rows)
-    print(f"{llama.name}, {llama.device} {llama.identity['precision']}, {len(rows)} texts of {args.input}")
-    print(f"{len(prefix)} shared and {own / len(rows):.1f} own tokens a text, median of {args.rounds} rounds\n")
-    print_rates(results, {name: median(s) for name, s in seconds.items()})
-    print_limit(llama, own, len(rows), median(seconds["ours"]))
-    if llama.device == "cuda":
-        import torch
-
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-    if first:
-        print(f"first answer of a new process: {first[0]:.1f} s, peak memory {first[1] / 1e9:.2f} GB")
+# Scoring: rows of token ids -> log-probabilities of the answer ids, [rows, answers]
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.ArgumentParser(__doc__)
-    tasks.add_arguments(parser)
-    add_arguments(parser)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
-    parser.add_argument(
-        "--random-weights", metavar="CONFIG", help="llama-3.1-8b or a config.json: that shape, random weights"
-    )
-    parser.add_argument(
-        "--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)"
-    )
-    args = parser.parse_args(argv)
-    if args.training and args.input is None:
-        args.input, args.limit = "data:train", args.limit or 64
-    args.input = args.input or str(ROOT / "data" / "sample.csv")
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: at least 1")
-    return args
-
-
-def random_llama(args: argparse.Namespace) -> Llama:
-    """A model of a given shape with random weights, made on the device; it reads with the embedded tokenizer."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    small = load_llama(device=args.device, dtype=args.dtype)  # resolves device and dtype, and lends its tokenizer
-    given = args.random_weights
-    settings = LLAMA_31_8B if given == "llama-3.1-8b" else json.loads(Path(given).read_text(encoding="utf-8"))
-    config = AutoConfig.for_model(**settings)
-    if config.vocab_size < len(small.tokenizer):
-        raise ValueError(f"{given}: vocab_size must be at least {len(small.tokenizer)}, the embedded tokenizer's")
-    torch.manual_seed(0)
-    with small.model.device:
-        model = AutoModelForCausalLM.from_config(config, dtype=small.model.dtype).eval().requires_grad_(False)
-    identity = {"weights": "random", "precision": small.identity["precision"]}
-    return Llama(model, small.tokenizer, f"random weights, {given}", small.path, identity)
-
-
-# The three ways: rows of token ids -> log-probabilities of the answer ids, [rows, answers]
-
-
-def generate_each(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+def generate_each(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     import torch
 
     out = []
@@ -154,101 +80,79 @@ def generate_each(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int
     return np.stack(out)
 
 
-def plain_batches(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+def plain_batches(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
     out = []
     with torch.inference_mode():
         for start in range(0, len(rows), PLAIN_BATCH):
-            batch = rows[start : start + PLAIN_BATCH]
-            width = max(map(len, batch))
-            inputs = torch.tensor([[*row, *[0] * (width - len(row))] for row in batch], device=llama.model.device)
-            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=inputs.device)
+            batch = [torch.tensor(row) for row in rows[start : start + PLAIN_BATCH]]
+            inputs = pad_sequence(batch, batch_first=True).to(llama.model.device)
+            mask = pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).to(inputs.device)
             logits = llama.model(input_ids=inputs, attention_mask=mask).logits
             last = logits[torch.arange(len(batch)), mask.sum(1) - 1].double()
             out.append(last.log_softmax(-1)[:, ids].cpu().numpy())
     return np.concatenate(out)
 
 
-def ours(llama: Llama, rows: Sequence[Sequence[int]], ids: Sequence[int]) -> np.ndarray:
+def ours(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     llama.forget_prefix()  # the shared prefix belongs to the time
     return llama.answer_log_probs(rows, [[i] for i in ids])
+
+
+def compare_scoring(llama: Llama, task: tasks.Task, examples: Sequence[Example], source: str, rounds: int) -> None:
+    """Time the three ways in turn, round after round, and print rates and differences."""
+    scorer = label_scorer(llama, task)
+    rows = [llama.encode(scorer.prompt, example.text) for example in examples]
+    ids = [answer.ids[0] for answer in scorer.answers]
+    ways = {
+        "one generate call a text (the article's way)": generate_each,
+        f"plain batches of {PLAIN_BATCH}": plain_batches,
+        "ours": ours,
+    }
+    for way in ways.values():
+        way(llama, rows[:4], ids)  # warm up
+    results, seconds = {}, {name: [] for name in ways}
+    for turn in range(1, rounds + 1):
+        for name, way in ways.items():
+            results[name], elapsed = timed(lambda way=way: way(llama, rows, ids), llama.device)
+            seconds[name].append(elapsed)
+            print(f"round {turn}: {name}: {elapsed:.1f} s", file=sys.stderr)
+    own = print_head(llama, rows, "text", source, rounds)
+    reference = np.exp(next(iter(results.values())))
+    print(f"{'':46}{'rows/s':>8}{'ratio':>8}   largest difference in probability")
+    for name, rate, ratio in rates(seconds, len(rows)):
+        print(f"{name:46}{rate:8.1f}{ratio:8.2f}   {np.abs(np.exp(results[name]) - reference).max():.1e}")
+    print_limit(llama, own, len(rows), median(seconds["ours"]))
 
 
 # Fine-tuning: both train a fresh adapter for one epoch
 
 
-def compare_training(args: argparse.Namespace, task: tasks.Task) -> None:
-    """Time an epoch of Trainer and of ours in turn, round after round."""
+def take_steps(run: training.TrainingRun) -> None:
+    while run.step < run.steps:
+        training.take_step(run)
+
+
+def trainer_for(run: training.TrainingRun, folder: Path) -> object:
+    """transformers' Trainer on the run's model and rows; the answer is the label's own token, all else is masked."""
     import torch
-
-    import fine_tune_model as tuning
-
-    llama = random_llama(args) if args.random_weights else load_from(args)
-    options = ["--epochs", "1", "--batch-size", str(PLAIN_BATCH), "--device", args.device]
-    ways = {"Hugging Face's Trainer": with_trainer, "ours": with_our_steps}
-    if args.random_weights:
-        del ways["Hugging Face's Trainer"]  # which does not fit whole prompts of that shape
-    seconds = {name: [] for name in ways}
-    with TemporaryDirectory() as folder:
-        settings = tuning.parse_arguments([*options, "--output-dir", str(Path(folder) / "adapter")])
-        student = tuning.study(llama, task)
-        table = tuning.read_table(student, tuning.read_labelled(args, task, args.input), args.input)
-        for turn in range(args.rounds + 1):  # the first warms up
-            for name, way in ways.items():
-                tuning.add_adapter(llama, settings)
-                elapsed = way(student, table, settings, Path(folder))
-                llama.model = llama.model.unload().requires_grad_(False)
-                if turn:
-                    seconds[name].append(elapsed)
-                    print(f"round {turn}: {name}: {elapsed:.1f} s", file=sys.stderr)
-    rows, steps = len(table.rows), math.ceil(len(table.rows) / PLAIN_BATCH)
-    prefix, _ = llama._shared_prefix(table.rows)
-    own = sum(map(len, table.rows)) - len(prefix) * rows
-    print(
-        f"{llama.name}, {llama.device} {llama.identity['precision']}, {rows} rows of {args.input}, {PLAIN_BATCH} a step"
-    )
-    print(f"{len(prefix)} shared and {own / rows:.1f} own tokens a row, median of {args.rounds} rounds\n")
-    slowest = median(next(iter(seconds.values())))
-    for name, measured in seconds.items():
-        print(f"{name:46}{rows / median(measured):8.2f} rows/s{slowest / median(measured):8.2f}")
-    # Forward, and backward to the activations: the weights that are not trained need no gradient.
-    print_limit(llama, 2 * (own + steps * len(prefix)), 2 * rows, median(seconds["ours"]))
-    if llama.device == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
-
-
-def with_our_steps(student: object, table: object, settings: argparse.Namespace, folder: Path) -> float:
-    """Seconds of an epoch of fine_tune_model.py's steps."""
-    import accelerate
-
-    import fine_tune_model as tuning
-
-    run = tuning.prepare(student, table, table, settings, accelerate.PartialState(cpu=student.llama.device == "cpu"))
-
-    def epoch() -> None:
-        while run.step < run.steps:
-            run.step += 1
-            tuning.take_step(run, False)
-
-    return timed(epoch, student.llama.device)[1]
-
-
-def with_trainer(student: object, table: object, settings: argparse.Namespace, folder: Path) -> float:
-    """Seconds of an epoch of transformers' Trainer; the answer is the label's own token, all else is masked."""
-    import torch
+    from torch.nn.utils.rnn import pad_sequence
     from transformers import Trainer, TrainingArguments
 
-    first = {label: next(a.ids[0] for a in student.answers if a.label == label) for label in student.task.labels}
-    answers = [first[label] for label in np.array(list(student.task.labels))[table.targets]]
-    data = [(row, answer) for row, answer in zip(table.rows, answers, strict=True)]
+    scorer, settings = run.scorer, run.settings
+    first = [next(a.ids[0] for a in scorer.answers if a.label == label) for label in scorer.task.labels]
+    answers = [first[target] for target in run.training.targets]
 
-    def collate(batch: list[tuple]) -> dict:
-        width = max(len(row) for row, _ in batch) + 1
-        ids = [[*row, answer, *[0] * (width - len(row) - 1)] for row, answer in batch]
-        labels = [[*[-100] * len(row), answer, *[-100] * (width - len(row) - 1)] for row, answer in batch]
-        mask = [[1] * (len(row) + 1) + [0] * (width - len(row) - 1) for row, _ in batch]
-        return {k: torch.tensor(v) for k, v in (("input_ids", ids), ("labels", labels), ("attention_mask", mask))}
+    def collate(batch: list[tuple[list[int], int]]) -> dict:
+        whole = [torch.tensor([*row, answer]) for row, answer in batch]
+        masked = [torch.tensor([*[-100] * len(row), answer]) for row, answer in batch]
+        return {
+            "input_ids": pad_sequence(whole, batch_first=True),
+            "labels": pad_sequence(masked, batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in whole], batch_first=True),
+        }
 
     options = TrainingArguments(
         output_dir=str(folder / "trainer"),
@@ -256,8 +160,8 @@ def with_trainer(student: object, table: object, settings: argparse.Namespace, f
         gradient_accumulation_steps=PLAIN_BATCH // TRAINER_BATCH,
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
-        use_cpu=student.llama.device == "cpu",
-        bf16=student.llama.identity["precision"] == "bfloat16",
+        use_cpu=scorer.llama.device == "cpu",
+        bf16=scorer.llama.identity["precision"] == "bfloat16",
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -265,9 +169,31 @@ def with_trainer(student: object, table: object, settings: argparse.Namespace, f
         seed=settings.seed,
         remove_unused_columns=False,
     )
-    trainer = Trainer(model=student.llama.model, args=options, train_dataset=data, data_collator=collate)
-    with redirect_stdout(sys.stderr):
-        return timed(trainer.train, student.llama.device)[1]
+    data = list(zip(run.training.prompts, answers, strict=True))
+    return Trainer(model=scorer.llama.model, args=options, train_dataset=data, data_collator=collate)
+
+
+def compare_training(llama: Llama, task: tasks.Task, rows: training.LabelledRows, rounds: int, ours_only: bool) -> None:
+    """Time an epoch of Trainer and of ours in turn, round after round, and print rates."""
+    settings = training.TrainingSettings(epochs=1, batch_size=PLAIN_BATCH)
+    seconds = {"ours": []} if ours_only else {"Hugging Face's Trainer": [], "ours": []}
+    with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        for turn in range(rounds + 1):  # the first warms up
+            for name, of_rounds in seconds.items():
+                run = training.begin_training(llama, task, rows, rows, Path(folder), settings)
+                epoch = partial(take_steps, run) if name == "ours" else trainer_for(run, Path(folder)).train
+                _, elapsed = timed(epoch, llama.device)
+                llama.model = llama.model.unload().requires_grad_(False)
+                if turn:
+                    of_rounds.append(elapsed)
+                    print(f"round {turn}: {name}: {elapsed:.1f} s")
+    prompts = run.training.prompts
+    own = print_head(llama, prompts, "row", rows.source, rounds)
+    for name, rate, ratio in rates(seconds, len(prompts)):
+        print(f"{name:46}{rate:8.2f} rows/s{ratio:8.2f}")
+    # Forward, and backward to the activations: the weights that are not trained need no gradient.
+    shared = math.ceil(len(prompts) / PLAIN_BATCH) * shared_tokens(llama, prompts)
+    print_limit(llama, 2 * (own + shared), 2 * len(prompts), median(seconds["ours"]))
 
 
 # Measuring
@@ -285,13 +211,33 @@ def timed(function: Callable[[], object], device: str) -> tuple[object, float]:
     return result, time.perf_counter() - start
 
 
+def rates(seconds: Mapping[str, Sequence[float]], rows: int) -> list[tuple[str, float, float]]:
+    """(name of a way, rows a second, ratio to the first way), of the medians of their rounds."""
+    slowest = median(next(iter(seconds.values())))
+    return [(name, rows / median(of_rounds), slowest / median(of_rounds)) for name, of_rounds in seconds.items()]
+
+
+def shared_tokens(llama: Llama, rows: Rows) -> int:
+    """How many tokens all rows begin with."""
+    with llama.evaluating():
+        return len(llama.shared_prefix(rows)[0])
+
+
+def body_layers(llama: Llama) -> list[object]:
+    """The linear layers through which every token goes."""
+    import torch
+
+    modules = llama.model.named_modules()
+    return [m for name, m in modules if isinstance(m, torch.nn.Linear) and not name.endswith("lm_head")]
+
+
 def matrix_multiply_rate(llama: Llama) -> float:
     """FLOP/s of this machine on the layer shapes of the model, at our batch size; the best of five timings."""
     import torch
 
-    model, tokens = llama.model, TOKENS_PER_BATCH[llama.device]
-    shapes = [tuple(m.weight.shape) for name, m in model.named_modules() if is_body_layer(name, m)]
-    make = {"device": model.device, "dtype": model.dtype}
+    tokens = TOKENS_PER_BATCH[llama.device]
+    shapes = [tuple(layer.weight.shape) for layer in body_layers(llama)]
+    make = {"device": llama.model.device, "dtype": llama.model.dtype}
     inputs = {k: torch.randn(tokens, k, **make) for _, k in shapes}
     weights = {shape: torch.randn(*shape, **make) for shape in shapes}
 
@@ -303,40 +249,94 @@ def matrix_multiply_rate(llama: Llama) -> float:
     return sum(2 * tokens * n * k for n, k in shapes) / min(timed(multiply, llama.device)[1] for _ in range(5))
 
 
-def is_body_layer(name: str, module: object) -> bool:
-    import torch
-
-    return isinstance(module, torch.nn.Linear) and not name.endswith("lm_head")
-
-
-def print_rates(results: dict[str, np.ndarray], seconds: dict[str, float]) -> None:
-    names = list(results)
-    reference, slowest = np.exp(results[names[0]]), seconds[names[0]]
-    print(f"{'':46}{'rows/s':>8}{'ratio':>8}   largest difference in probability")
-    for name in names:
-        difference = np.abs(np.exp(results[name]) - reference).max()
-        rate = len(reference) / seconds[name]
-        print(f"{name:46}{rate:8.1f}{slowest / seconds[name]:8.2f}   {difference:.1e}")
+def print_head(llama: Llama, rows: Rows, noun: str, source: str, rounds: int) -> int:
+    """Say what was timed; returns how many tokens the rows do not share, together."""
+    shared = shared_tokens(llama, rows)
+    own = sum(map(len, rows)) - shared * len(rows)
+    a_step = f", {PLAIN_BATCH} a step" if noun == "row" else ""
+    print(f"{llama.name}, {llama.device} {llama.identity['precision']}, {len(rows)} {noun}s of {source}{a_step}")
+    print(f"{shared} shared and {own / len(rows):.1f} own tokens a {noun}, median of {rounds} rounds\n")
+    return own
 
 
 def print_limit(llama: Llama, own_tokens: int, rows: int, seconds: float) -> None:
-    body = sum(m.weight.numel() for name, m in llama.model.named_modules() if is_body_layer(name, m))
+    import torch
+
+    body = sum(layer.weight.numel() for layer in body_layers(llama))
     head = llama.model.get_output_embeddings().weight.numel()
     rate, limit = 2 * (body * own_tokens + head * rows) / seconds, matrix_multiply_rate(llama)
     print(f"\nmatrix multiply: {limit / 1e9:,.0f} GFLOP/s measured here; ours reaches {100 * rate / limit:.0f} % of it")
+    if llama.device == "cuda":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
 
 
-def first_answer(args: argparse.Namespace) -> tuple[float, float]:
+def first_answer(model: str, rounds: int) -> tuple[float, float]:
     """(median wall seconds, peak bytes) of the whole command on one text, after a first use."""
-    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "Not bad", "--model", args.model]
+    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "Not bad", "--model", model]
     walls, peaks = [], []
-    for _ in range(args.rounds + 1):
+    for _ in range(rounds + 1):
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, _, usage = os.wait4(process.pid, 0)
         walls.append(time.perf_counter() - start)
         peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
     return median(walls[1:]), max(peaks)
+
+
+def random_llama(shape: str, device: str, dtype: str) -> Llama:
+    """A model of a given shape with random weights, made on the device; it reads with the embedded tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = load_llama(device=device, dtype=dtype)  # resolves device and dtype, and lends its tokenizer
+    settings = LLAMA_31_8B if shape == "llama-3.1-8b" else json.loads(Path(shape).read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(**settings)
+    if config.vocab_size < len(small.tokenizer):
+        raise ValueError(f"{shape}: vocab_size must be at least {len(small.tokenizer)}, the embedded tokenizer's")
+    torch.manual_seed(0)
+    with small.model.device:
+        model = AutoModelForCausalLM.from_config(config, dtype=small.model.dtype).eval().requires_grad_(False)
+    identity = {"weights": "random", "precision": small.identity["precision"]}
+    return Llama(model, small.tokenizer, f"random weights, {shape}", small.path, identity)
+
+
+# Command line
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_line.ArgumentParser(__doc__)
+    tasks.add_task_argument(parser)
+    add_table_arguments(parser)
+    add_arguments(parser)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="timed rounds (default: 3)")
+    add("--random-weights", metavar="CONFIG", help="llama-3.1-8b or a config.json: that shape, random weights")
+    add("--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)")
+    args = parser.parse_args(argv)
+    if args.training and args.input is None:
+        args.input, args.limit = "data:train", args.limit or 64
+    args.input = args.input or str(ROOT / "data" / "sample.csv")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    task, table = tasks.read_task(args.task), Table(args.input, column_arguments(args))
+    first = None
+    if not args.training and not args.random_weights:
+        first = first_answer(args.model, args.rounds)  # now, for a child's peak begins at its parent's size
+    if args.random_weights:
+        llama = random_llama(args.random_weights, args.device, args.dtype)
+    else:
+        llama = load_llama(**model_arguments(args))  # without a task, auto is no adapter
+    if args.training:
+        compare_training(llama, task, read_labelled(table, task), args.rounds, ours_only=bool(args.random_weights))
+        return
+    compare_scoring(llama, task, list(table), args.input, args.rounds)
+    if first:
+        print(f"first answer of a new process: {first[0]:.1f} s, peak memory {first[1] / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":
