@@ -405,7 +405,7 @@ def draw_figures(study: CalibrationStudy, report: Mapping, folder: Path) -> None
     )
     plotting.business_reliability(
         folder / "business_reliability.png",
-        [points("raw", raw, correct), points(chosen, calibrated, correct)],
+        [label_counts.reliability_curve([c], correct, name) for name, c in (("raw", raw), (chosen, calibrated))],
         [[band["n"] for band in bands] for bands in report["buckets"].values()],
         decisions.BUCKETS,
         lowest=min(raw.min(), calibrated.min()),
@@ -421,13 +421,6 @@ def draw_figures(study: CalibrationStudy, report: Mapping, folder: Path) -> None
     plotting.risk_coverage(folder / "risk_coverage.png", risks, about=about)
     draw_costs(study, report, folder)
     draw_label_counts(study, folder)
-
-
-def points(name: str, confidence: np.ndarray, correct: np.ndarray) -> plotting.Curve:
-    """Accuracy against mean confidence in those of ten bins that hold rows."""
-    bins = metrics.bins_of(confidence, correct, 10)
-    has_rows = bins.count > 0
-    return plotting.Curve(name, bins.confidence[has_rows], bins.accuracy[has_rows])
 
 
 def draw_costs(study: CalibrationStudy, report: Mapping, folder: Path) -> None:

@@ -62,26 +62,24 @@ def some_groups(groups: np.ndarray, size: int, draw: np.random.Generator) -> np.
     return np.argsort(draw.permutation(index.max() + 1)[index], kind="stable")[:size]
 
 
-def reliability_curve(calibrated: np.ndarray, correct: np.ndarray) -> Curve:
-    """Median accuracy of each of ten bins over calibrated confidences [repeats, n], where half of them have rows."""
+def reliability_curve(calibrated: np.ndarray, correct: np.ndarray, name: str = "accuracy") -> Curve:
+    """Median accuracy of each of ten bins over confidences [repeats, n], where half of the repeats have rows."""
     bins = [bins_of(confidence, correct, 10) for confidence in calibrated]
     confidence, accuracy = np.array([each.confidence for each in bins]), np.array([each.accuracy for each in bins])
     often = np.isfinite(confidence).mean(axis=0) >= 0.5
     low, half, high = np.nanquantile(accuracy[:, often], SPREAD, axis=0)
-    return Curve("accuracy", np.nanmedian(confidence[:, often], axis=0), half, low, high)
+    middle = np.nanmedian(confidence[:, often], axis=0)
+    return Curve(name, middle, half, low, high) if len(calibrated) > 1 else Curve(name, middle, half)
 
 
 def automation_curves(found: LabelCounts, threshold: float) -> tuple[Curve, Curve]:
     """Share of the rows automated from a threshold on, and share of these that are right, by number of labels."""
-    shares, accuracies = [], []
+    sizes, shares, accuracies = np.array(list(found.calibrated)), [], []
     for calibrated in found.calibrated.values():
         taken = calibrated >= threshold
         right = [found.correct[row].mean() for row in taken if row.any()] or [np.nan]
         shares.append(np.quantile(taken.mean(axis=1), SPREAD))
         accuracies.append(np.quantile(right, SPREAD))
-    return spread_curve("share of rows automated", found, shares), spread_curve("right among them", found, accuracies)
-
-
-def spread_curve(name: str, found: LabelCounts, quantiles: list[np.ndarray]) -> Curve:
-    low, half, high = np.transpose(quantiles)
-    return Curve(name, np.array(list(found.calibrated)), half, low, high)
+    (low, half, high), (least, middle, most) = np.transpose(shares), np.transpose(accuracies)
+    share = Curve("share of rows automated", sizes, half, low, high)
+    return share, Curve("right among them", sizes, middle, least, most)

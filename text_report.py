@@ -32,7 +32,8 @@ def report_text(report: Mapping, verbose: bool = False) -> str:
         verdict(report, certainty),
         provenance(report),
         f"{where}; brackets are 95 % intervals:\n{summary(report)}",
-        f"Guarantees with {certainty}, cross-fitted, from one calibration row of each group:\n{guarantees(report)}",
+        f"Guarantees with {certainty}, cross-fitted, from one calibration row of each group:\n"
+        + guarantees(report, verbose),
         f"Cost-optimal threshold {report['cost_optimal_threshold']:.2f} for {prices}. A row costs there:\n  {per_row}",
     ]
     if not verbose:
@@ -42,7 +43,6 @@ def report_text(report: Mapping, verbose: bool = False) -> str:
         f"Candidates by log loss on the calibration rows, out-of-fold, mean and sd of 5 seeds:\n{candidates(report)}",
         f"{where}, lowest log loss first; brackets are 95 % intervals:\n{measurements(report)}",
         f"By predicted label, {where}:\n{predicted_labels(report)}",
-        f"Thresholds that guarantee nothing, and those of raw confidences that do:\n{other_thresholds(report)}",
         f"Confidence bands, {where}:\n{confidence_bands(report)}",
         f"A day of {settings['volume']:,} predictions at {prices}, {where}:\n{gates(report)}",
     ]
@@ -79,11 +79,13 @@ def provenance(report: Mapping) -> str:
     """Which model, the rows that it was calibrated and measured on, and what flatters the numbers."""
     is_held_out, raw = report["protocol"] == "held-out", report["metrics"]["raw"]
     fitted = f"{report['calibration_rows']:,} rows in {report['calibration_groups']:,} groups"
-    tested = report["tested_on"] if is_held_out else "the same rows, each by a calibrator that did not see its group"
+    tested = "the same rows, each by a calibrator that did not see its group"
+    if is_held_out:
+        tested = f"{report['tested_on']}: {report['where']}"
     lines = [
         f"{report['model']}, task {report['task']}, fingerprint {report['fingerprint']}",
         f"calibrated on {report['calibrated_on']}: {fitted}",
-        f"measured on {tested}: {report['where']}",
+        f"measured on {tested}",
     ]
     if report["unscored"]:
         lines.append(f"{report['unscored']:,} rows had no score")
@@ -112,19 +114,25 @@ def summary(report: Mapping) -> str:
     )
 
 
-def guarantees(report: Mapping) -> str:
-    """For each target what can be guaranteed, and how it fared on the test rows."""
-    rows = [["target", "automate from", "coverage", f"right, {report['threshold_measured_protocol']}", "evidence"]]
+def guarantees(report: Mapping, verbose: bool) -> str:
+    """For each target what can be guaranteed, and how it fared on the test rows.
+
+    Verbose, also the empirical threshold, the lowest that met the target on the calibration rows, and what raw
+    confidences can guarantee.
+    """
+    heads = ["target", "automate from", "coverage", f"right, {report['threshold_measured_protocol']}", "evidence"]
+    rows = [[*heads, "empirical threshold", "raw confidence"]]
     for guarantee in report["guarantees"]:
         threshold, measured = guarantee["threshold"], guarantee["measured"]
-        target = f"{threshold['target_accuracy']:.1%}"
-        if threshold["value"] is None:
-            rows.append([target, "nothing", "-", "-", lacking(threshold)])
-            continue
-        evidence = f"{threshold['errors']:,} wrong of {threshold['accepted']:,} labels"
-        evidence += f", {floor(100 * threshold['lower_bound'], 1)}% or more"
-        rows.append([target, f"{threshold['value']:.3f}", f"{measured['share']:.1%}", right_share(measured), evidence])
-    return columns(rows, "  ")
+        cells = [f"{threshold['target_accuracy']:.1%}", "nothing", "-", "-", lacking(threshold)]
+        if threshold["value"] is not None:
+            evidence = f"{threshold['errors']:,} wrong of {threshold['accepted']:,} labels"
+            evidence += f", {floor(100 * threshold['lower_bound'], 1)}% or more"
+            cells[1:] = [f"{threshold['value']:.3f}", f"{measured['share']:.1%}", right_share(measured), evidence]
+        for value in (threshold["naive_value"], guarantee["raw"]["value"]):
+            cells.append("nothing" if value is None else f"from {value:.3f}")
+        rows.append(cells)
+    return columns(rows if verbose else [cells[: len(heads)] for cells in rows], "  ")
 
 
 def candidates(report: Mapping) -> str:
@@ -153,16 +161,6 @@ def predicted_labels(report: Mapping) -> str:
     for label, found in report["by_predicted_label"].items():
         accuracy = found["right"] / found["n"]
         rows.append([label, f"{found['n']:,}", f"{found['mean_confidence']:.3f}", f"{accuracy:.3f}"])
-    return columns(rows, "  ")
-
-
-def other_thresholds(report: Mapping) -> str:
-    """The empirical threshold is the lowest that met the target on the calibration rows."""
-    rows = [["target", "empirical threshold", "guaranteed by raw confidence"]]
-    for guarantee in report["guarantees"]:
-        values = guarantee["threshold"]["naive_value"], guarantee["raw"]["value"]
-        cells = ["none" if value is None else f"from {value:.3f}" for value in values]
-        rows.append([f"{guarantee['threshold']['target_accuracy']:.1%}", *cells])
     return columns(rows, "  ")
 
 
