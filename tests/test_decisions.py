@@ -1,4 +1,4 @@
-"""decisions.py: thresholds that keep their promise, and what they cost.
+"""decisions.py: thresholds with a guarantee, and what they cost.
 
 Binomial tails summed from math.comb, searches written out, simulations whose true accuracy is known, the article's
 arithmetic and recorded values of MAPIE and SGR say what is right; nothing is compared with our own output.
@@ -27,12 +27,13 @@ from decisions import (
     costs,
     dollars_a_day,
     guarantee_p_value,
+    priced_automation,
     rows_needed,
 )
 
 VECTORS = json.loads((Path(__file__).parent / "data/reference_vectors.json").read_text(encoding="utf-8"))
 CASES, RANKS = VECTORS["thresholds"]["cases"], "fixed_sequence_ranks_2pct_start_max_nmin_10pct"
-NAN, INF = math.nan, math.inf
+NAN = math.nan
 
 
 def tail(n, errors, target):
@@ -53,7 +54,7 @@ def recorded_rows(case):
 
 
 def slow_threshold(confidence, correct, target, delta):
-    """(value, accepted, errors, naive value, rows at the naive value) by the definition, one rank after the other."""
+    """(value, accepted, errors, empirical threshold, rows at or above that) by the definition, rank by rank."""
 
     def taken(value):
         return [right for c, right in zip(confidence, correct, strict=True) if c >= value]
@@ -69,14 +70,14 @@ def slow_threshold(confidence, correct, target, delta):
             break
         best = (value, len(rows), rows.count(False))
     met = [v for v in confidence if Fraction(sum(taken(v)), len(taken(v))) >= Fraction(str(target))]
-    naive = min(met, default=None)
-    return (*best, naive, len(taken(naive)) if met else 0)
+    empirical = min(met, default=None)
+    return (*best, empirical, len(taken(empirical)) if met else 0)
 
 
 # The exact test and its recorded values
 
 
-def test_the_promise_is_the_exact_binomial_tail_and_never_mapie_s_rounded_one():
+def test_the_guarantee_is_the_exact_binomial_tail_and_never_mapie_s_rounded_one():
     for case in VECTORS["binomial_p_values"]:
         n, errors, target = case["n"], case["errors"], case["target_accuracy"]
         for truth in (case["p_value"], case["binomtest_p"], tail(n, errors, target)):
@@ -115,16 +116,6 @@ def test_the_recorded_fixed_sequence_selections_are_reproduced(case):
     np.testing.assert_allclose(guarantee_p_value(n, errors, case["target"]), p, rtol=1e-7)
 
 
-def test_mapie_and_sgr_promise_fewer_rows_of_the_same_data():
-    # Bonferroni and Holm pay for 50 tests; MAPIE's fixed sequence begins at the loosest threshold; SGR splits delta.
-    for case, accepted, others in zip(CASES[:2], (84, 80), ([80, 80, 0, 80, 80, 0, 83], [0] * 7), strict=True):
-        confidence, correct = recorded_rows(case)
-        values = [ref["best_threshold"] for ref in case["ref"].values()]
-        values.append((case["own"]["sgr"]["selected"] or {}).get("threshold"))
-        assert [0 if value is None else int((confidence >= value).sum()) for value in values] == others
-        assert choose_threshold(confidence, correct, case["target"]).accepted == accepted
-
-
 def test_the_search_stops_at_the_first_failure_as_mapie_s_control_does():
     proved = [p <= 0.05 for p in VECTORS["fwer"]["p_values"]]
     cumulative = [0, 2, 5, 8, 12, 22, 22]  # errors in the first 50, 100, ... rows
@@ -136,14 +127,6 @@ def test_the_search_stops_at_the_first_failure_as_mapie_s_control_does():
     last = VECTORS["fwer"]["ref"]["mapie.control_fwer(fixed_sequence)"][-1]
     chosen = choose_threshold(confidence, correct, 0.9)
     assert (chosen.value, chosen.accepted, chosen.naive_value) == (confidence[50 * last], 50 * (last + 1), 0.7)
-
-
-def test_the_first_test_has_a_tenth_of_the_rows():
-    correct = np.ones(1000, dtype=bool)
-    correct[:4] = False  # 4 errors prove nothing of the first 40 rows, but 90 % of the first 100
-    assert tail(40, 4, 0.9) > 0.05 >= tail(100, 4, 0.9)
-    assert choose_threshold(np.linspace(1, 0, 1000), correct, 0.9).accepted == 1000
-    assert choose_threshold(np.linspace(1, 0, 1000)[:400], correct[:400], 0.9).value is None  # tests its first 40
 
 
 @given(
@@ -174,34 +157,20 @@ def test_the_choice_is_that_of_a_search_written_out_whatever_the_ties(n, levels,
     assert chosen.naive_value <= chosen.value
 
 
-@given(st.integers(2, 200), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
-def test_neither_the_order_of_the_rows_nor_their_type_changes_a_threshold(n, seed):
-    rng = np.random.default_rng(seed)
-    confidence = np.round(rng.random(n), 1)
-    correct = rng.random(n) < 0.5 + confidence / 2
-    copies, shuffled = (confidence.copy(), correct.copy()), rng.permutation(n)
-    first = choose_threshold(confidence, correct, 0.7, 0.2)
-    assert choose_threshold(confidence[shuffled], correct[shuffled], 0.7, 0.2) == first
-    assert choose_threshold(confidence.tolist(), correct.astype(int).tolist(), 0.7, 0.2) == first
-    assert (confidence == copies[0]).all() and (correct == copies[1]).all()
-
-
 def test_rows_all_right_all_wrong_one_row_and_confidences_of_0_and_1():
-    perfect = choose_threshold([0.0, 1.0] * 20, [1] * 40, 0.9)
+    perfect = choose_threshold([0.0, 1.0] * 20, [1] * 40, np.float32(0.9))
     assert (perfect.value, perfect.accepted, perfect.errors) == (0.0, 40, 0)
+    json.dumps(perfect.record())  # a target of any float type
     one = choose_threshold([1], [True], 0.9)
     assert (one.value, one.naive_value, one.naive_accepted, one.n) == (None, 1.0, 1, 1)
     assert choose_threshold([0], [True], 0.04).value == 0.0  # a single right row has p = 0.04
     half = choose_threshold(np.repeat([1.0, 0.0], 100_000), np.repeat([True, False], 100_000), 0.9)
     assert (half.value, half.accepted, half.naive_value) == (1.0, 100_000, 1.0)
     wrong = choose_threshold([1.0] * 40, [0] * 40, 0.9)
-    coin = choose_threshold(np.linspace(0, 1, 300), np.arange(300) % 2, 0.9)
-    assert (wrong.value, wrong.naive_value, wrong.naive_accepted) == (None, None, 0)
-    assert wrong.more_labels is None and coin.more_labels is None  # no rank comes near
+    assert (wrong.value, wrong.naive_value, wrong.naive_accepted, wrong.more_labels) == (None, None, 0, None)
 
 
-@pytest.mark.parametrize("bad", [0, 1, -0.1, 1.1, NAN, INF, True, False])
+@pytest.mark.parametrize("bad", [0, 1, -0.1, NAN, math.inf, True])
 def test_a_target_or_delta_outside_0_and_1_is_a_value_error_that_names_it(bad):
     for function, arguments in ((choose_threshold, ([0.9], [1])), (rows_needed, ())):
         with pytest.raises(ValueError, match=r"^the target accuracy is .* must be between 0 and 1.*$"):
@@ -213,12 +182,12 @@ def test_a_target_or_delta_outside_0_and_1_is_a_value_error_that_names_it(bad):
 @pytest.mark.parametrize("function", [choose_threshold, lambda c, y, _: buckets(c, y), automation, cost_band])
 def test_bad_rows_are_a_value_error_of_one_line_in_every_function(function):
     extra = ([0.9], 5, 50) if function is cost_band else (0.9,) if function is choose_threshold else ([0.9],)
-    for rows in (([], []), ([0.9], [1, 0]), ([NAN], [1]), ([1.1], [1]), ([-0.1], [1]), ([0.9], [2]), ([[0.9]], [1])):
+    for rows in (([], []), ([0.9], [1, 0]), ([1.1], [1])):
         with pytest.raises(ValueError, match=r"^[^\n]*(confidence|correct)[^\n]*$"):
             function(*rows, *extra)
 
 
-# The promise
+# The guarantee
 
 
 def overconfident(rng, n):
@@ -265,23 +234,23 @@ LIMIT = binom.ppf(0.999, 300, 0.05)  # a rule that breaks 5 % breaks more of 300
 
 
 @pytest.mark.parametrize("world", [overconfident, overconfident_tied])
-def test_a_guaranteed_threshold_keeps_its_promise_where_the_naive_one_breaks_it_half_the_time(world):
+def test_a_guarantee_holds_where_the_empirical_threshold_misses_the_target_half_the_time(world):
     confidence, correct = world(np.random.default_rng(1), 400_000)
     assert correct[confidence >= 0.8].mean() == pytest.approx(overconfident_accuracy(0.8), abs=0.005)
-    guaranteed, naive = broken(ours, world, overconfident_accuracy)
+    guaranteed, empirical = broken(ours, world, overconfident_accuracy)
     assert guaranteed <= min(0.06 * 300, LIMIT)
-    assert 0.35 * 300 <= naive <= 0.65 * 300
+    assert 0.35 * 300 <= empirical <= 0.65 * 300
 
 
-def test_promises_are_kept_where_no_threshold_reaches_the_target_and_a_wrong_rule_would_be_caught():
-    guaranteed, naive = broken(ours, flat(0.895), lambda _: 0.895)
+def test_guarantees_hold_where_no_threshold_reaches_the_target_and_a_wrong_rule_would_be_caught():
+    guaranteed, empirical = broken(ours, flat(0.895), lambda _: 0.895)
     assert guaranteed <= min(0.06 * 300, LIMIT)
-    assert naive > 0.9 * 300
+    assert empirical > 0.9 * 300
     assert broken(pointwise, flat(0.895), lambda _: 0.895)[0] > LIMIT
 
 
 def test_the_whole_delta_is_used_and_no_more():
-    # With 460 rows the first test is on 46: it passes with 1 error or none, and then any promise is a broken one.
+    # With 460 rows the first test is on 46: it passes with 1 error or none, and then any guarantee is a broken one.
     expected, repeats = tail(46, 1, 0.8999), 400
     assert 0.04 < expected < 0.05
     low, high = binom.ppf([0.001, 0.999], repeats, expected)
@@ -310,13 +279,13 @@ def test_the_labels_missing_are_never_billions_because_of_a_rounding():
 
 
 @pytest.mark.parametrize("top, rest", [([1] * 60, [0, 1] * 470), ([1, 1, 1, 1, 0] * 20, [1] * 900)])
-def test_more_labels_like_these_promise_something_when_it_says_so(top, rest):
+def test_more_labels_like_these_guarantee_something_when_it_says_so(top, rest):
     confidence, correct = np.linspace(1, 0.5, 1000), np.array(top + rest)
     chosen = choose_threshold(confidence, correct, 0.9)
     assert chosen.value is None
     times = -(-(1000 + (chosen.more_labels or 0)) // 1000)
-    promised = choose_threshold(np.tile(confidence, times), np.tile(correct, times), 0.9).value is not None
-    assert promised == (chosen.more_labels is not None)
+    guaranteed = choose_threshold(np.tile(confidence, times), np.tile(correct, times), 0.9).value is not None
+    assert guaranteed == (chosen.more_labels is not None)
 
 
 # The record and its sentence
@@ -332,15 +301,10 @@ def test_the_sentence_tells_what_the_record_holds_and_the_record_survives_json()
     few = choose_threshold([0.9] * 20, [1] * 20, 0.9)
     assert few.more_labels > 0 and f"about {few.more_labels:,} more labels" in str(few)
     hopeless = choose_threshold(np.linspace(0, 1, 1200), np.zeros(1200), 0.9)
-    assert "nothing can be promised with these 1,200 labels" in str(hopeless) and "will not help" in str(hopeless)
+    assert "nothing can be guaranteed with these 1,200 labels" in str(hopeless) and "will not help" in str(hopeless)
     for nothing in (few, hopeless):
         assert Threshold(**json.loads(json.dumps(nothing.record()))) == nothing
         assert "\n" not in str(nothing) and "None" not in str(nothing) and "nan" not in str(nothing)
-
-
-def test_the_sentence_does_not_deny_a_threshold_that_reached_the_target():
-    chosen = choose_threshold([0.9] * 10, [1] * 10, 0.95)
-    assert chosen.naive_accepted == 10 and "no threshold reached it" not in str(chosen)
 
 
 @pytest.mark.parametrize("low, delta, wrong", [(0.5, 0.001, "100% certainty"), (0.99996, 0.05, "from 1.0000 on")])
@@ -349,11 +313,7 @@ def test_the_sentence_does_not_round_up_to_a_certainty(low, delta, wrong):
     assert chosen.value == low and wrong not in str(chosen)
 
 
-def test_a_target_of_any_float_type_can_be_written():
-    json.dumps(choose_threshold([0.9] * 40, [1] * 40, np.float32(0.9), np.float32(0.05)).record())
-
-
-# Zones and shares
+# Confidence bands and shares
 
 
 def test_every_recorded_interval_is_the_one_shown_for_a_share_and_bounds_a_threshold():
@@ -369,31 +329,31 @@ def test_every_recorded_interval_is_the_one_shown_for_a_share_and_bounds_a_thres
                 assert choose_threshold(*rows, case[name] + 0.0001, delta).value is None
 
 
-def test_the_zones_begin_exactly_at_90_70_and_50_percent():
-    zones = ["auto-approve", "human review", "manual check", "manual processing"]
+def test_the_confidence_bands_begin_exactly_at_90_70_and_50_percent():
+    bands = ["auto-approve", "human review", "manual check", "manual processing"]
     below = [float(np.nextafter(edge, 0)) for edge in (0.9, 0.7, 0.5)]
     edges = [1, 0.9, below[0], 0.7, below[1], 0.5, below[2], 0]
-    assert [bucket_of(c) for c in edges] == [zone for zone in zones for _ in range(2)]
+    assert [bucket_of(c) for c in edges] == [band for band in bands for _ in range(2)]
     table = buckets(edges, [1, 0, 1, 0, 1, 1, 0, 0])
-    assert [(row["bucket"], row["from"]) for row in table] == list(zip(zones, (0.9, 0.7, 0.5, 0.0), strict=True))
+    assert [(row["bucket"], row["from"]) for row in table] == list(zip(bands, (0.9, 0.7, 0.5, 0.0), strict=True))
     assert [(row["n"], row["right"]) for row in table] == [(2, 1), (2, 1), (2, 2), (2, 0)]
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1]), st.booleans()), min_size=1))
 @settings(max_examples=60, deadline=None)
-def test_zones_and_shares_count_the_rows_and_an_empty_one_has_no_accuracy(rows):
+def test_bands_and_shares_count_the_rows_and_an_empty_one_has_no_accuracy(rows):
     confidence, correct = zip(*rows, strict=True)
-    shown = [(row, [y for c, y in rows if bucket_of(c) == row["bucket"]]) for row in buckets(confidence, correct)]
-    for row in automation(confidence, correct, [0, 0.5, 0.65, 0.9, 1]):
-        inside = [y for c, y in rows if c >= row["threshold"]]
-        shown.append(({**row, "n": row["automated"]}, inside))
-        assert row["share"] == pytest.approx(len(inside) / len(rows))
-    for row, inside in shown:
+    for row in buckets(confidence, correct):
+        inside = [y for c, y in rows if bucket_of(c) == row["bucket"]]
         assert (row["n"], row["right"]) == (len(inside), sum(inside))
+    for row in priced_automation(confidence, correct, [0, 0.5, 0.65, 0.9, 1], 1000, 5, 50):
+        inside = [y for c, y in rows if c >= row["threshold"]]
+        assert (row["automated"], row["right"]) == (len(inside), sum(inside))
+        assert row["share"] == pytest.approx(len(inside) / len(rows))
         assert row["accuracy"] == (sum(inside) / len(inside) if inside else None)
-        if not inside:
-            assert row["accuracy_low"] is None and row["accuracy_high"] is None
-    json.dumps([row for row, _ in shown], allow_nan=False)
+        assert (row["accuracy_low"] is None) == (row["accuracy_high"] is None) == (not inside)
+        cost = sum(50 * (not y) if c >= row["threshold"] else 5 for c, y in rows)
+        assert row["dollars"] == pytest.approx(1000 * cost / len(rows))
 
 
 # Money
@@ -404,7 +364,9 @@ def test_the_cost_threshold_is_the_recorded_one_clipped_to_0_and_1():
         ours = cost_optimal_threshold(case["cost_review"], case["cost_error"], case["cost_auto"])
         assert ours == pytest.approx(min(max(case["threshold"], 0), 1), abs=1e-12)
     assert min(case["threshold"] for case in VECTORS["chow"]) == -0.25  # ours is 0 there: the one difference
-    assert [cost_optimal_threshold(*c) for c in ((5, 50), (5, 0), (0, 50), (9, 5), (5, 50, 9))] == [0.9, 0, 1, 0, 1]
+    assert [cost_optimal_threshold(*c) for c in ((5, 50), (5, 0), (0, 50), (9, 5), (5, 50, 9), (5, 0, 10))] == [
+        *(0.9, 0, 1, 0, 1, 1)
+    ]
 
 
 @given(st.integers(0, 40), st.integers(1, 100), st.integers(0, 40), st.integers(1, 99))
@@ -428,22 +390,13 @@ def test_true_confidences_cost_least_at_the_cost_optimal_threshold():
         assert costs(confidence, correct, [best], review, error)[0] <= found.min() + error / math.sqrt(200_000)
 
 
-@pytest.mark.parametrize("bad", [-1, NAN, -INF, INF])
+@pytest.mark.parametrize("bad", [-1, NAN, math.inf])
 def test_a_cost_that_is_negative_or_not_finite_is_a_value_error_that_names_it(bad):
     for place, name in enumerate(("review", "error", "automation")):
         arguments = [5, 50, 1]
         arguments[place] = bad
-        with pytest.raises(ValueError, match=rf"^the {name} cost is [^\n]+$"):
+        with pytest.raises(ValueError, match=rf"^the {name} cost is [^\n]+finite[^\n]+$"):
             cost_optimal_threshold(*arguments)
-
-
-def test_the_error_about_an_infinite_cost_says_that_it_must_be_finite():
-    with pytest.raises(ValueError, match="finite"):
-        cost_optimal_threshold(5, INF)
-
-
-def test_automation_dearer_than_a_review_never_pays_even_when_errors_are_free():
-    assert cost_optimal_threshold(5, 0, 10) == 1
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0.3, 0.5, 0.9, 1]), st.booleans()), min_size=1))
@@ -475,18 +428,18 @@ def test_the_cost_band_is_the_quantiles_of_every_draw_of_whole_groups():
     assert cost_band(*again, n_resamples=4000, seed=1)[0] == pytest.approx(band)
 
 
-def test_the_cost_band_covers_95_percent_and_widens_where_rows_are_copies():
+def test_the_cost_band_is_no_narrower_where_rows_are_copies():
     rng = np.random.default_rng(2)
     confidence, correct = rng.random(400), rng.random(400) < 0.8
-    half_width = 1.96 * 50 * np.std(~correct) / math.sqrt(400)
-    plain = cost_band(confidence, correct, [0.0], 5, 50)[0]
-    assert plain[2] - plain[1] == pytest.approx(2 * half_width, rel=0.15)
-    copies, names = np.tile(np.array([confidence, correct]), 4), np.tile(np.arange(400), 4)
-    grouped = cost_band(copies[0], copies[1], [0.0], 5, 50, groups=names)[0]
-    assert grouped[2] - grouped[1] == pytest.approx(2 * half_width, rel=0.15)
+    width = 2 * 1.96 * 50 * np.std(~correct) / math.sqrt(400)
+    groups = np.tile(np.arange(400), 4)
+    for band in (
+        cost_band(confidence, correct, [0.0], 5, 50),
+        cost_band(np.tile(confidence, 4), np.tile(correct, 4), [0.0], 5, 50, groups=groups),
+    ):
+        assert np.ptp(band[0, 1:]) == pytest.approx(width, rel=0.15)
     bands = [cost_band(confidence, correct, [0.5], 5, 50, seed=seed).tolist() for seed in (0, 0, 1)]
     assert bands[0] == bands[1] != bands[2]
-    assert np.ptp(cost_band(confidence, correct, [0.0], 5, 50, groups=["one"] * 400)[0]) == 0
 
 
 def test_dollars_a_day_are_the_article_s_and_what_it_leaves_out():
@@ -502,35 +455,25 @@ def test_dollars_a_day_are_the_article_s_and_what_it_leaves_out():
     assert dollars_a_day(0, None, 1000, 5, 50) == nothing == dollars_a_day(0, 0.5, 1000, 5, 50)
 
 
-def test_costs_of_correct_as_0_and_1_are_those_of_true_and_false():
-    assert costs(np.array([0.9, 0.8]), np.array([1, 0]), np.array([0.5]), 5, 50).tolist() == [25]
-
-
-# What comes of each today stands behind it. A missing accuracy is fine only where nothing is automated.
-UNCHECKED = [
-    (dollars_a_day, 1.5, 0.9, 1000, 5, 50),  # -$2,500 of reviews
+IMPOSSIBLE = [
+    (dollars_a_day, 1.5, 0.9, 1000, 5, 50),
     (dollars_a_day, NAN, 0.9, 1000, 5, 50),
-    (dollars_a_day, 0.5, 1.5, 1000, 5, 50),  # -$12,500 of errors
-    (dollars_a_day, 0.5, NAN, 1000, 5, 50),
-    (dollars_a_day, 0.5, None, 1000, 5, 50),  # as if all were wrong
+    (dollars_a_day, 0.5, 1.5, 1000, 5, 50),
+    (dollars_a_day, 0.5, None, 1000, 5, 50),  # fine only where nothing is automated
     (dollars_a_day, 0.5, 0.9, -1, 5, 50),
-    (dollars_a_day, 0.5, 0.9, 1000, -5, 50),
     (dollars_a_day, 0.5, 0.9, 1000, 5, NAN),
-    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], 5, 50, [1, 2]),  # a band without the third row
-    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], 5, 50, [1, 2, 3, 4]),  # IndexError
+    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], 5, 50, [1, 2]),
     (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], NAN, 50),
-    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], 5, -1),
-    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [NAN], 5, 50),  # a review of everything
-    (automation, [0.9], [1], [NAN]),  # a NaN for the report's JSON
-    (bucket_of, -0.1),  # StopIteration
-    (bucket_of, NAN),  # StopIteration
-    (bucket_of, 1.2),  # auto-approve
-    (rows_needed, 0.9, 0.05, -1),  # 1
-    (rows_needed, 0.9, 0.05, 1.5),  # as for 1
+    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [NAN], 5, 50),
+    (automation, [0.9], [1], [NAN]),
+    (bucket_of, NAN),
+    (bucket_of, 1.2),
+    (rows_needed, 0.9, 0.05, -1),
+    (rows_needed, 0.9, 0.05, 1.5),
 ]
 
 
-@pytest.mark.parametrize("call", UNCHECKED, ids=lambda call: f"{call[0].__name__}{call[1:]}")
+@pytest.mark.parametrize("call", IMPOSSIBLE, ids=lambda call: f"{call[0].__name__}{call[1:]}")
 def test_impossible_arguments_are_a_value_error(call):
     function, *arguments = call
     with pytest.raises(ValueError):
