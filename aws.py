@@ -110,7 +110,7 @@ def explained(doing: str) -> Iterator[None]:
         code, said = error.response["Error"].get("Code", ""), error.response["Error"].get("Message", "")
     except (BotoCoreError, Boto3Error) as error:
         code, said = type(error).__name__, one_line(error)
-    raise AwsError(f"cannot {doing}: {explanation(code, said)}", code)
+    raise AwsError(f"cannot {doing}: {explanation(code, said)}", code) from None
 
 
 def explanation(code: str, said: str) -> str:

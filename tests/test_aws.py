@@ -1,0 +1,302 @@
+"""aws.py: errors, secrets, checks, costs, S3 and weights, with botocore's own Stubber in place of AWS."""
+
+import io
+import json
+import sys
+import tarfile
+import time
+import traceback
+from dataclasses import replace
+from types import SimpleNamespace
+
+import botocore.exceptions
+import pytest
+from botocore.stub import ANY
+from fake_sagemaker import stubbed
+
+import aws
+from aws import AwsError, Check, checked, explained, explanation
+
+TOKEN = "hf_" + "DoNotShowThisTokenAnywhere" + "12345678"
+KEY, SESSION = "wJalr-do-not-show-this-key", "FwoG-do-not-show-this-session"
+HOME = "s3://sagemaker-us-east-1-123456789012/calibrated-confidence"
+
+
+# Errors and secrets
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("ExpiredTokenException", "have expired (ExpiredTokenException); sign in again"),
+        ("RequestExpired", "have expired"),
+        ("UnrecognizedClientException", "AWS refuses the credentials"),
+        ("SignatureDoesNotMatch", "AWS refuses the credentials (SignatureDoesNotMatch); look at AWS_PROFILE"),
+        ("NoCredentialsError", "no AWS credentials (said): run `aws configure`"),
+        ("TokenRetrievalError", "no AWS credentials"),
+        ("EndpointConnectionError", "AWS cannot be reached (said); is the region right?"),
+        ("AccessDeniedException", "AWS denies access (said)"),
+        ("403", "AWS denies access"),
+        ("ResourceLimitExceeded", "ask for more under Service Quotas"),
+        ("ThrottlingException", "repeat the command in a minute"),
+        ("SomethingElse", "said"),
+    ],
+)
+def test_an_error_says_what_to_do(code, words):
+    assert words in explanation(code, "said.")
+
+
+def test_what_boto3_raises_becomes_one_line_with_aws_s_code(monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", SESSION)
+    refusal = {"Error": {"Code": "ValidationException", "Message": f"Could not find\nx, asked with {SESSION} {TOKEN}."}}
+    with pytest.raises(AwsError) as caught, explained("look at x"):
+        raise botocore.exceptions.ClientError(refusal, "DescribeX")
+    assert str(caught.value) == "cannot look at x: Could not find x, asked with [redacted] [redacted]"
+    assert caught.value.is_gone and TOKEN not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(AwsError, match="cannot be reached") as caught, explained("look at x"):
+        raise botocore.exceptions.EndpointConnectionError(endpoint_url="https://x")
+    assert caught.value.is_not_an_answer and not caught.value.is_gone
+    assert aws.unless_gone("x", lambda: 1) == 1
+
+
+def test_redaction_hides_tokens_wherever_they_are_and_leaves_arns_and_tags(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", KEY)
+    arn = "arn:aws:secretsmanager:us-east-1:123456789012:secret:hf-Ab12"
+    request = {"HF_TOKEN": "plain", "API_KEY": "x", "NOTE": f"see {TOKEN} and {KEY}", "HF_TOKEN_SECRET_ARN": arn}
+    hidden = {"HF_TOKEN": "[redacted]", "API_KEY": "[redacted]", "NOTE": "see [redacted] and [redacted]"}
+    tags = [{"Key": "project", "Value": "x", "N": 1}]
+    assert aws.redacted({"Environment": request, "Tags": tags}) == {
+        "Environment": hidden | {"HF_TOKEN_SECRET_ARN": arn},
+        "Tags": tags,
+    }
+    assert aws.printed(f"a\x1b[31m\n{TOKEN}") == "a\\x1b[31m [redacted]"
+
+
+# Account and names
+
+
+def test_a_dry_run_lacks_region_and_account_and_nothing_else_does(monkeypatch):
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(ValueError, match="no AWS region: give --region"):
+        aws.connect()
+    with pytest.raises(ValueError, match="no images are known for region 'mars-1'; those with some: af-south-1"):
+        aws.connect("mars-1", dry_run=True)
+    with pytest.raises(AwsError, match="no AWS credentials"):
+        aws.connect("eu-west-1")
+    account = aws.connect(dry_run=True)
+    assert (account.region, account.number, account.owner) == ("us-east-1", None, "000000000000")
+    with pytest.raises(AwsError, match="no AWS credentials"):
+        account.client("s3")
+
+
+def test_addresses_and_names_follow_region_and_endpoint():
+    assert aws.image_uri("eu-west-1", "a", "1") == "763104351884.dkr.ecr.eu-west-1.amazonaws.com/a:1"
+    assert aws.image_uri("cn-north-1", "a", "1") == "727897471807.dkr.ecr.cn-north-1.amazonaws.com.cn/a:1"
+    assert aws.component_name("demo") == "demo-base" and aws.component_name("demo", "a-1") == "demo-adapter-a-1"
+    for endpoint, name in (("demo", "a_b"), ("demo", "-a"), ("demo", ""), ("demo", "a" * 60), ("a b", None)):
+        with pytest.raises(ValueError, match="is no name on AWS"):
+            aws.component_name(endpoint, name)
+    assert aws.split("s3://bucket/a/b") == ("bucket", "a/b")
+    for uri in ("bucket/key", "s3://", "s3://UPPER/x", "https://x/y"):
+        with pytest.raises(ValueError, match="not an S3 address"):
+            aws.split(uri)
+
+
+# Checks
+
+
+def test_what_may_not_be_looked_at_is_a_warning_and_what_is_wrong_a_failure(capsys):
+    def raising(error):
+        def look():
+            raise error
+
+        return look
+
+    checks = []
+    assert checked(checks, "a", lambda: "fine", "other") == "fine"
+    denied, absent = AwsError("not authorized", "AccessDeniedException"), AwsError("no such thing", "NoSuchEntity")
+    offline = AwsError("no AWS credentials", "NoCredentialsError")
+    for error in (denied, absent, offline, ValueError("wrong")):
+        assert checked(checks, "b", raising(error), "other") == "other"
+    assert checks == [
+        Check("ok", "a", "fine"),
+        Check("warning", "b", "not checked: not authorized"),
+        Check("failed", "b", "no such thing"),
+        Check("warning", "b", "not checked: other"),
+        Check("failed", "b", "wrong"),
+    ]
+    aws.refuse_failed(checks[:2])
+    with pytest.raises(ValueError, match="nothing is started, changed or billed: b: no such thing; b: wrong"):
+        aws.refuse_failed(checks)
+    aws.print_checks(checks[:2])
+    assert capsys.readouterr().out == "  ok       a  fine\n  warning  b  not checked: not authorized\n"
+
+
+def test_the_role_is_found_by_name_or_taken_as_an_arn():
+    account, stubber = stubbed("iam")
+    arn = "arn:aws:iam::123456789012:role/service-role/mine"
+    assert aws.find_role(account, arn) == aws.assumed_role(account, arn) == arn
+    assert aws.assumed_role(replace(account, region="cn-north-1"), "x") == "arn:aws-cn:iam::123456789012:role/x"
+    role = {"Path": "/service-role/", "RoleName": "mine", "RoleId": "A" * 16, "Arn": arn, "CreateDate": 0}
+    with stubber:
+        stubber.add_response("get_role", {"Role": role}, {"RoleName": "mine"})
+        assert aws.find_role(account, "mine") == arn
+        stubber.add_client_error("get_role", "NoSuchEntity", "The role with name x cannot be found.")
+        with pytest.raises(AwsError, match=r"cannot look at the role x \(--role names another\)") as caught:
+            aws.find_role(account, "x")
+    assert not caught.value.is_not_an_answer
+
+
+def test_a_bucket_must_be_there_here_and_ours():
+    account, stubber = stubbed("s3")
+    asked = {"Bucket": "mine", "ExpectedBucketOwner": "123456789012"}
+    with stubber:
+        stubber.add_response("head_bucket", {"BucketRegion": "eu-west-1"}, asked)
+        with pytest.raises(ValueError, match="mine is in eu-west-1, not in us-east-1"):
+            aws.check_bucket(account, "mine", False)
+        stubber.add_response("head_bucket", {"BucketRegion": "us-east-1"}, asked)
+        assert "the role needs a policy for it" in aws.check_bucket(account, "mine", False)
+        stubber.add_client_error("head_bucket", "404", "Not Found")
+        with pytest.raises(ValueError, match="aws s3 mb s3://mine --region us-east-1"):
+            aws.check_bucket(account, "mine", False)
+        stubber.add_client_error("head_bucket", "403", "Forbidden")
+        with pytest.raises(AwsError, match="it may be somebody else's"):
+            aws.make_bucket(account, "mine")
+        stubber.add_client_error("head_bucket", "404", "Not Found")
+        stubber.add_response("create_bucket", {}, {"Bucket": "mine"})
+        aws.make_bucket(account, "mine")
+        stubber.assert_no_pending_responses()
+    assert aws.bucket_name(account, None) == "sagemaker-us-east-1-123456789012"
+    assert aws.bucket_name(account, "s3://mine/") == "mine"
+
+
+def test_a_machine_must_have_a_gpu():
+    assert aws.check_instance("ml.g6e.2xlarge") == "ml.g6e.2xlarge"
+    with pytest.raises(ValueError, match=r"ml\.m5\.large has no NVIDIA GPU"):
+        aws.check_instance("ml.m5.large")
+
+
+# Costs
+
+
+def test_a_price_is_known_of_one_region_and_not_made_up_for_others():
+    assert aws.price("us-east-1", "ml.g6e.2xlarge") == 2.80
+    assert aws.price("sa-east-1", "ml.g6e.2xlarge") is aws.price("us-east-1", "ml.p5.48xlarge") is None
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("7200", 7200), ("90m", 5400), ("1.5h", 5400), ("60s", 60)])
+def test_durations(text, seconds):
+    assert aws.duration(text) == seconds
+    for wrong in ("soon", "1s", "30d", "-5m"):
+        with pytest.raises(ValueError):
+            aws.duration(wrong)
+
+
+def test_only_a_yes_at_a_terminal_spends_money(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="add --yes"):
+        aws.confirm("start?")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    for answer in ("n", "", "yess"):
+        monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
+        with pytest.raises(ValueError, match="not started, nothing is billed"):
+            aws.confirm("start?")
+    monkeypatch.setattr("builtins.input", lambda question: " Yes ")
+    aws.confirm("start?")
+
+
+# S3 and weights
+
+
+def test_an_upload_that_is_there_is_not_sent_twice():
+    account, stubber = stubbed("s3")
+    place = {"Bucket": "bucket", "Key": "a/b", "ExpectedBucketOwner": "123456789012"}
+    with stubber:
+        for code in ("404", "403"):  # who may not list a bucket is denied what is not there
+            stubber.add_client_error("head_object", code)
+            stubber.add_response("put_object", {}, place | {"Body": b"123"})
+            aws.upload(account, "s3://bucket/a/b", b"123")
+        stubber.add_response("head_object", {"ContentLength": 3}, place)
+        aws.upload(account, "s3://bucket/a/b", b"123")
+        stubber.assert_no_pending_responses()
+
+
+def test_an_archive_is_the_same_bytes_for_the_same_files_and_opens_flat(monkeypatch):
+    files = {"b.py": b"2", "a.py": b"1" * 1000}
+    packed = aws.archive(files)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert aws.archive(dict(reversed(files.items()))) == packed != aws.archive(files | {"b.py": b"3"})
+    with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+        assert {m.name: tar.extractfile(m).read() for m in tar} == files
+        assert {(m.mode, m.uid, m.mtime, m.uname) for m in tar} == {(0o644, 0, 0, "")}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that looks like a model's; nobody computes with it."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_the_weights_of_a_folder_are_uploaded_with_their_identity_and_found_again(folder):
+    account, stubber = stubbed("s3")
+    weights = aws.find_weights(account, str(folder), "auto", HOME)
+    assert sorted(weights.files) == ["config.json", "model.safetensors"] and weights.model == str(folder)
+    assert weights.prefix.startswith(f"{HOME}/weights/") and weights.identity in weights.prefix
+    identity = {"Body": io.BytesIO(weights.identity.encode())}
+    with stubber:
+        stubber.add_response("head_object", {"ContentLength": 2})
+        stubber.add_response("head_object", {"ContentLength": 2})
+        stubber.add_client_error("head_object", "404")
+        stubber.add_response("put_object", {}, {"Bucket": ANY, "Key": ANY, "Body": ANY, "ExpectedBucketOwner": ANY})
+        aws.upload_weights(account, weights)
+        stubber.add_response("get_object", identity)
+        found = aws.find_weights(account, str(folder), weights.prefix, HOME)
+        stubber.add_response("get_object", {"Body": io.BytesIO(b"other")})
+        with pytest.raises(ValueError, match=r"holds other, which is not --model"):
+            aws.find_weights(account, str(folder), weights.prefix, HOME)
+    assert (found.identity, found.prefix, found.files) == (weights.identity, weights.prefix, {})
+
+
+def test_a_model_of_the_hub_is_fetched_by_the_container_unless_it_is_closed(monkeypatch):
+    import huggingface_hub
+
+    account, stubber = stubbed("s3")
+    info = SimpleNamespace(gated=False, private=False, sha="c0ffee")
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda model, timeout: info)
+    found = aws.find_weights(account, "me/open", "auto", HOME)
+    assert (found.model, found.identity, found.prefix) == ("me/open", "me/open@c0ffee", "")
+    for closed in ({"gated": "manual"}, {"private": True}):  # which your login can see, and the container cannot
+        info.__dict__.update({"gated": False, "private": False} | closed)
+        with pytest.raises(ValueError, match="me/closed is gated or private: --weights upload"):
+            aws.find_weights(account, "me/closed", "auto", HOME)
+        assert aws.find_weights(account, "me/closed", "auto", HOME, has_token=True).prefix == ""
+        planned = aws.find_weights(account, "me/closed", "upload", HOME, dry_run=True)
+        assert planned.prefix.startswith(f"{HOME}/weights/me-closed-") and not planned.files
+    with stubber:
+        stubber.add_response("get_object", {"Body": io.BytesIO(b"me/closed@beef")})
+        assert aws.find_weights(account, "me/closed", planned.prefix, HOME).identity == "me/closed@beef"
+
+
+def test_without_the_hub_the_weights_are_not_checked(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline mode is enabled")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
+    with pytest.raises(AwsError, match="the Hub cannot be asked for me/open") as caught:
+        aws.find_weights(stubbed("s3")[0], "me/open", "auto", HOME)
+    assert caught.value.is_not_an_answer
+
+
+def test_a_table_of_checks_never_shows_a_token(capsys):
+    aws.print_checks([Check("failed", "weights", json.dumps({"seen": TOKEN}))])
+    assert TOKEN not in capsys.readouterr().out
