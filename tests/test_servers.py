@@ -19,13 +19,13 @@ import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from scipy.stats import binomtest
 
-import consistency_confidence
 import embedded_model
-import llama
-import logprobs_confidence
 import predictions
+from consistency_confidence import Sampling, remote_answer_sampler
 from endpoint import connect
-from task import TASKS, read_examples
+from logprobs_confidence import label_scorer, remote_label_scorer
+from tables import read_examples
+from task import TASKS
 
 pytestmark = pytest.mark.servers
 ROOT = Path(__file__).parent.parent
@@ -79,36 +79,32 @@ def server(tmp_path_factory):
         yield server
 
 
-def sample_texts():
-    return [example.text for example in read_examples(str(ROOT / "data" / "sample.csv"))]
+def sample_examples():
+    return list(read_examples(str(ROOT / "data" / "sample.csv")))
 
 
 def differences(run, url: str, llama, folder: Path) -> np.ndarray:
-    """P(positive) and label mass, by the server less by the model loaded here, [texts, 2]."""
+    """P(positive) and label mass, by the server less by the model loaded here, absolute [texts, 2]."""
     output = folder / "remote.jsonl"
     done = run("logprobs_confidence.py", "--endpoint", url, "--input", "data/sample.csv", "--output", output)
     assert done.returncode == 0, done.stderr
-    remote, examples = predictions.read(output), list(read_examples(str(ROOT / "data" / "sample.csv")))
-    local = logprobs_confidence.score(examples, logprobs_confidence.prepare(llama, TASK))
+    remote, local = predictions.read(output), label_scorer(llama, TASK).score_together(sample_examples())
     assert [row.id for row in remote] == [row.id for row in local] and not any(row.error for row in remote)
     both = np.array([[[row.probabilities["positive"], row.label_mass] for row in rows] for rows in (remote, local)])
-    apart = both[0] - both[1]
-    mean, most = np.abs(apart).mean(axis=0), np.abs(apart).max(axis=0)
-    print(f"{len(remote)} texts: P(positive) differs by {mean[0]:.4f} on average, {most[0]:.4f} at most")
     # The true mass lies between what is listed and that with the rest, but for the arithmetic.
     high = np.array([row.extras["label_mass_high"] for row in remote])
     assert (both[0, :, 1] - 0.05 < both[1, :, 1]).all() and (both[1, :, 1] < high + 0.05).all()
-    return apart
+    return np.abs(both[0] - both[1])
 
 
 def test_method_1_through_the_server_agrees_with_the_model_loaded_here(run, server, embedded, tmp_path):
-    apart = np.abs(differences(run, server.url, embedded, tmp_path))
+    apart = differences(run, server.url, embedded, tmp_path)
     assert (apart > 0).any() and (apart.mean(axis=0) < 0.06).all() and apart.max() < 0.15
 
 
 def test_what_differs_is_the_servers_four_bit_arithmetic(run, embedded, tmp_path):
     with running(tmp_path / "log", in_32_bits(tmp_path / "float32.gguf")) as server:
-        apart = np.abs(differences(run, server.url, embedded, tmp_path))
+        apart = differences(run, server.url, embedded, tmp_path)
     assert (apart.mean(axis=0) < 0.003).all() and apart[:, 0].max() < 0.01
 
 
@@ -131,7 +127,7 @@ def in_32_bits(path: Path) -> Path:
 
 
 def test_the_server_reads_the_very_tokens_that_the_loaded_model_reads(server, embedded):
-    text = sample_texts()[0]
+    text = sample_examples()[0].text
     body = json.dumps({"prompt": TASK.prompt(text), "max_tokens": 1}).encode()
     request = urllib.request.Request(f"{server.url}/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
@@ -141,28 +137,27 @@ def test_the_server_reads_the_very_tokens_that_the_loaded_model_reads(server, em
 
 def test_a_chat_task_agrees_as_well(server, embedded):
     task, apart = TASKS["sentiment-yes-no"], []
-    local = logprobs_confidence.prepare(embedded, task)
+    local = label_scorer(embedded, task)
     with connect(server.url) as connected:
-        remote = logprobs_confidence.prepare_remote(connected, task)
-        for text in sample_texts()[:8]:
-            one, other = logprobs_confidence.explain(text, local), logprobs_confidence.explain_remote(text, remote)
-            apart.append(abs(one["probabilities"]["positive"] - other["probabilities"]["positive"]))
+        remote = remote_label_scorer(connected, task)
+        for example in sample_examples()[:8]:
+            pair = [scorer.explain(example.text)["probabilities"]["positive"] for scorer in (local, remote)]
+            apart.append(abs(pair[0] - pair[1]))
     assert np.mean(apart) < 0.06 and max(apart) < 0.15
 
 
 def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(server, embedded):
-    sampling = consistency_confidence.Sampling(samples=20)
-    scorer = logprobs_confidence.prepare(embedded, TASK)
+    scorer = label_scorer(embedded, TASK)
     votes, expected = 0, 0.0
     with connect(server.url) as connected:
-        sampler = consistency_confidence.prepare_remote(connected, TASK, sampling)
+        sampler = remote_answer_sampler(connected, TASK, Sampling(samples=20))
         assert sampler.sent["temperature"] == 1 and sampler.sent["top_k"] == 0 and sampler.sent["top_p"] == 1
         for text in ("Best worst thing ever", "The train leaves at noon", "The acting is superb, the story is dull"):
-            row = consistency_confidence.explain(text, sampler)
+            row = sampler.explain(text)
             assert row["calls"] == len(row["answers"]) == 20
             assert len({answer["answer"] for answer in row["answers"]}) > 1
             votes += row["votes"]["positive"]
-            expected += logprobs_confidence.explain(text, scorer)["probabilities"]["positive"]
+            expected += scorer.explain(text)["probabilities"]["positive"]
     # Greedy answers, or twenty times the same seed, would give 0 or 20 of 20 for each text.
     low, high = binomtest(votes, 60).proportion_ci(0.999, "exact")
     assert low - 0.05 < expected / 3 < high + 0.05
@@ -170,8 +165,8 @@ def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(server,
 
 def table(folder: Path, n: int) -> Path:
     """A table long enough that a server can be stopped in the middle of it."""
-    path, texts = folder / "table.jsonl", sample_texts()
-    rows = [{"id": str(i), "text": f"{texts[i % len(texts)]} ({i})"} for i in range(n)]
+    path, examples = folder / "table.jsonl", sample_examples()
+    rows = [{"id": str(i), "text": f"{examples[i % len(examples)].text} ({i})"} for i in range(n)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
