@@ -1,4 +1,4 @@
-"""scripts/monitor.py: does it see what changed, stay quiet when nothing did, and alarm as often as it promises?
+"""scripts/monitor.py: does it see what changed, stay quiet when nothing did, and alarm no more often than it says?
 
 Recorded values, sums by hand, binomial tails in fractions, scipy's binomtest and simulations whose truth is known say
 what is right. The script runs in this process; only its exit code and its pipe need processes of their own.
@@ -6,11 +6,7 @@ what is right. The script runs in this process; only its exit code and its pipe 
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from argparse import Namespace
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -26,8 +22,9 @@ from scipy.stats import binom, binomtest, chi2
 import command_line
 import monitor
 import predictions
-from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator, text_key
-from monitor import decile_counts, estimates, population_stability_index, rows_for_power
+from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator
+from monitor import decile_counts, estimates, population_stability_index, print_audit, rows_for_power
+from tables import text_key
 
 VECTORS = json.loads((Path(__file__).parent / "data/reference_vectors.json").read_text(encoding="utf-8"))
 CONFIDENCE, DECILES, KS = "change of mean confidence", "mean confidence, PSI of its deciles", "the same, Kolmogorov"
@@ -51,7 +48,8 @@ FAILED = replace(row(0.9), prediction=None, confidence=None, probabilities=None,
 
 
 def write(path, rows):
-    path.write_bytes(b"".join(map(predictions.to_line, rows)))
+    """The rows as a predictions file, each with an id of its own: r0, r1, ..."""
+    path.write_bytes(b"".join(predictions.to_line(replace(r, id=f"r{i}")) for i, r in enumerate(rows)))
     return path
 
 
@@ -79,7 +77,7 @@ def call(capsys):
 
 @pytest.fixture
 def report_on(call, tmp_path):
-    """The same on rows, with a calibrator that promises something from .9 on."""
+    """The same on rows, with a calibrator that automates from .9 on."""
 
     def run_on(reference, current, *flags, **settings):
         files = write(tmp_path / "r.jsonl", reference), write(tmp_path / "c.jsonl", current)
@@ -131,13 +129,12 @@ def test_the_recorded_drift_values_come_out_and_are_printed(call, tmp_path):
 
 @pytest.mark.parametrize(("m", "point"), [(100, 0.186), (200, 0.102), (500, 0.051), (1000, 0.034), (10_000, 0.019)])
 def test_the_5_percent_points_are_the_published_ones(m, point):
-    draw, reference, near = np.random.default_rng(m), np.full(10, 100), 0
+    # What is beyond the published point must have a p below 5 %, for windows of m rows and 1,000 reference rows.
+    draw, reference = np.random.default_rng(m), np.full(10, 100)
     for strength in np.linspace(0, 0.9, 200):
         weights = 1 + strength * np.linspace(-1, 1, 10)
         index, p = population_stability_index(reference, draw.multinomial(m, weights / weights.sum()))
-        near += abs(index - point) < 0.5 * point
         assert abs(index - point) < 0.01 * point + 0.0005 or (p < 0.05) == (index > point), (index, p)
-    assert near > 10
 
 
 REPEATS = 1000
@@ -147,22 +144,20 @@ def alarms(counts):
     return sum(population_stability_index(*next(counts))[1] < 0.05 for _ in range(REPEATS))
 
 
-@pytest.mark.parametrize(("n", "m"), [(1000, 1000), (1000, 200), (300, 600)])
-def test_without_drift_one_p_value_in_twenty_is_below_5_percent(n, m):
+@pytest.mark.parametrize("pile", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1000, 200), (300, 600)])
+def test_without_drift_one_p_value_in_twenty_is_below_5_percent(n, m, pile):
     draw = np.random.default_rng(n + m)
-    small = alarms(decile_counts(draw.beta(5, 1, n), draw.beta(5, 1, m)) for _ in range(REPEATS))
-    assert binomtest(small, REPEATS, 0.05).pvalue > 1e-3, small
+
+    def world(size, a=5):
+        return np.minimum(draw.uniform(0.6, 1.4, size), 1.0) if pile else draw.beta(a, 1, size)
+
+    small = alarms(decile_counts(world(n), world(m)) for _ in range(REPEATS))
+    side = "greater" if pile else "two-sided"  # a pile at 1 is one wide bin: the test is cautious there
+    assert binomtest(small, REPEATS, 0.05, alternative=side).pvalue > 1e-3, small
     small = alarms([draw.multinomial(size, [0.5, 0.3, 0.2]) for size in (n, m)] for _ in range(REPEATS))
     assert binomtest(small, REPEATS, 0.05).pvalue > 1e-3, small
-    index, p = population_stability_index(*decile_counts(draw.beta(5, 1, n), draw.beta(3, 1, m)))
-    assert p < 1e-4 and index > 0.05
-
-
-def test_without_drift_a_pile_of_confidences_at_1_alarms_no_more_often():
-    draw = np.random.default_rng(0)
-    sides = ([np.minimum(draw.uniform(0.6, 1.4, n), 1.0) for n in (800, 400)] for _ in range(REPEATS))
-    small = alarms(decile_counts(*side) for side in sides)
-    assert binomtest(small, REPEATS, 0.05, alternative="greater").pvalue > 1e-3, small
+    assert pile or population_stability_index(*decile_counts(world(n), world(m, a=3)))[1] < 1e-4
 
 
 def test_equal_confidences_stay_together_and_constant_ones_are_no_drift(report_on):
@@ -173,12 +168,6 @@ def test_equal_confidences_stay_together_and_constant_ones_are_no_drift(report_o
     assert float(cells(out, DECILES)[-1]) > 0.8 and cells(out, KS) == ["0.0000", "1"]
     for other in (0.9, 0.7):
         assert float(cells(report_on([row(0.8)] * 300, [row(other)] * 5)[1], KS)[-1]) < 1e-6
-
-
-@pytest.mark.parametrize("levels", [(0.5, 1.0), (0.6, 0.7, 0.8, 0.9, 1.0), (1.0,)])
-def test_confidences_in_the_very_same_shares_are_no_drift_whatever_the_sizes(levels):
-    index, p = population_stability_index(*decile_counts(np.repeat(levels, 20_000), np.repeat(levels, 40)))
-    assert p > 0.9 and index < 0.001, (index, p)
 
 
 CONFIDENCES = st.lists(st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.9, 1.0]) | st.floats(0, 1), min_size=1, max_size=30)
@@ -192,12 +181,8 @@ def test_every_row_is_in_one_bin_and_the_order_of_rows_means_nothing(reference, 
     order.shuffle(reference), order.shuffle(current)
     assert [c.tolist() for c in decile_counts(np.array(reference), np.array(current))] == [c.tolist() for c in counts]
     index, p = population_stability_index(*counts)
-    assert (
-        counts[0].min() > 0
-        and index >= 0
-        and 0 <= p <= 1
-        and population_stability_index(*counts[::-1]) == pytest.approx((index, p))
-    )
+    assert counts[0].min() > 0 and index >= 0 and 0 <= p <= 1
+    assert population_stability_index(*counts[::-1]) == pytest.approx((index, p))
 
 
 def test_predicted_labels_that_come_more_often_are_shown(report_on):
@@ -227,13 +212,6 @@ def test_the_label_free_estimates_by_hand(report_on, call, tmp_path):
     assert cells(out, CALIBRATED)[0] == f"{np.mean(odds / (1 + odds)):.3f}" and "fewer than 200 rows" in out
     _, out, _ = call(tmp_path / "r.jsonl", tmp_path / "c.jsonl")
     assert cells(out, CALIBRATED) == ["-", "needs --calibrator"]
-
-
-@pytest.mark.parametrize("n", [7, 50, 1001])
-def test_without_ties_the_thresholded_confidence_of_the_reference_is_its_accuracy(n):
-    reference = np.random.default_rng(n).permutation(np.linspace(0.5, 1, n))
-    for right in range(1, n + 1, max(n // 11, 1)):
-        assert estimates(reference, np.arange(n) < right, reference) == pytest.approx((right / n, right / n))
 
 
 def world(draw, low, loss):
@@ -275,10 +253,10 @@ def test_the_bands_are_as_wide_as_the_sampling_error_and_follow_the_seed(report_
 # Audit
 
 
-def audit(right, n, **settings):
+def audit(right, n, target=0.9, level=0.05):
     """Whether n labelled automated rows of which `right` are right raise the alarm."""
     rows = [row(0.95, i < right, extras={"decision": "automate"}) for i in range(n)]
-    return monitor.print_audit(rows, Namespace(**{"target_accuracy": 0.9, "alpha": 0.05, "looks": 1} | settings))
+    return print_audit(rows, target, level)
 
 
 def tails(n, target):
@@ -288,17 +266,15 @@ def tails(n, target):
     return [sum(terms[: k + 1]) for k in range(n + 1)]
 
 
-AUDITS = [(50, 0.9, 0.05, 1), (50, 0.9, 0.05, 12), (20, 0.8, 0.1, 1), (25, 0.99, 0.01, 3), (1, 0.96, 0.05, 1)]
-AUDITS += [(3, 0.5, 0.125, 1), (3, 0.5, 0.25, 2)]  # here a tail is exactly the level, and the alarm is due
+AUDITS = [(50, 0.9, "1/20"), (50, 0.9, "1/240"), (20, 0.8, "1/10"), (25, 0.99, "1/300"), (1, 0.96, "1/20")]
+AUDITS += [(3, 0.5, "1/8")]  # here a tail is exactly the level, and the alarm is due
 
 
-@pytest.mark.parametrize(("n", "target", "alpha", "looks"), AUDITS)
-def test_the_audit_alarms_exactly_where_the_binomial_tail_is_small(n, target, alpha, looks, capsys):
-    tail = tails(n, target)
-    alarmed = [audit(k, n, target_accuracy=target, alpha=alpha, looks=looks) for k in range(n + 1)]
-    assert alarmed == [t <= Fraction(str(alpha)) / looks for t in tail]
-    under_null = max([t for t, alarm in zip(tail, alarmed, strict=True) if alarm], default=0)
-    assert 1 - (1 - under_null) ** looks <= Fraction(str(alpha))
+@pytest.mark.parametrize(("n", "target", "level"), AUDITS)
+def test_the_audit_alarms_exactly_where_the_binomial_tail_is_small(n, target, level, capsys):
+    level = Fraction(level)
+    alarmed = [audit(k, n, target, float(level)) for k in range(n + 1)]
+    assert alarmed == [tail <= level for tail in tails(n, target)]
     lines = [line for line in capsys.readouterr().out.splitlines() if "by chance" in line]
     for k, line in enumerate(lines):
         low, high = binomtest(k, n).proportion_ci(0.95, "exact")
@@ -316,7 +292,7 @@ def test_only_automated_rows_with_a_label_are_audited(report_on):
     assert code == 1 and "190 of 190 rows automated, 140 of them labelled" in out and "90 of 140 right" in out
     code, out, _ = report_on(reference, [row(0.95, None)] * 30)
     assert code == 0 and f"nothing to test; label a random sample of {power_rows(0.9, 0.8)} automated rows" in out
-    code, out, _ = report_on(reference, [row(1.0, False)] * 30, threshold=None)  # a calibrator that promises nothing
+    code, out, _ = report_on(reference, [row(1.0, False)] * 30, threshold=None)  # no guarantee, no decision to automate
     assert code == 0 and "0 of 30 rows automated, 0 of them labelled" in out
 
 
@@ -332,35 +308,35 @@ def test_decisions_already_in_the_file_are_used_and_looks_divide_the_risk(call, 
 
 
 @cache
-def power_of(n, promised, true, level):
+def power_of(n, guaranteed, true, level):
     """P(alarm) of n rows, the alarms found by going through all counts."""
-    alarmed = np.flatnonzero(binom.cdf(np.arange(n + 1), n, promised) <= level)
+    alarmed = np.flatnonzero(binom.cdf(np.arange(n + 1), n, guaranteed) <= level)
     return binom.cdf(alarmed[-1], n, true) if len(alarmed) else 0.0
 
 
-def power_rows(promised, true, level=0.05):
+def power_rows(guaranteed, true, level=0.05):
     """The least n from which on every n has a power of 80 %."""
-    return max(n for n in range(1, 400) if power_of(n, promised, true, level) < 0.8) + 1
+    return max(n for n in range(1, 400) if power_of(n, guaranteed, true, level) < 0.8) + 1
 
 
 # The literature's 180 and 284 only begin a stretch of n: with 188 and 290 rows the power is below 80 % once more.
 POWER = [(0.95, 0.90, 180, 188), (0.95, 0.85, 59, None), (0.90, 0.85, 284, 290), (0.90, 0.80, 89, None)]
 
 
-@pytest.mark.parametrize(("promised", "true", "published", "too_few"), [*POWER, (0.99, 0.95, 110, None)])
-def test_the_rows_for_power_are_those_of_brute_force_and_of_the_literature(promised, true, published, too_few):
-    found = rows_for_power(Namespace(target_accuracy=promised, alpha=0.05, looks=1), fall=promised - true)
-    assert found == power_rows(promised, true) and power_of(published, promised, true, 0.05) >= 0.8
+@pytest.mark.parametrize(("guaranteed", "true", "published", "too_few"), [*POWER, (0.99, 0.95, 110, None)])
+def test_the_rows_for_power_are_those_of_brute_force_and_of_the_literature(guaranteed, true, published, too_few):
+    found = rows_for_power(guaranteed, 0.05, fall=guaranteed - true)
+    assert found == power_rows(guaranteed, true) and power_of(published, guaranteed, true, 0.05) >= 0.8
     if too_few:
-        assert published < too_few < found and power_of(too_few, promised, true, 0.05) < 0.8
+        assert published < too_few < found and power_of(too_few, guaranteed, true, 0.05) < 0.8
     else:
         assert found == published
 
 
 def test_more_looks_need_more_rows_and_so_says_the_report(capsys):
-    found = [rows_for_power(Namespace(target_accuracy=0.9, alpha=0.05, looks=n)) for n in (1, 2, 4)]
-    assert found == [power_rows(0.9, 0.8, 0.05 / n) for n in (1, 2, 4)] and found == sorted(set(found))
-    audit(95, 100, looks=4)
+    found = [rows_for_power(0.9, 0.05 / looks) for looks in (1, 2, 4)]
+    assert found == [power_rows(0.9, 0.8, 0.05 / looks) for looks in (1, 2, 4)] and found == sorted(set(found))
+    audit(95, 100, level=0.05 / 4)
     assert f"four times in five with {found[2]} labelled rows" in capsys.readouterr().out
     audit(found[0] - 5, found[0])
     assert "four times in five" not in capsys.readouterr().out
@@ -383,15 +359,11 @@ def test_a_few_rows_give_a_report_and_a_warning(right, report_on):
         assert ("fewer than 200 rows" in out) == (n < 200)
 
 
-def test_rows_with_an_error_are_no_numbers(report_on):
-    plain = report_on([row(0.9)] * 5, [row(0.8), row(0.95, False)])
-    mixed = report_on([FAILED, *[row(0.9)] * 5], [row(0.8), FAILED, row(0.95, False)])
-    assert mixed[0] == plain[0] == 0 and mixed[1][mixed[1].index("1. ") :] == plain[1][plain[1].index("1. ") :]
-
-
-def test_rows_with_an_error_are_counted(report_on):
-    _, out, _ = report_on([row(0.9)] * 5, [row(0.8)] * 3 + [FAILED] * 7)
-    assert re.search(r"\b7\b.*error", out)
+def test_rows_with_an_error_are_counted_and_are_no_numbers(report_on):
+    plain = report_on([row(0.9)] * 5, [row(0.8), row(0.95, False)])[1]
+    code, out, _ = report_on([FAILED, *[row(0.9)] * 5], [row(0.8), FAILED, row(0.95, False), FAILED])
+    assert code == 0 and out[out.index("1. ") :] == plain[plain.index("1. ") :]
+    assert "r.jsonl: 1 rows with an error" in out and "c.jsonl: 2 rows with an error" in out
 
 
 def test_rows_that_the_calibrator_was_fitted_on_are_not_audited(report_on):
@@ -404,8 +376,8 @@ def test_rows_that_the_calibrator_was_fitted_on_are_not_audited(report_on):
 HOSTILE = "\x1b[2J\nerror: \u202e"
 
 
-def test_a_hostile_name_can_not_command_the_terminal(report_on):
-    rows = [replace(row(0.9, model=HOSTILE, task=HOSTILE, method=HOSTILE), id=HOSTILE, text=HOSTILE)] * 3
+def test_a_hostile_name_cannot_command_the_terminal(report_on):
+    rows = [replace(row(0.9, model=HOSTILE, task=HOSTILE, method=HOSTILE), text=HOSTILE)] * 3
     code, out, err = report_on(rows, rows)
     assert (code, err) == (0, "") and out.isascii() and "\x1b" not in out
     for changes in ({"fingerprint": HOSTILE}, {"probabilities": {"b": 0.9, HOSTILE: 0.1}}):
@@ -413,99 +385,65 @@ def test_a_hostile_name_can_not_command_the_terminal(report_on):
         assert (code, out) == (2, "") and err.count("\n") == 1 and err.isascii() and "\x1b" not in err
 
 
-@pytest.mark.parametrize("label", [HOSTILE, "\ud800"])
-def test_a_hostile_label_can_not_command_the_terminal(label, call, tmp_path):
-    names = ("a", label)
+def test_a_hostile_label_cannot_command_the_terminal(call, tmp_path):
+    names = ("a", HOSTILE)
     rows = write(tmp_path / "r.jsonl", [row(0.9, labels=names, predicted=name) for name in names])
     code, out, err = call(rows, rows)
-    assert (code, err) == (0, "") and out.isascii() and "\x1b" not in out and command_line.printable(label) in out
-
-
-def test_a_text_with_a_lone_surrogate_can_be_calibrated(report_on):
-    rows = [replace(row(0.9), text="odd \ud800")] * 3
-    assert report_on(rows, rows)[::2] == (0, "")
+    assert (code, err) == (0, "") and out.isascii() and command_line.printable(HOSTILE) in out
 
 
 # The command line
 
 
-def start(*arguments):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
-    return subprocess.Popen([sys.executable, monitor.__file__, *map(str, arguments)], env=environment, **pipes)
-
-
-def test_an_alarm_is_the_process_s_exit_code_1(tmp_path):
+def test_an_alarm_is_the_process_s_exit_code_1(run, tmp_path):
     rows = write(tmp_path / "r.jsonl", [row(0.95, False)] * 30)
-    with start(rows, rows, "--calibrator", calibrator(tmp_path / "k.json")) as process:
-        out, err = process.communicate()
-    assert (process.returncode, err) == (1, "") and "ALARM: the promise is broken" in out
+    done = run("scripts/monitor.py", rows, rows, "--calibrator", calibrator(tmp_path / "k.json"))
+    assert (done.returncode, done.stderr) == (1, "") and "ALARM: the guarantee is broken" in done.stdout
 
 
-def test_a_reader_that_leaves_early_causes_no_complaint(tmp_path):
-    rows = write(tmp_path / "r.jsonl", [row(0.9)] * 9)
-    with start(rows, rows) as process:
-        process.stdout.close()  # as `| head` does
-        assert process.stderr.read() == ""
-
-
-GOOD, UNLIKE = predictions.to_line(row(0.9)), row(0.9, fingerprint="ffff0000")
 FILES = {
-    "good": GOOD * 5,
-    "empty": b"",
-    "broken": b'{"id": "1", "text": \n',
-    "torn": GOOD + b'{"id": "2"',
-    "list": b"[1]\n",
-    "unlabelled": GOOD + predictions.to_line(row(0.9, None)),
-    "other": predictions.to_line(UNLIKE),
-    "mixed": GOOD + predictions.to_line(UNLIKE),
-    "failed": predictions.to_line(FAILED),
-    "labels": predictions.to_line(row(0.9, labels=("b", "c"))),
-    "words": predictions.to_line(row(0.9, extras={"calibrated_confidence": "high", "decision": "automate"})),
-    "nan": predictions.to_line(row(0.9, extras={"calibrated_confidence": 7})).replace(b": 7", b": NaN"),
-    "nothing.json": b"{}",
+    "good": [row(0.9)] * 5,
+    "empty": [],
+    "unlabelled": [row(0.9), row(0.9, None)],
+    "other": [row(0.9, fingerprint="ffff0000")],
+    "mixed": [row(0.9), row(0.9, fingerprint="ffff0000")],
+    "failed": [FAILED],
+    "labels": [row(0.9, labels=("b", "c"))],
+    "words": [row(0.9, extras={"calibrated_confidence": "high", "decision": "automate"})],
 }
-EDITS = {"class_aware": 1, "method": "magic", "threshold": {"value": 9}, "parameters": {"slope_": "steep"}}
 COMMANDS = {
     "missing good": "missing: No such file",
     "good missing": "missing: No such file",
-    "folder good": "folder: Is a directory",
     "empty good": "empty holds no predictions",
-    "good broken": "broken line 1 is not a prediction",
-    "good list": "list line 1 is not a prediction",
-    "good torn": "torn line 2 is cut off",
+    "good torn": "torn line 5 is cut off",
     "failed good": "failed: no row was scored",
     "good failed": "failed: no row was scored",
     "good other": "fingerprints 0123abcd and ffff0000",
     "unlabelled good": "unlabelled: 1 of 2 scored rows have no label",
-    "good mixed": "mixed: it mixes the fingerprints 0123abcd and, in row 'id', ffff0000",
-    "mixed good": "mixed: it mixes the fingerprints 0123abcd and, in row 'id', ffff0000",
-    "good words": "words: row 'id': calibrated_confidence is 'high'",
-    "good nan": "nan line 1 is not a prediction",
+    "good mixed": "mixed: it mixes the fingerprints 0123abcd and, in row 'r1', ffff0000",
+    "good words": "words: row 'r0': calibrated_confidence is 'high'",
     "other other --calibrator k.json": "with fingerprint 0123abcd, these predictions",
     "good labels --calibrator k.json": "labels are a, b, not b, c",
     "good good --calibrator missing.json": "missing.json: No such file",
     "good good --calibrator nothing.json": "nothing.json is not a calibrator file",
-    "good good --calibrator good": "good is not a calibrator file",
-    "good good --calibrator ": "--calibrator",
     "good good --threshold 0.9": "--threshold",
-    "good good --calibrator k.json --threshold 1.5": "--threshold",
-    "good good --calibrator k.json --threshold nan": "--threshold",
     "good": "CURRENT",
-} | {f"good good --calibrator {field}.json": f"{field}.json: damaged or edited by hand: " for field in EDITS}
-VALUES = {"--looks": "0 -1 1.5", "--alpha": "0 1 -0.1 nan", "--target-accuracy": "1 0 90 nan", "--seed": "x -1"}
-COMMANDS |= {f"good good {flag} {value}": flag for flag, values in VALUES.items() for value in values.split()}
+    "good good --looks 0": "--looks",
+    "good good --looks 1.5": "--looks",
+    "good good --alpha 0": "--alpha",
+    "good good --alpha nan": "--alpha",
+    "good good --target-accuracy 90": "--target-accuracy",
+    "good good --seed -1": "--seed",
+}
 
 
 @pytest.mark.parametrize(("command", "named"), COMMANDS.items())
 def test_bad_input_is_one_line_and_exit_code_2(command, named, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    for name, content in FILES.items():
-        Path(name).write_bytes(content)
-    record = json.loads(calibrator(Path("k.json")).read_text(encoding="utf-8"))
-    for field, value in EDITS.items():
-        Path(f"{field}.json").write_text(json.dumps(record | {field: value}), encoding="utf-8")
-    code, out, err = call(*command.split(" "))
-    assert (code, err[:7], err.count("\n")) == (2, "error: ", 1) and named in err, err
-    assert out == ""
+    for name, rows in FILES.items():
+        write(Path(name), rows)
+    Path("torn").write_bytes(Path("good").read_bytes()[:-9])
+    Path("nothing.json").write_text("{}")
+    calibrator(Path("k.json"))
+    code, out, err = call(*command.split())
+    assert (code, out, err[:7], err.count("\n")) == (2, "", "error: ", 1) and named in err, err
