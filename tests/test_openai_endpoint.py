@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -270,21 +269,13 @@ def test_a_text_that_spells_a_control_token_is_refused_as_text_and_characters_as
     prompt = vllm.requests[-1].body["prompt"]
     assert not set(prompt) & set(tokenizer.all_special_ids) and tokenizer.decode(prompt) == SENTIMENT.prompt(spelled)
     vllm.lists, before = {}, len(vllm.asked_for(spelled))
-    flags, output = table(tmp_path, [spelled, "Not bad"])
+    flags, output = table(tmp_path, [spelled, " ", "Not bad"])
     assert call(script, *flags).code == 0
-    refused, good = records(output)
+    refused, empty, good = records(output)
+    assert "the text is empty" in empty["error"] and empty["confidence"] is None
     assert "spells the control token <|im_end|>" in refused["error"] and "--tokenizer" in refused["error"]
     assert refused["prediction"] is None and "retry" not in refused and good["prediction"] == "positive"
     assert len(vllm.asked_for(spelled)) == before
-
-
-def test_texts_that_cannot_be_sent_are_errors_of_their_rows(call, tmp_path):
-    flags, output = table(tmp_path, [" ", "Not bad"])
-    (tmp_path / "t.jsonl").write_text('{"text": "half \\ud83d a smile"}\n{"text": "Not bad"}\n')
-    for source, problem in ((tmp_path / "t.csv", "the text is empty"), (tmp_path / "t.jsonl", "not valid Unicode")):
-        assert logprobs(call, *flags, "--input", source, "--overwrite").code == 0
-        failed, good = records(output)
-        assert problem in failed["error"] and failed["confidence"] is None and good["prediction"] == "positive"
 
 
 # Replies that are wrong
@@ -625,32 +616,20 @@ def test_twenty_failures_in_a_row_stop_the_run(call, fake, tmp_path, script):
     assert output.read_bytes() == unbroken(call, script, tmp_path, flags)
 
 
-def test_asking_again_that_is_stopped_leaves_the_rows_as_they_were(call, fake, tmp_path):
-    # One at a time and in turn with good ones, no 20 fail in a row until they are asked again.
-    texts = [text for i in range(21) for text in (f"FAKE-500 {i}", f"good {i}")]
-    flags, output = table(tmp_path, texts, "--concurrency", 1)
-    assert "20 requests in a row failed" in error_of(logprobs(call, *flags))
-    assert [row.get("retry") for row in records(output)] == [True, None] * 21
-    fake.repaired = True
-    assert logprobs(call, *flags).code == 0
-    assert output.read_bytes() == unbroken(call, logprobs_confidence, tmp_path, flags)
-
-
-def test_a_key_that_is_refused_in_the_middle_stops_the_run(call, fake, tmp_path):
-    flags, output = table(tmp_path, ["good", "FAKE-401", "good too"], "--concurrency", 1)
-    assert "refuses the key (401" in error_of(logprobs(call, *flags))
-    assert [row["text"] for row in records(output)] == ["good"]
-
-
-def start(script, flags, fake, **options):
-    """A script as a process of its own."""
+def start(script, flags, fake, when):
+    """A script as a process of its own, that has caused `when` to be true."""
     command = [sys.executable, f"{script.__name__}.py", *map(str, flags), "--endpoint", fake.url]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + TOO_LATE_S
+    while not when():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    return process
 
 
-def finish(process):
-    """(stdout, stderr, exit code) of a process that must end by itself, soon."""
+def interrupt(process):
+    """Ctrl-C: (stdout, stderr, exit code) of a process that must end by itself, soon."""
+    process.send_signal(signal.SIGINT)
     try:
         return (*process.communicate(timeout=20), process.returncode)
     finally:
@@ -658,21 +637,11 @@ def finish(process):
         process.communicate()
 
 
-def wait_until(process, true):
-    """Wait for something that a process is to cause."""
-    end = time.monotonic() + TOO_LATE_S
-    while not true():
-        assert time.monotonic() < end and process.poll() is None
-        time.sleep(0.02)
-
-
 def test_ctrl_c_ends_a_run_at_once_and_the_same_command_goes_on(call, fake, tmp_path, script):
     flags, output = table(tmp_path, ["good 0", "good 1", *(f"slow {i}" for i in range(12))])
     fake.hold = {"slow": threading.Event()}
-    process = start(script, flags, fake)
-    wait_until(process, lambda: output.exists() and output.read_bytes().count(b"\n") == 2 and fake.asked_for("slow"))
-    process.send_signal(signal.SIGINT)
-    assert finish(process) == ("", STOPPED, 130)
+    is_under_way = lambda: output.exists() and output.read_bytes().count(b"\n") == 2 and fake.asked_for("slow")  # noqa: E731
+    assert interrupt(start(script, flags, fake, is_under_way)) == ("", STOPPED, 130)
     assert [row["text"] for row in records(output)] == ["good 0", "good 1"]
     fake.hold["slow"].set()
     whole = unbroken(call, script, tmp_path, flags)
@@ -683,22 +652,8 @@ def test_ctrl_c_ends_a_run_at_once_and_the_same_command_goes_on(call, fake, tmp_
 def test_ctrl_c_before_the_first_reply_leaves_no_file_and_no_noise(fake, tmp_path, word):
     flags, output = table(tmp_path, ["good 0"])
     fake.hold = {word: threading.Event()}
-    process = start(logprobs_confidence, flags, fake)
-    wait_until(process, lambda: fake.asked_for(word))
-    process.send_signal(signal.SIGINT)
-    assert finish(process) == ("", STOPPED, 130) and not output.exists()
-
-
-def test_a_full_disk_is_one_line_though_requests_are_under_way(call, fake, tmp_path):
-    flags, output = table(tmp_path, [f"good {i} {'x' * 400}" for i in range(30)])
-    whole = unbroken(call, logprobs_confidence, tmp_path, flags)
-    limit = len(whole) // 2  # a file-size limit makes a write fail in its middle, as a full disk does
-    limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    out, err, code = finish(start(logprobs_confidence, flags, fake, **limited))
-    assert (code, out) == (2, "") and err.startswith("error: cannot write") and err.count("\n") == 1
-    begun = output.read_bytes()
-    assert whole.startswith(begun) and begun.endswith(b"\n") and begun
-    assert logprobs(call, *flags).code == 0 and output.read_bytes() == whole
+    process = start(logprobs_confidence, flags, fake, lambda: fake.asked_for(word))
+    assert interrupt(process) == ("", STOPPED, 130) and not output.exists()
 
 
 # What a fingerprint must know

@@ -5,7 +5,6 @@ same weights in 32 bits it agrees to a thousandth. `make test-servers` compiles 
 """
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -32,51 +31,45 @@ ROOT = Path(__file__).parent.parent
 TASK = TASKS["sentiment"]
 
 
-class Server:
-    """A server process that can be stopped and started again on its port."""
-
-    def __init__(self, log: Path, gguf: Path | None = None) -> None:
-        embedded_model.embedded_model()  # fetches the GGUF file where it is not there yet
-        self.gguf = gguf or embedded_model.cache_dir() / embedded_model.GGUF
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url, self.log, self.process = f"http://127.0.0.1:{self.port}/v1", log, None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(self.gguf)]
-        command += ["--logits_all", "true", "--host", "127.0.0.1", "--port", str(self.port)]
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        for _ in range(600):
-            if self.process.poll() is not None:
-                break
-            try:
-                with urllib.request.urlopen(f"{self.url}/models", timeout=5):
-                    return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail(f"the server did not start: {self.log.read_text(errors='replace')[-2000:]}")
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @contextmanager
-def running(log: Path, gguf: Path | None = None):
-    server = Server(log, gguf)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+def running(log: Path, gguf: Path):
+    """A server process; yields the URL of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--logits_all", "true"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}/v1"
+    with open(log, "ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            wait_for(f"{url}/models", process)
+            yield url
+        finally:
+            process.kill()
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the server did not start"
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail("the server did not answer")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("server") / "log") as server:
-        yield server
+def gguf():
+    """The embedded model's own GGUF file."""
+    embedded_model.embedded_model()  # fetches it where it is not there yet
+    return embedded_model.cache_dir() / embedded_model.GGUF
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory, gguf):
+    with running(tmp_path_factory.mktemp("server") / "log", gguf) as url:
+        yield url
 
 
 def sample_examples():
@@ -97,20 +90,20 @@ def differences(run, url: str, llama, folder: Path) -> np.ndarray:
     return np.abs(both[0] - both[1])
 
 
-def test_method_1_through_the_server_agrees_with_the_model_loaded_here(run, server, embedded, tmp_path):
-    apart = differences(run, server.url, embedded, tmp_path)
+def test_method_1_through_the_server_agrees_with_the_model_loaded_here(run, url, embedded, tmp_path):
+    apart = differences(run, url, embedded, tmp_path)
     assert (apart > 0).any() and (apart.mean(axis=0) < 0.06).all() and apart.max() < 0.15
 
 
-def test_what_differs_is_the_servers_four_bit_arithmetic(run, embedded, tmp_path):
-    with running(tmp_path / "log", in_32_bits(tmp_path / "float32.gguf")) as server:
-        apart = differences(run, server.url, embedded, tmp_path)
+def test_what_differs_is_the_servers_four_bit_arithmetic(run, gguf, embedded, tmp_path):
+    with running(tmp_path / "log", in_32_bits(gguf, tmp_path / "float32.gguf")) as url:
+        apart = differences(run, url, embedded, tmp_path)
     assert (apart.mean(axis=0) < 0.003).all() and apart[:, 0].max() < 0.01
 
 
-def in_32_bits(path: Path) -> Path:
+def in_32_bits(gguf: Path, path: Path) -> Path:
     """The embedded model's GGUF file with its weights dequantized."""
-    source = GGUFReader(embedded_model.cache_dir() / embedded_model.GGUF)
+    source = GGUFReader(gguf)
     writer = GGUFWriter(path, source.fields["general.architecture"].contents())
     for name, value in source.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
@@ -126,19 +119,19 @@ def in_32_bits(path: Path) -> Path:
     return path
 
 
-def test_the_server_reads_the_very_tokens_that_the_loaded_model_reads(server, embedded):
+def test_the_server_reads_the_very_tokens_that_the_loaded_model_reads(url, embedded):
     text = sample_examples()[0].text
     body = json.dumps({"prompt": TASK.prompt(text), "max_tokens": 1}).encode()
-    request = urllib.request.Request(f"{server.url}/completions", body, {"content-type": "application/json"})
+    request = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as reply:
         counted = json.load(reply)["usage"]["prompt_tokens"]
     assert counted == len(embedded.encode(embedded.task_prompt(TASK), text))
 
 
-def test_a_chat_task_agrees_as_well(server, embedded):
+def test_a_chat_task_agrees_as_well(url, embedded):
     task, apart = TASKS["sentiment-yes-no"], []
     local = label_scorer(embedded, task)
-    with connect(server.url) as connected:
+    with connect(url) as connected:
         remote = remote_label_scorer(connected, task)
         for example in sample_examples()[:8]:
             pair = [scorer.explain(example.text)["probabilities"]["positive"] for scorer in (local, remote)]
@@ -146,10 +139,10 @@ def test_a_chat_task_agrees_as_well(server, embedded):
     assert np.mean(apart) < 0.06 and max(apart) < 0.15
 
 
-def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(server, embedded):
+def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(url, embedded):
     scorer = label_scorer(embedded, TASK)
     votes, expected = 0, 0.0
-    with connect(server.url) as connected:
+    with connect(url) as connected:
         sampler = remote_answer_sampler(connected, TASK, Sampling(samples=20))
         assert sampler.sent["temperature"] == 1 and sampler.sent["top_k"] == 0 and sampler.sent["top_p"] == 1
         for text in ("Best worst thing ever", "The train leaves at noon", "The acting is superb, the story is dull"):
@@ -161,47 +154,3 @@ def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(server,
     # Greedy answers, or twenty times the same seed, would give 0 or 20 of 20 for each text.
     low, high = binomtest(votes, 60).proportion_ci(0.999, "exact")
     assert low - 0.05 < expected / 3 < high + 0.05
-
-
-def table(folder: Path, n: int) -> Path:
-    """A table long enough that a server can be stopped in the middle of it."""
-    path, examples = folder / "table.jsonl", sample_examples()
-    rows = [{"id": str(i), "text": f"{examples[i % len(examples)].text} ({i})"} for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def interrupted(command: list, output: Path, server: Server, rows: int) -> subprocess.Popen:
-    """Start a run and stop its server once some rows are written."""
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < rows):
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before the server was stopped"
-    server.stop()
-    return process
-
-
-@pytest.mark.parametrize("script", ["logprobs_confidence.py", "consistency_confidence.py"])
-def test_a_server_that_is_stopped_and_started_again_costs_no_row(script, tmp_path):
-    n = 200 if script.startswith("logprobs") else 40
-    source, output = table(tmp_path, n), tmp_path / "p.jsonl"
-    with running(tmp_path / "log") as server:
-        command = [sys.executable, script, "--endpoint", server.url, "--input", source, "--output", output]
-        # Stopped for good: the run ends with one line.
-        process = interrupted(command, output, server, n // 8)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and err.strip().splitlines()[-1].startswith("error: no server answers at")
-        assert "repeat the command to continue" in err and "Traceback" not in err
-        kept = output.read_bytes()
-        assert n // 8 <= kept.count(b"\n") < n and kept.endswith(b"\n")
-        # Started again: the same command goes on; stopped for a moment, it waits and goes on by itself.
-        server.start()
-        process = interrupted(command, output, server, kept.count(b"\n") + n // 8)
-        server.start()
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-    rows = predictions.read(output)
-    assert output.read_bytes().startswith(kept)
-    assert [row.id for row in rows] == [str(i) for i in range(n)] and not any(row.error for row in rows)
