@@ -100,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     files.write_text(f"{folders[0]}/report.json", json.dumps(report, indent=1, allow_nan=False, default=float) + "\n")
     draw_figures(comparison, report, Path(folders[1]))
+    if not args.verbose:
+        print("\n--verbose adds every score, calibrator, part of the rows and explained text.")
     print("\nWritten: report.json and six figures, in " + printable(" and ".join(dict.fromkeys(folders))))
 
 
@@ -398,7 +400,7 @@ def scores_by(comparison: ModelComparison, key: str) -> dict[str, dict]:
         confidence, correct = model.confidence[key][rows], model.scores.correct[rows]
         found = {score: SCORES[score](confidence, correct) for score in chosen}
         if key != "raw":
-            found["log loss removed"] = metrics.log_loss(model.confidence["raw"][rows], correct) - found["log loss"]
+            found["calibration part"] = metrics.log_loss(model.confidence["raw"][rows], correct) - found["log loss"]
         elif len(model.scores.labels) > 2:  # of two it is the log loss of the confidence
             found["log loss of the true label"] = label_loss(model.scores, rows)
         return found
@@ -430,11 +432,11 @@ def log_loss_steps(scores: Mapping[str, dict], key: str) -> dict[str, list]:
     `key` says what calibrates both models: a temperature, or the calibrator that each has chosen.
     """
     calibrated = scores[key]["paired"]
-    value, low, high = calibrated["log loss removed"]["base"]
+    value, low, high = calibrated["calibration part"]["base"]
     return {
         "what it does for the base model": [-value, -high, -low],
         "what fine-tuning does beyond it": calibrated["log loss"]["difference"],
-        "what the fine-tuned model lacks without it": calibrated["log loss removed"]["fine-tuned"],
+        "what the fine-tuned model lacks without it": calibrated["calibration part"]["fine-tuned"],
         "together: fine-tuned raw - base raw": scores["raw"]["paired"]["log loss"]["difference"],
     }
 
@@ -542,7 +544,7 @@ def draw_figures(comparison: ModelComparison, report: dict, folder: Path) -> Non
         what = f"confidence after {key} calibration of P(label)" if key != "raw" else "raw confidence"
         where = fitted if key != "raw" else f"{unfitted}, nothing fitted"
         panels = reliability_panels(comparison, scores, key)
-        plotting.reliability_comparison(folder / f"reliability_{key}.png", panels, what=what, where=where)
+        plotting.reliability_diagrams(folder / f"reliability_{key}.png", panels, what=what, where=where)
 
 
 def accuracies(report: dict) -> dict[str, dict]:

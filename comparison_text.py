@@ -113,7 +113,7 @@ def score_records(report: dict) -> dict[str, dict]:
     return {
         "accuracy": raw["paired"]["accuracy"],
         "log loss, raw": raw["paired"]["log loss"],
-        "  its calibration part": calibrated["paired"]["log loss removed"],
+        "  its calibration part": calibrated["paired"]["calibration part"],
         "log loss, calibrated": calibrated["paired"]["log loss"],
         "ECE, raw": ece_beside_expected(raw),
         "ECE, calibrated": ece_beside_expected(calibrated),
