@@ -77,6 +77,21 @@ class AnsweredBatch:
 
 
 @dataclass
+class Draw:
+    """A continuation that is being drawn: which row of the batch it continues, its random numbers, its ids so far."""
+
+    row: int
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    at: int = 0  # the row of the last pass that gives its next token
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """The same for all draws that go on alike."""
+        return self.row, *self.ids
+
+
+@dataclass
 class Llama:
     """A loaded model with its tokenizer; `identity` is what a fingerprint must know of the weights in use."""
 
@@ -362,63 +377,62 @@ class Llama:
         then it runs again for every token. A continuation depends on its prompt and its seed alone, not on other rows
         or on `batch_size`, but for rounding, which in about one of 700 moves a draw to a neighbouring rare token.
         """
+        if not rows:
+            return []
         texts: list[list[str]] = [[] for _ in rows]
         with inference():
             # Two copies of a single row share all of it but the last token.
             prefix, cache = self.shared_prefix(rows if len(rows) > 1 else [*rows, *rows])
-            most, positions = SAMPLED.get(self.device, SAMPLED["cpu"])
-            longest = max(1, *map(len, seeds)) * max(map(len, rows)) if rows else 1
-            size = batch_size or max(1, min(most, positions // longest))
-            exact = not (self.shares_prefix and self._continues_padded)
-            for batch in self.batches([len(row) - len(prefix) for row in rows], size, exact):
+            prompts, positions = SAMPLED.get(self.device, SAMPLED["cpu"])
+            longest = max(1, *map(len, seeds)) * max(map(len, rows))
+            size = batch_size or max(1, min(prompts, positions // longest))
+            one_length = not (self.shares_prefix and self._continues_padded)
+            for batch in self.batches([len(row) - len(prefix) for row in rows], size, one_length):
                 tails = [list(rows[i][len(prefix) :]) for i in batch]
-                drawn = self._draw(tails, cache, [seeds[i] for i in batch], temperature, max_tokens, stop)
-                for i, continuations in zip(batch, drawn, strict=True):
-                    texts[i] = continuations
+                draws = [Draw(row, np.random.default_rng(seed)) for row, i in enumerate(batch) for seed in seeds[i]]
+                self._run(draws, tails, cache, temperature, max_tokens, stop)
+                for draw in draws:
+                    texts[batch[draw.row]].append(self._text(draw.ids, stop))
         return texts
 
-    def _draw(
-        self,
-        tails: list[list[int]],
-        cache: object,
-        seeds: list[Sequence[int]],
-        temperature: float,
-        max_tokens: int,
-        stop: str,
-    ) -> list[list[str]]:
-        """The continuations [rows][seeds] of tails after a shared cache. Those that begin alike run as one."""
+    def _run(
+        self, draws: list[Draw], tails: list[list[int]], cache: object, temperature: float, max_tokens: int, stop: str
+    ) -> None:
+        """Draw the ids of continuations of tails after a shared cache. Those that begin alike run as one."""
         import torch
 
-        owner = [row for row, of_row in enumerate(seeds) for _ in of_row]
-        draws = [np.random.default_rng(seed) for of_row in seeds for seed in of_row]
         log_probs, grown = self._forward(tails, cache, keep_cache=self.shares_prefix is True)
         real = self._real_positions(tails, grown) if self.shares_prefix else None
-        ids: list[list[int]] = [[] for _ in owner]
-        live, at = list(range(len(owner))), owner  # the draws that go on, and the rows of log_probs they draw from
-        for left in reversed(range(max_tokens)):
-            tokens = inverse_cdf(log_probs, temperature, at, [draws[i].random() for i in live])
-            for i, token in zip(live, tokens, strict=True):
-                ids[i].append(token)
-            going = [(i, row) for i, row in zip(live, at, strict=True) if not self._ends(ids[i], stop)]
-            if not going or not left:
-                break
-            begun: dict[tuple, int] = {}  # each beginning once, with the row of log_probs that it goes on from
-            for i, row in going:
-                begun.setdefault((owner[i], *ids[i]), row)
-            place = {beginning: number for number, beginning in enumerate(begun)}
-            live, at = [i for i, _ in going], [place[(owner[i], *ids[i])] for i, _ in going]
+        for draw in draws:
+            draw.at = draw.row
+        live = draws
+        for length in range(1, max_tokens + 1):
+            points = [draw.random.random() for draw in live]
+            tokens = inverse_cdf(log_probs, temperature, [draw.at for draw in live], points)
+            for draw, token in zip(live, tokens, strict=True):
+                draw.ids.append(token)
+            live = [draw for draw in live if not self._ends(draw.ids, stop)]
+            if not live or length == max_tokens:
+                return
+            # Each distinct beginning runs once, and all draws that begin so go on from its row.
+            distinct: dict[tuple, Draw] = {}
+            for draw in live:
+                distinct.setdefault(draw.beginning, draw)
+            running = list(distinct.values())
             if self.shares_prefix:
-                chosen = torch.tensor([*begun.values()], device=log_probs.device)
+                chosen = torch.tensor([draw.at for draw in running], device=log_probs.device)
                 grown.batch_select_indices(chosen)
-                log_probs, real = self._step([beginning[-1] for beginning in begun], grown, real[chosen])
+                log_probs, real = self._step([draw.ids[-1] for draw in running], grown, real[chosen])
             else:  # a cache that cannot be cut to rows: the rows run again
-                log_probs, _ = self._forward([tails[row] + said for row, *said in begun], cache)
-        texts: list[list[str]] = [[] for _ in seeds]
-        for i, row in enumerate(owner):
-            kept = [token for token in ids[i] if token not in self._end_ids]
-            text = self.tokenizer.decode(kept)
-            texts[row].append(text.partition(stop)[0] if stop else text)
-        return texts
+                log_probs, _ = self._forward([tails[draw.row] + draw.ids for draw in running], cache)
+            row_of = {beginning: row for row, beginning in enumerate(distinct)}
+            for draw in live:
+                draw.at = row_of[draw.beginning]
+
+    def _text(self, ids: list[int], stop: str) -> str:
+        """What a continuation says, up to `stop` and without the tokens that only end it."""
+        text = self.tokenizer.decode([token for token in ids if token not in self._end_ids])
+        return text.partition(stop)[0] if stop else text
 
     def _real_positions(self, tails: list[list[int]], cache: object):
         """Which positions of a cache, grown by tails padded on the right, are a row's own; bool [rows, width]."""
@@ -463,12 +477,9 @@ class Llama:
     @cached_property
     def _end_ids(self) -> set[int]:
         """The tokens that end an answer."""
-        settings = getattr(self.model, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        return {
-            *self.tokenizer.all_special_ids,
-            *(ends if isinstance(ends, list) else [ends] if ends is not None else []),
-        }
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = [] if ends is None else ends
+        return {*self.tokenizer.all_special_ids, *(ends if isinstance(ends, list) else [ends])}
 
     def batches(self, lengths: Sequence[int], batch_size: int | None, exact: bool) -> Iterator[list[int]]:
         """Row numbers, longest first, in batches of bounded padded size; `exact`: of one length, so without padding."""
