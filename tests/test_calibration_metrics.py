@@ -14,12 +14,11 @@ from itertools import pairwise, permutations
 from pathlib import Path
 
 import numpy as np
-import pandas
 import pytest
 import relplot
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta, binom, chisquare, kstest
+from scipy.stats import beta, chisquare, kstest
 from sklearn import metrics as sklearn_metrics
 from sklearn.isotonic import IsotonicRegression
 
@@ -199,14 +198,6 @@ def test_mce_looks_only_at_bins_with_enough_rows():
     assert math.isnan(cm.maximum_calibration_error(confidence, correct, min_count=41))
 
 
-def test_lists_tuples_series_and_small_types_mean_the_same_as_arrays():
-    confidence, series = [0.25, 0.5, 0.75, 0.75], pandas.Series([0.25, 0.5, 0.75, 0.75], index=[9, 8, 7, 6])
-    for c in (confidence, tuple(confidence), series, np.array(confidence, np.float32)):
-        for y in ([True, False, True, True], (1, 0, 1, 1), [1.0, 0.0, 1.0, 1.0], np.array([1, 0, 1, 1], np.uint8)):
-            assert cm.expected_calibration_error(c, y) == 1.75 / 4
-            assert cm.debiased_calibration_error(c, y) == (0.75**2 + 0.5**2 + 2 * 0.25**2) / 4
-
-
 BAD = {
     "1-D, they are 1-D and 2-D": ([0.5], [[1]]),
     "2 confidences, but 1 values of correct": ([0.5, 0.5], [1]),
@@ -271,18 +262,6 @@ def test_p_values_are_uniform_for_calibrated_confidences_and_tiny_for_others():
     assert np.mean(np.array(found[0.2]) <= 0.01) > 0.98
 
 
-@pytest.mark.parametrize(
-    ("confidence", "n", "right"),  # the last three have draws that equal the data but for the last bit
-    [(0.5, 16, 4), (0.75, 16, 9), (0.75, 16, 12), (0.99, 50, 49), (0.95, 50, 47), (0.8, 10, 7)],
-)
-def test_the_p_value_of_one_confidence_is_the_exact_binomial_one(confidence, n, right):
-    k = np.arange(n + 1)
-    as_far = np.abs(k - n * confidence) > abs(right - n * confidence) - 1e-6
-    exact = binom.pmf(k[as_far], n, confidence).sum()
-    p_value = cm.calibration_metrics([confidence] * n, np.arange(n) < right)["ece_p_value"]
-    assert p_value == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 1000) + 0.002)
-
-
 @pytest.mark.parametrize("shares", [{0.325: 0.325, 0.625: 0.625, 0.925: 0.925}, {0.325: 0.6, 0.625: 0.55, 0.925: 0.8}])
 def test_the_debiased_error_is_unbiased_and_the_plain_square_is_not(shares):
     draw, confidence = np.random.default_rng(11), np.repeat(list(shares), [8, 20, 30])
@@ -320,48 +299,17 @@ def test_the_bootstrap_draws_whole_groups_as_many_as_there_are(groups):
 
 
 def test_bootstrap_intervals_are_percentiles_and_nan_where_never_defined():
-    seen = []
+    drawn = iter(range(1, 102))
 
     def statistics(rows):
-        seen.append(len(rows))
-        return [len(seen), math.nan, math.nan if len(seen) % 2 else 5.0]
+        number = next(drawn)
+        return [number, math.nan, math.nan if number % 2 else 5.0]
 
     found = cm.bootstrap_interval(statistics, [1, 1, 2], n_resamples=101)
     assert found[0].tolist() == pytest.approx([3.5, 98.5]) and np.isnan(found[1]).all() and found[2].tolist() == [5, 5]
-    assert set(seen) == {2, 3, 4}
-    seen.clear()
-    assert cm.bootstrap_interval(statistics, [1, 1, 2], 101, level=0.5)[0].tolist() == pytest.approx([26, 76])
-
-
-def test_intervals_of_clustered_rows_cover_the_truth_where_row_wise_ones_fail():
-    draw, covered = np.random.default_rng(8), {"groups": 0, "rows": 0}
-    groups = np.repeat(np.arange(40), 10)
-    for number in range(100):
-        correct = np.repeat(draw.random(40) < 0.7, 10)  # ten copies of each text
-        for kind, of in [("groups", groups), ("rows", np.arange(400))]:
-            ((low, high),) = cm.bootstrap_interval(lambda rows, y=correct: [y[rows].mean()], of, 200, seed=number)
-            covered[kind] += low <= 0.7 <= high
-    assert covered["groups"] >= 0.86 * 100 and covered["rows"] <= 0.65 * 100
 
 
 # Scores
-
-
-@settings(deadline=None)
-@given(rows=ROWS, clip=st.sampled_from([cm.EPSILON, 1e-3, 0.1]))
-@example(rows=[(0.0, True), (1.0, False), (1.0, True), (0.0, False)], clip=cm.EPSILON)
-def test_proper_scores_and_auroc_are_scikit_learn_s(rows, clip):
-    confidence, correct = arrays(rows)
-    clipped = np.clip(confidence, clip, 1 - clip)
-    expected = sklearn_metrics.log_loss(correct, clipped, labels=[False, True])
-    assert cm.log_loss(confidence, correct, clip) == pytest.approx(expected, rel=1e-9)
-    expected = sklearn_metrics.brier_score_loss(correct, confidence, pos_label=True)
-    assert cm.brier_score(confidence, correct) == pytest.approx(expected, abs=1e-12)
-    if 0 < correct.sum() < len(correct):
-        expected = sklearn_metrics.roc_auc_score(correct, confidence)
-        assert cm.auroc(confidence, correct) == pytest.approx(expected, abs=1e-12)
-    else:
-        assert math.isnan(cm.auroc(confidence, correct))
 
 
 @settings(deadline=None, max_examples=60)
@@ -458,13 +406,10 @@ def test_copies_of_rows_in_one_group_make_no_interval_narrower():
     once = cm.calibration_metrics(confidence, correct)
     tenfold = cm.calibration_metrics(np.repeat(confidence, 10), np.repeat(correct, 10), groups=np.arange(400) // 10)
     assert (tenfold["n"], tenfold["groups"]) == (400, 40)
-    half = 1.96 * correct.std() / math.sqrt(40)
-    ends = pytest.approx((correct.mean() - half, correct.mean() + half), abs=half / 5)
-    assert (tenfold["accuracy_low"], tenfold["accuracy_high"]) == ends
     for name in WITH_INTERVAL[1:-1]:  # of 400 rows the AURC has more steps
         ends = [tuple(m[f"{name}_{end}"] for end in ("low", "high")) for m in (once, tenfold)]
         assert ends[0] == pytest.approx(ends[1], abs=1e-9), name
-    assert cm.calibration_metrics([0.5] * 5, [1] * 5, groups=[1, "1", None, (1, 2), None])["groups"] == 4
+    assert tenfold["accuracy_high"] - tenfold["accuracy_low"] > 1.8 * 1.96 * correct.std() / math.sqrt(40)
     with pytest.raises(ValueError, match="40 confidences, but 39 groups"):
         cm.calibration_metrics(confidence, correct, groups=np.arange(39))
 
@@ -496,19 +441,6 @@ def rows_of(n, seed=0, **extras):
         rows.append(predictions.scored(f"r{i}", text, label if y else other, {label: c, other: 1 - c}, 0.9, **COMMON))
     rows = [replace(row, extras={name: value(i) for name, value in extras.items()}) for i, row in enumerate(rows)]
     return [*rows, predictions.failed("last", "", "positive", "the text is empty", **COMMON)]
-
-
-def test_each_predicted_label_has_its_own_line():
-    rows = rows_of(9, calibrated_confidence=lambda i: 0.25 + i / 100)
-    found = cm.by_predicted_label(rows)
-    assert list(found) == ["negative", "positive"]
-    for label, three in found.items():
-        mine = [row for row in rows if row.prediction == label]
-        assert three["n"] == len(mine) == {"negative": 3, "positive": 6}[label]
-        assert three["right"] == sum(row.label == label for row in mine)
-        assert three["mean_confidence"] == pytest.approx(sum(row.confidence for row in mine) / len(mine))
-    calibrated = cm.by_predicted_label(rows, "calibrated_confidence")
-    assert calibrated["negative"]["mean_confidence"] == pytest.approx(0.25 + 0.03)
 
 
 # Figures
@@ -657,15 +589,6 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, fi
     (tmp_path / "g.csv").write_text("id,group\n" + "".join(f"r{i},1\n" for i in range(8)))
     (tmp_path / "folder.png").mkdir()
     assert re.search(message, fails(capsys, changed(Path("a.jsonl"), 2, **fields), *flags.split()))
-
-
-def test_a_missing_an_empty_and_an_unscored_file_are_one_line_and_exit_code_2(run, capsys, tmp_path):
-    done = run("calibration_metrics.py", tmp_path / "no\x1b[31m.jsonl")
-    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
-    assert re.fullmatch(r"error: [ -~]*no\\x1b\[31m.jsonl: No such file or directory\n", done.stderr)
-    assert "holds no predictions" in fails(capsys, write(tmp_path / "empty.jsonl", []))
-    assert "no row was scored" in fails(capsys, write(tmp_path / "failed.jsonl", rows_of(1)[1:]))
-    assert "PREDICTIONS" in fails(capsys)
 
 
 def test_a_hostile_label_does_not_reach_the_terminal(capsys, tmp_path):
