@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import math
 import os
 import re
 import sys
@@ -34,8 +33,10 @@ from itertools import islice
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from aws import aws_name, component_name, explanation, hidden
+import server_replies as replies
+from aws import aws_name, component_name, explanation
 from llama import Llama, load_reader
+from server_replies import CONTINUE, NO_LOGPROBS, PassingError, StatusError
 from tables import check_text
 from task import Task
 
@@ -48,35 +49,18 @@ RETRIES = 5  # the client waits 0.5, 1, 2, 4, 8 s, or what Retry-After says
 FIRST_PAUSE_S = 0.5  # the same for SageMaker
 TIMEOUT_S = 60.0
 IN_A_ROW = 20  # rows failing one after another that say it is the server and not the rows
-NO_LOGPROBS = "{} gives no log-probabilities; use Method 2, consistency_confidence.py"
-NOT_COMPUTED = -9999.0  # what vLLM writes where it has no log-probability
-CONTINUE = "nothing is lost, repeat the command to continue"
 
 # Without these a server truncates or penalises by defaults of its own; each has another subset of the names.
 UNTRUNCATED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
 BY_ID = ("logprob_token_ids", "return_tokens_as_token_ids")  # vLLM's
 # Parameters that may be left out when the server rejects them. All others are what was asked.
 OPTIONAL = ("temperature", "seed", "stop", "max_tokens", *UNTRUNCATED, *BY_ID)
-# A refused value is the user's to correct; any other 400 that names an optional parameter is a rejection of it.
-VALUE_REFUSED = re.compile(r"range|less than|greater than|between|at most|at least|maximum|minimum", re.I)
 # A server reads these in a prompt as control tokens, wherever they come from.
 CONTROL = re.compile(
     r"<\|[^<>|\s]{1,64}\|>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?(INST|SYSTEM_PROMPT)\]"
 )
 
 AWS_BODY_BYTES = 6_291_456  # the most that InvokeEndpoint takes
-
-
-class PassingError(ValueError):
-    """A row failed for a reason that may pass: a server's error, a lost connection, a broken reply."""
-
-
-@dataclass(eq=False)
-class StatusError(Exception):
-    """A server answered with a status other than success, and said why."""
-
-    status: int
-    said: str
 
 
 @dataclass(frozen=True)
@@ -225,7 +209,7 @@ class Endpoint:
             body["logprob_token_ids"] = list(ids)
             if self.component:  # lists so many at most; an endpoint of ours allows as many
                 body["logprobs"] = max(self.top_tokens, len(ids))
-        tokens = listed_tokens(await self._ask(prompt, body), self.name)
+        tokens = replies.listed_tokens(await self._ask(prompt, body), self.name)
         numbers = {token for token, _ in tokens}
         complete = bool(ids) and numbers.issuperset(f"token_id:{i}" for i in ids)
         if self._probing:
@@ -243,14 +227,14 @@ class Endpoint:
         """One sampled answer; of a completion its first line. `choice`: the server must give one of these (vLLM)."""
         body: dict = {"max_tokens": max_tokens, "temperature": temperature}
         if self.is_anthropic:
-            return claude_answer(await self._ask(prompt, body))
+            return replies.claude_answer(await self._ask(prompt, body))
         body |= {"seed": seed, **UNTRUNCATED}
         if choice:
             body["structured_outputs"] = {"choice": list(choice)}
         if is_chat(prompt):
-            return chat_answer(await self._ask(prompt, body))
+            return replies.chat_answer(await self._ask(prompt, body))
         body["stop"] = ["\n"]
-        return completion_answer(await self._ask(prompt, body))
+        return replies.completion_answer(await self._ask(prompt, body))
 
     def _text(self, token: str) -> str:
         """A token as text: servers write some as their number, or with the vocabulary's own mark for a space."""
@@ -276,13 +260,13 @@ class Endpoint:
                 accepted["max_completion_tokens"] = body["max_tokens"]
             try:
                 async with self._slots:
-                    reply = read_reply(await self.post(path, accepted), self.secret)
+                    reply = replies.read_reply(await self.post(path, accepted), self.secret)
                 self._failed_in_a_row = 0
                 return reply
             except StatusError as error:
-                parameter = rejected_parameter(error, accepted)
+                parameter = replies.rejected_parameter(error, [name for name in OPTIONAL if name in accepted])
                 if not (self._probing and parameter):
-                    failure = status_failure(error, self.url, self.name, "logprobs" in accepted)
+                    failure = replies.status_failure(error, 1 + RETRIES, self.url, self.name, "logprobs" in accepted)
                     raise self._counted(failure) from None
                 self.rejected.add(parameter)
             except PassingError as error:
@@ -338,7 +322,7 @@ async def post_http(client: object, library: object, secret: str, path: str, bod
     except library.APITimeoutError:
         raise PassingError(f"no answer within {client.timeout:g} s, {1 + RETRIES} times") from None
     except library.APIConnectionError as error:
-        if type(error.__cause__).__name__ == "ConnectError":  # the HTTP library's: nobody listens there
+        if type(error.__cause__).__name__ in ("ConnectError", "ProxyError"):  # the HTTP library's: nobody is there
             raise OSError(f"no server answers at {address(client)}; {CONTINUE}") from None
         raise PassingError(f"the server cut the connection, {1 + RETRIES} times") from None
     except library.APIStatusError as error:
@@ -356,14 +340,16 @@ async def only_model(client: object, library: object, secret: str) -> str:
     except library.APIConnectionError:
         raise OSError(f"no server answers at {url}") from None
     except library.APIStatusError as error:
-        raise status_failure(http_status(error, secret), url) from None
+        raise replies.status_failure(http_status(error, secret), 1 + RETRIES, url) from None
     if len(names) != 1:
         raise ValueError(f"{url} has {len(names)} models; name one with --model: {', '.join(names[:9])}")
     return names[0]
 
 
 def http_status(error: object, secret: str) -> StatusError:
-    return StatusError(error.status_code, shown(own_words(error.body) or error.response.reason_phrase, secret))
+    return StatusError(
+        error.status_code, replies.shown(replies.own_words(error.body) or error.response.reason_phrase, secret)
+    )
 
 
 def address(client: object) -> str:
@@ -393,10 +379,10 @@ async def post_sagemaker(client: object, name: str, adapter: str | None, path: s
             return await in_thread(lambda: client.invoke_endpoint(**call)["Body"].read())
         except exceptions.ClientError as error:
             failure = aws_refusal(error.response, name, adapter)
-            if not isinstance(failure, StatusError) or (failure.status < 500 and failure.status != 429):
+            if not isinstance(failure, StatusError) or failure.status not in (408, 409, 429, *range(500, 600)):
                 break
         except (exceptions.HTTPClientError, exceptions.IncompleteReadError) as error:
-            failure = PassingError(f"{shown(str(error))}, {1 + RETRIES} times")
+            failure = PassingError(f"{replies.shown(str(error))}, {1 + RETRIES} times")
         except exceptions.ConnectionError as error:  # nobody was reached
             failure = OSError(f"{explanation(type(error).__name__, str(error))}; {CONTINUE}")
         except exceptions.BotoCoreError as error:  # nothing was sent, as without credentials
@@ -411,12 +397,14 @@ def aws_refusal(reply: Mapping, name: str, adapter: str | None) -> Exception:
     if code == "ModelError":  # the container's, which was too slow if it has no status
         status, said = reply.get("OriginalStatusCode") or 504, reply.get("OriginalMessage") or said
         with contextlib.suppress(ValueError, RecursionError):
-            said = own_words(json.loads(said)) or said
+            said = replies.own_words(json.loads(said)) or said
         if not re.search(r"LoRA adapter \S+ not found in registry", said):
-            return StatusError(422 if status == 424 else status, shown(said))  # 424: LMI cannot read or answer it
+            return StatusError(
+                422 if status == 424 else status, replies.shown(said)
+            )  # 424: LMI cannot read or answer it
     if code in ("ModelError", "ValidationError"):
         deploy = f"python scripts/deploy_sagemaker.py {name}" + (f" --adapter {adapter}=FOLDER" if adapter else "")
-        return OSError(f"there is no component {component} ({shown(said)}); {deploy} makes it")
+        return OSError(f"there is no component {component} ({replies.shown(said)}); {deploy} makes it")
     said = explanation(code, said)
     if code == "ModelNotReadyException":
         said = f"{component} is not ready, wait some minutes: {said}"
@@ -440,116 +428,6 @@ def in_thread(function: Callable[[], Result]) -> Awaitable[Result]:
 
     threading.Thread(target=work, daemon=True).start()
     return asyncio.wrap_future(outcome)
-
-
-# How a reply is read
-
-
-def read_reply(content: str | bytes, secret: str) -> dict:
-    """A reply as JSON; PassingError for one that is none, as a page of HTML, and for one that says only an error."""
-    try:
-        reply = json.loads(content)
-        if not isinstance(reply, dict):
-            raise ValueError
-    except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
-        raise PassingError("the server's reply is not JSON; is this the URL of an API?") from None
-    if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
-        raise PassingError(f"the server says: {shown(own_words(reply), secret)}")
-    return reply
-
-
-def first_choice(reply: Mapping) -> Mapping:
-    choices = reply.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        raise PassingError("the reply has no choices")
-    return choices[0]
-
-
-def completion_answer(reply: Mapping) -> str:
-    return text_of(first_choice(reply), "text").partition("\n")[0]  # also where `stop` was rejected
-
-
-def chat_answer(reply: Mapping) -> str:
-    message = first_choice(reply).get("message")
-    if not isinstance(message, Mapping):
-        raise PassingError("the reply has no message")
-    return text_of(message, "content")  # a refusal stands elsewhere, and its "No" is no answer
-
-
-def claude_answer(reply: Mapping) -> str:
-    blocks = reply.get("content")
-    if not isinstance(blocks, list):
-        raise PassingError("the reply has no content")
-    return "".join(text_of(block, "text") for block in blocks if isinstance(block, Mapping))
-
-
-def text_of(part: Mapping, name: str) -> str:
-    """A field of a reply; empty if it is null or no text."""
-    value = part.get(name)
-    return value if isinstance(value, str) else ""
-
-
-def listed_tokens(reply: Mapping, model: str) -> list[tuple[str, float]]:
-    """(token, log-probability) of the first position, most probable first; ValueError if there is none."""
-    logprobs, without = first_choice(reply).get("logprobs"), NO_LOGPROBS.format(model)
-    try:
-        if logprobs.get("content"):  # a chat's layout
-            pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
-        else:
-            pairs = list(logprobs["top_logprobs"][0].items())
-        tokens = [(token, float(value)) for token, value in pairs if not value <= NOT_COMPUTED]
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
-        raise ValueError(without) from None
-    if not tokens or not all(isinstance(token, str) for token, _ in tokens):
-        raise ValueError(without)
-    total = math.fsum(math.exp(min(value, 1.0)) for _, value in tokens)
-    if not total <= 1.001:  # also when one of them is NaN
-        raise PassingError(f"the listed probabilities sum to {total:.3f}")
-    return sorted(tokens, key=lambda pair: -pair[1])
-
-
-def own_words(body: object) -> str:
-    """A server's own words about an error; empty if it has none."""
-    for key in ("error", "message", "detail"):
-        if isinstance(body, Mapping) and body.get(key):
-            body = body[key]
-    if isinstance(body, str):
-        return body
-    return json.dumps(body) if body else ""
-
-
-def shown(words: str, secret: str = "") -> str:
-    """A server's words as one line of at most 300 characters that repeats no secret."""
-    line = hidden(" ".join(words.split()))
-    return (line.replace(secret, "[redacted]") if secret else line)[:300]
-
-
-# What a failure means
-
-
-def rejected_parameter(error: StatusError, body: Mapping) -> str | None:
-    """The parameter of a request that this error rejects and that can be left out."""
-    if error.status not in (400, 413, 422) or VALUE_REFUSED.search(error.said):
-        return None
-    return next((name for name in OPTIONAL if name in body and re.search(rf"\b{name}\b", error.said)), None)
-
-
-def status_failure(error: StatusError, url: str, model: str = "", lists: bool = False) -> Exception:
-    """What a status means: a ValueError for the row, an OSError for the run. `lists`: log-probabilities were asked."""
-    status, said = error.status, error.said
-    if status in (400, 413, 422):
-        if lists and "logprob" in said:
-            return ValueError(f"{model} gives no such log-probabilities ({said}); use Method 2 or --top-tokens")
-        return ValueError(f"the server refuses the request: {said}")
-    if status >= 500 or status in (408, 409):
-        return PassingError(f"the server failed with status {status}, {1 + RETRIES} times: {said}")
-    if status in (401, 403):
-        return OSError(f"{url} refuses the key ({status}: {said}); --api-key-env names its variable")
-    if status == 404:
-        return OSError(f"{url} has no {model} or no such API (404: {said}); most URLs end in /v1")
-    if status == 429:
-        return OSError(f"{url} takes no more requests (429: {said}); {CONTINUE}")
-    return OSError(f"{url} answers with status {status}: {said}")
 
 
 # Connecting
@@ -602,12 +480,13 @@ def http_client(library: object, url: str, host: str, key: str, timeout_s: float
     """A client of openai or anthropic that sends texts and keys where they were meant for, and nowhere else."""
     options = {"api_key": key, "timeout": timeout_s, "max_retries": RETRIES}
     options["http_client"] = library.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout_s)
-    if url == "anthropic":
-        return library.AsyncAnthropic(**options)
-    if host != "api.openai.com" or url.startswith("http:"):  # nor what else the client would read in the environment
+    is_openai = host == "api.openai.com" and not url.startswith("http:")
+    if url != "anthropic" and not is_openai:  # nor what else the client would read in the environment
         omitted = {"OpenAI-Organization": library.Omit(), "OpenAI-Project": library.Omit()}
         options["default_headers"] = omitted | {"Authorization": f"Bearer {key}"}
     try:
+        if url == "anthropic":
+            return library.AsyncAnthropic(**options)
         return library.AsyncOpenAI(base_url=url.rstrip("/"), **options)
     except Exception as error:
         if type(error).__name__ != "InvalidURL":  # the HTTP library's, for which the client has no name

@@ -51,9 +51,7 @@ try:
     from endpoint import Endpoint
     from llama import Llama, RenderedPrompt
     from logprobs_confidence import LabelScorer, label_scorer, remote_label_scorer
-    from predictions import Prediction
     from scoring import Method
-    from tables import Example
     from task import Task, add_task_argument, label_probabilities, read_task
 except ImportError as error:
     sys.exit(f"failed: {error}: {INSTALL}")
@@ -333,47 +331,51 @@ def check_answers(llama: Llama, task: Task, _: RenderedPrompt) -> Finding:
 # What the model says
 
 
-def easy_examples(task: Task) -> tuple[list[Example], str]:
-    """Texts whose label is beyond doubt, and what they are; of a task with other labels those of its own examples."""
-    pairs, kind = EASY, "easy texts"
-    if {label for _, label in EASY} != set(task.labels):
-        pairs, kind = task.examples, "of the task's own examples"
-    if not pairs:
+def easy_texts(task: Task) -> tuple[tuple[tuple[str, str], ...], str]:
+    """(text, label) where the label is beyond doubt, and what they are; else those of the task's own examples."""
+    if {label for _, label in EASY} == set(task.labels):
+        return EASY, "easy texts"
+    if not task.examples:
         raise ValueError("no texts to try: the task has no [[examples]]")
-    return [Example(str(number), text, label) for number, (text, label) in enumerate(pairs)], kind
+    return task.examples, "of the task's own examples"
 
 
 def check_mass(scorer: Method) -> Finding:
-    """How much of the distribution names a label at all; the value is the rows that were scored, and what they are."""
-    examples, kind = easy_examples(scorer.task)
-    every = list(scorer.score(iter(examples), lambda n: None))
-    rows = [row for row in every if row.error is None]
+    """How much of the distribution names a label at all; the value is the explained texts, and what they are."""
+    texts, kind = easy_texts(scorer.task)
+    rows, errors = [], []
+    for text, label in texts:
+        try:
+            rows.append(scorer.explain(text) | {"label": label})
+        except ValueError as error:
+            errors.append(error)
     if not rows:
-        raise ValueError(every[0].error)
-    mass = sum(row.label_mass for row in rows) / len(rows)
+        raise errors[0]
+    mass = np.mean([row["label_mass"] for row in rows])
     seen = f"mean {mass:.3f} over {len(rows)} {kind}"
     if mass >= LEAST_MASS:
         return Finding("ok", seen, (rows, kind))
-    worst = min(rows, key=lambda row: row.label_mass)
-    first = scorer.explain(worst.text)["top_tokens"][0]
-    seen += f"; after {worst.text[:30]!r}... the likeliest is {first['token']!r} ({math.exp(first['logprob']):.0%})"
+    worst = min(rows, key=lambda row: row["label_mass"])
+    token, percent = worst["top_tokens"][0]["token"], math.exp(worst["top_tokens"][0]["logprob"])
+    seen += f"; after {worst['text'][:30]!r}... the likeliest is {token!r} ({percent:.0%})"
     return Finding("warning", f"{seen}; {MORE_MASS}", (rows, kind))
 
 
-def check_direction(seen: tuple[list[Prediction], str]) -> Finding:
-    """Whether each label is more probable on its own texts than on all."""
+def check_direction(seen: tuple[list[dict], str]) -> Finding:
+    """Whether the labels are more probable on their own texts than on all."""
     rows, kind = seen
-    right = sum(row.prediction == row.label for row in rows)
+    right = sum(row["prediction"] == row["label"] for row in rows)
     said = f"{right} of {len(rows)} {kind} get their label"
     if right == len(rows):
         return Finding("ok", said)
-    gains = []  # of each row, by how much its own label is likelier than on average
+    gains = []  # of each text, by how much its own label is likelier than on average
     for row in rows:
-        gains.append(row.probabilities[row.label] - np.mean([other.probabilities[row.label] for other in rows]))
+        label = row["label"]
+        gains.append(row["probabilities"][label] - np.mean([other["probabilities"][label] for other in rows]))
     if np.mean(gains) <= 0:
         why = "a label is no more probable on its own texts than on the others"
         return Finding("failed", f"{said}; {why}: are answer words swapped? Else another model, or words for the task")
-    usual = Counter(row.prediction for row in rows).most_common(1)[0][0]
+    usual = Counter(row["prediction"] for row in rows).most_common(1)[0][0]
     why = f"each label is likelier on its own texts, but there is a class bias towards {usual!r}"
     return Finding("warning", f"{said}; {why}: try --debias batch, another wording, [[examples]] or fine_tune_model.py")
 

@@ -23,7 +23,6 @@ import command_line
 import doctor
 import endpoint
 import llama as models
-import predictions
 from llama import Llama
 from logprobs_confidence import label_scorer
 from task import TASKS
@@ -392,13 +391,13 @@ def test_labels_that_share_a_token_fail_and_name_the_other_scoring(examine, tiny
 # What the model says
 
 
-def rows_of(*pairs):
-    """Scored rows of (label, P(positive))."""
-    common = {"method": "logprobs", "model": "m", "task": "t", "fingerprint": "f"}
-    return [
-        predictions.scored(str(i), f"text {i}", label, {"negative": 1 - p, "positive": p}, 0.4, **common)
-        for i, (label, p) in enumerate(pairs)
-    ]
+def explained(text, label, p):
+    """An explained text of which P(positive) is p."""
+    by_label = {"negative": 1 - p, "positive": p}
+    top = [{"token": " The", "logprob": np.log(0.25)}]
+    prediction = max(by_label, key=by_label.get)
+    row = {"text": text, "label": label, "probabilities": by_label, "prediction": prediction}
+    return row | {"label_mass": 0.4, "top_tokens": top}
 
 
 @pytest.mark.parametrize(
@@ -412,26 +411,25 @@ def rows_of(*pairs):
     ],
 )
 def test_labels_must_be_likelier_on_their_own_texts(pairs, status, says):
-    found = doctor.check_direction((rows_of(*pairs), "easy texts"))
+    found = doctor.check_direction(([explained("x", *pair) for pair in pairs], "easy texts"))
     assert found.status == status and says in found.detail
 
 
 def test_little_label_mass_is_a_warning_that_shows_what_comes_instead():
-    top = {"top_tokens": [{"token": " The", "logprob": np.log(0.25)}]}
-    score = lambda examples, advance: rows_of(*((example.label, 0.6) for example in examples))  # noqa: E731
-    found = doctor.check_mass(SimpleNamespace(task=SENTIMENT, score=score, explain=lambda text: top))
-    assert found.status == "warning" and found.detail.startswith("mean 0.400 over 6 easy texts; after 'text 0'")
+    found = doctor.check_mass(SimpleNamespace(task=SENTIMENT, explain=lambda text: explained(text, None, 0.6)))
+    assert found.status == "warning" and found.detail.startswith("mean 0.400 over 6 easy texts; after 'I love it. ")
     assert "the likeliest is ' The' (25%)" in found.detail and "word the template" in found.detail
-    lost = predictions.failed("1", "x", None, "too long", method="m", model="m", task="t", fingerprint="f")
+
+    def explain(text):
+        raise ValueError("too long")
+
     with pytest.raises(ValueError, match="too long"):
-        doctor.check_mass(SimpleNamespace(task=SENTIMENT, score=lambda *_: [lost]))
+        doctor.check_mass(SimpleNamespace(task=SENTIMENT, explain=explain))
 
 
 def test_a_task_of_its_own_is_tried_on_its_own_examples():
     task = replace(SENTIMENT, labels={"a": ("up",), "b": ("down",)}, examples=(("One.", "a"), ("Two.", "b")))
-    examples, kind = doctor.easy_examples(task)
-    assert [(e.text, e.label) for e in examples] == [("One.", "a"), ("Two.", "b")]
-    assert kind == "of the task's own examples"
+    assert doctor.easy_texts(task) == (task.examples, "of the task's own examples")
 
 
 @pytest.mark.parametrize(("precision", "status"), [("float32", "failed"), ("bfloat16", "warning")])

@@ -408,7 +408,7 @@ def test_a_wrong_address_is_one_line(call, fake):
         assert problem in error_of(logprobs(call, "Not bad", "--endpoint", url, "--model", "m")), url
     assert fake.requests == []
     url = fake.url.removesuffix("/v1")
-    assert "most URLs end in /v1" in error_of(logprobs(call, "x", "--endpoint", url, "--model", "fake-1"))
+    assert "no such path); most end in /v1" in error_of(logprobs(call, "x", "--endpoint", url, "--model", "fake-1"))
     assert "Most end in /v1" in error_of(logprobs(call, "x", "--endpoint", url))
     fake.stop()
     for named in ([], ["--model", "fake-1"]):
