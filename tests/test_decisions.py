@@ -95,12 +95,6 @@ def test_the_rows_needed_are_the_recorded_ones_at_every_target_and_error_count()
             assert all(tail(n, int(e), target) <= 0.05 < tail(n - 1, int(e), target) for e, n in table.items())
 
 
-@pytest.mark.parametrize("target, delta", [(0.9, 1e-300), (0.999999, 0.01), (0.5, 0.125), (1 - 1e-10, 0.05)])
-def test_rows_needed_without_an_error_follow_the_logarithms_up_to_huge_counts(target, delta):
-    truth = math.ceil(math.log(delta) / math.log(target) - 1e-9)
-    assert rows_needed(target, delta) == pytest.approx(truth, rel=1e-9)
-
-
 # The search
 
 
@@ -249,14 +243,6 @@ def test_guarantees_hold_where_no_threshold_reaches_the_target_and_a_wrong_rule_
     assert broken(pointwise, flat(0.895), lambda _: 0.895)[0] > LIMIT
 
 
-def test_the_whole_delta_is_used_and_no_more():
-    # With 460 rows the first test is on 46: it passes with 1 error or none, and then any guarantee is a broken one.
-    expected, repeats = tail(46, 1, 0.8999), 400
-    assert 0.04 < expected < 0.05
-    low, high = binom.ppf([0.001, 0.999], repeats, expected)
-    assert low <= broken(ours, flat(0.8999), lambda _: 0.8999, repeats, 460)[0] <= high
-
-
 def test_about_as_many_more_labels_as_it_says_do_and_a_tenth_of_them_do_not():
     rng, proved = np.random.default_rng(3), {1: [], 10: []}
     for _ in range(100):
@@ -272,12 +258,6 @@ def test_about_as_many_more_labels_as_it_says_do_and_a_tenth_of_them_do_not():
     assert np.mean(proved[10]) < 0.5 * np.mean(proved[1])
 
 
-def test_the_labels_missing_are_never_billions_because_of_a_rounding():
-    # 59 right rows would do; with the one error more that is counted, no number of rows would.
-    more = choose_threshold([0.9] * 19, [1] * 19, 0.95).more_labels
-    assert more is None or more < 10**6
-
-
 @pytest.mark.parametrize("top, rest", [([1] * 60, [0, 1] * 470), ([1, 1, 1, 1, 0] * 20, [1] * 900)])
 def test_more_labels_like_these_guarantee_something_when_it_says_so(top, rest):
     confidence, correct = np.linspace(1, 0.5, 1000), np.array(top + rest)
@@ -286,6 +266,8 @@ def test_more_labels_like_these_guarantee_something_when_it_says_so(top, rest):
     times = -(-(1000 + (chosen.more_labels or 0)) // 1000)
     guaranteed = choose_threshold(np.tile(confidence, times), np.tile(correct, times), 0.9).value is not None
     assert guaranteed == (chosen.more_labels is not None)
+    # 59 right rows would do; with the one error more that is counted, no number of rows would, and billions is no answer.
+    assert (choose_threshold([0.9] * 19, [1] * 19, 0.95).more_labels or 0) < 10**6
 
 
 # The record and its sentence
@@ -377,19 +359,6 @@ def test_a_row_is_automated_exactly_where_its_expected_cost_is_no_more_than_a_re
     assert near or (percent / 100 >= threshold) == worth
 
 
-def test_true_confidences_cost_least_at_the_cost_optimal_threshold():
-    rng = np.random.default_rng(5)
-    confidence = rng.random(200_000)
-    correct, grid = rng.random(200_000) < confidence, np.arange(101) / 100
-    for review, error in ((5, 50), (5, 10), (1, 3), (5, 5)):
-        found = costs(confidence, correct, grid, review, error)
-        expected = grid * review + error * (1 - grid) ** 2 / 2  # of uniform, true confidences
-        np.testing.assert_allclose(found, expected, atol=5 * error / math.sqrt(200_000))
-        best = cost_optimal_threshold(review, error)
-        assert abs(grid[expected.argmin()] - best) <= 0.005 + 1e-9
-        assert costs(confidence, correct, [best], review, error)[0] <= found.min() + error / math.sqrt(200_000)
-
-
 @pytest.mark.parametrize("bad", [-1, NAN, math.inf])
 def test_a_cost_that_is_negative_or_not_finite_is_a_value_error_that_names_it(bad):
     for place, name in enumerate(("review", "error", "automation")):
@@ -426,20 +395,6 @@ def test_the_cost_band_is_the_quantiles_of_every_draw_of_whole_groups():
     shuffled = np.random.default_rng(0).permutation(7)
     again = (confidence[shuffled], correct[shuffled], [0.75], 5, 50, np.array(groups)[shuffled])
     assert cost_band(*again, n_resamples=4000, seed=1)[0] == pytest.approx(band)
-
-
-def test_the_cost_band_is_no_narrower_where_rows_are_copies():
-    rng = np.random.default_rng(2)
-    confidence, correct = rng.random(400), rng.random(400) < 0.8
-    width = 2 * 1.96 * 50 * np.std(~correct) / math.sqrt(400)
-    groups = np.tile(np.arange(400), 4)
-    for band in (
-        cost_band(confidence, correct, [0.0], 5, 50),
-        cost_band(np.tile(confidence, 4), np.tile(correct, 4), [0.0], 5, 50, groups=groups),
-    ):
-        assert np.ptp(band[0, 1:]) == pytest.approx(width, rel=0.15)
-    bands = [cost_band(confidence, correct, [0.5], 5, 50, seed=seed).tolist() for seed in (0, 0, 1)]
-    assert bands[0] == bands[1] != bands[2]
 
 
 def test_dollars_a_day_are_the_article_s_and_what_it_leaves_out():
