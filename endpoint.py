@@ -11,7 +11,8 @@ asked for without truncation and with another seed each time, because servers di
 that a model's API rejects is left out, and `sent` says what was really sent.
 
 A ValueError concerns one row; PassingError is one that another try may cure. An OSError concerns the server: the run
-stops, nothing is lost, and the same command continues it. Keys come from the environment and are never shown.
+stops, nothing is lost, and the same command continues it (server_replies.py reads replies and failures). Keys come
+from the environment and are never shown.
 """
 
 from __future__ import annotations
