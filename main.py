@@ -1,10 +1,10 @@
 """Start here: how a language model's next token becomes a decision with a confidence, in seven steps.
 
-    python main.py                              # the embedded model; fetched and converted on first use
+    python main.py                              # the default model; fetched and converted on first use
     python main.py --text "Not bad" "It is ok"  # your own texts
     python main.py --adapter auto               # the same model, fine-tuned
     python main.py --model llama                # the same tour with Llama 3.1 8B Instruct
-    python main.py --replay                     # as the embedded model answered when it was recorded; loads no model
+    python main.py --replay                     # as the default model answered when it was recorded; loads no model
 
 It writes nothing. Each step calls the function that the scripts use on whole tables of texts.
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ import predictions
 from llama import add_arguments, model_arguments
 from logprobs_confidence import print_answer_sums, print_token_table
 from task import TASKS
+
+if TYPE_CHECKING:
+    from calibration import FittedCalibrator
 
 DATA = Path(__file__).parent / "data"
 TEXTS = (
@@ -37,8 +41,8 @@ TEXTS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    model, asked = replay() if args.replay else ask(args)
-    rows = [row["logprobs"] for row in asked]
+    model, explanations = replay() if args.replay else ask(args.text or TEXTS, model_arguments(args))
+    rows = [row["logprobs"] for row in explanations]
     print(f"The model is {model}.")
 
     step(1, "The prompt. A language model continues a text, so we write one whose continuation is the answer:")
@@ -50,23 +54,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     step(3, "The sums. A label gets the probability of every token that spells it; the confidence is its share:")
     print_answer_sums(rows[0])
     print()
-    print_verdicts(rows)
+    print_rows(rows, "text", "prediction", "confidence", "label_mass")
     print("\n   Clear texts get more than mixed ones. But nobody has checked yet whether 90 % means 90 %.")
 
-    step(
-        4, "Ten answers (Method 2). A model that hides its probabilities is asked ten times; agreement is a confidence:"
-    )
-    print_votes([row["consistency"] for row in asked])
+    step(4, "Ten answers (Method 2). A model that hides its probabilities is asked ten times; the answers vote:")
+    print_rows([votes(row["consistency"]) for row in explanations], "text", "answers", "vote share")
 
     step(5, "Both (Method 3), where both can be had:")
-    print_methods(asked)
+    print_rows([by_method(row) for row in explanations], "text", "1 first token", "2 ten answers", "3 both")
 
     step(6, "Calibration. How often this answer, at this confidence, was right on 1,000 labelled texts:")
-    calibrated = calibrate(rows)
-    if not calibrated:
+    calibrator = shipped_calibrators().get(rows[0]["fingerprint"])
+    if calibrator is None:
+        print("   No calibrator of this repository is for this model. With labelled texts of yours you make one:\n")
+        print("   python logprobs_confidence.py --input mine.csv --output mine.jsonl    # and the flags given here")
+        print("   python calibration_demo.py mine.jsonl")
         return
+    decided = calibrate(rows, calibrator)
+    print_rows(decided, "text", "prediction", "confidence", "calibrated")
+    if calibrator.recipe.class_aware:
+        print("\n   The model has a class bias: at one confidence, one label is right more often than the other.")
+
     step(7, "The decision. The sure answers are automated, the others go to a person:")
-    print_decisions(*calibrated)
+    value, target, delta = (calibrator.threshold[name] for name in ("value", "target_accuracy", "delta"))
+    print(f"   guaranteed: from {value:.1%} on at least {target:.0%} are right (confidence level {1 - delta:.0%})\n")
+    print_rows(decided, "text", "calibrated", "decision")
 
     print("\nWhat it comes to, on 2,000 test texts that nothing was fitted on, as recorded in data/predictions/:\n")
     print_study()
@@ -82,118 +94,99 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_arguments(parser)
     parser.set_defaults(adapter="none")  # the tour shows the model as it was published
     args = parser.parse_args(argv)
-    usual = {action.dest: action.default for action in parser._actions} | {"adapter": "none"}
-    if args.replay and any(value != usual[name] for name, value in vars(args).items() if name != "replay"):
-        parser.error("--replay shows what was recorded; it takes no other flag")
+    if args.replay:
+        command_line.allow_only_arguments(parser, args, {"replay"}, "--replay shows what was recorded")
     return args
 
 
-def ask(args: argparse.Namespace) -> tuple[str, list[dict]]:
-    """The model in words, and all three methods' explanations of each text."""
-    import combined_confidence as combined
-    import consistency_confidence as consistency
-    import logprobs_confidence as logprobs
+def ask(texts: Sequence[str], loading: dict[str, object]) -> tuple[str, list[dict]]:
+    """The model in words, and its explanation of each text by all three methods; `loading` is for `load_llama`."""
+    from combined_confidence import combined_scorer
+    from consistency_confidence import Sampling, answer_sampler
+    from llama import load_llama
+    from logprobs_confidence import label_scorer
 
     task = TASKS["sentiment"]
-    llama = load_from(args, task.settings())
-    scorer = logprobs.prepare(llama, task)
-    sampler = consistency.prepare(llama, task, consistency.Sampling(samples=10))
+    llama = load_llama(**loading, task=task.settings())
+    scorer = combined_scorer(label_scorer(llama, task), answer_sampler(llama, task, Sampling(samples=10)))
     model = f"{llama.name}, on {llama.device} in {llama.identity['precision']}"
-    return model, [combined.explain(text, scorer, sampler) for text in args.text or TEXTS]
+    return model, [scorer.explain(text) for text in texts]
 
 
 def replay() -> tuple[str, list[dict]]:
     """The same, as it was recorded."""
     lines = (DATA / "predictions" / "tour.jsonl").read_text(encoding="utf-8").splitlines()
-    asked = [json.loads(line) for line in lines]
-    first = asked[0]
+    explanations = [json.loads(line) for line in lines]
+    first = explanations[0]
     model = f"{first['logprobs']['model']}, as it answered on {first['device']} in {first['precision']}"
-    return model, asked
+    return model, explanations
 
 
 def step(number: int, text: str) -> None:
-    print(f"\n{number}. {text}" + ("\n" if text.endswith(":") else ""))
+    print(f"\n{number}. {text}\n")
 
 
-def print_verdicts(rows: Sequence[dict]) -> None:
-    lines = [["text", "prediction", "confidence", "label mass"]]
+def print_rows(rows: Sequence[Mapping], *columns: str) -> None:
+    """A table of these fields of each row; numbers are shares, in percent."""
+    lines = [[column.replace("_", " ") for column in columns]]
     for row in rows:
-        shares = (f"{100 * row[key]:.1f} %" for key in ("confidence", "label_mass"))
-        lines.append([row["text"], row["prediction"], *shares])
+        cells = [row[column] for column in columns]
+        lines.append([cell if isinstance(cell, str) else f"{100 * cell:.1f} %" for cell in cells])
     print(command_line.columns(lines, "   "))
 
 
-def print_votes(rows: Sequence[dict]) -> None:
-    lines = [["text", "answers", "agreement"]]
-    for row in rows:
-        votes = sorted(row["votes"].items(), key=lambda pair: -pair[1])
-        said = ", ".join(f"{count} {label}" for label, count in (*votes, ("neither", row["unparsed"])) if count)
-        lines.append([row["text"], said, f"{row['agreement']:.0%}"])
-    print(command_line.columns(lines, "   "))
+def votes(row: Mapping) -> dict[str, str]:
+    """The answers to a text, counted."""
+    most_first = sorted(row["votes"].items(), key=lambda vote: -vote[1])
+    said = [f"{count} {label}" for label, count in [*most_first, ("neither", row["unparsed"])] if count]
+    return {"text": row["text"], "answers": ", ".join(said), "vote share": f"{row['agreement']:.0%}"}
 
 
-def print_methods(asked: Sequence[dict]) -> None:
-    lines = [["text", "1 first token", "2 ten answers", "3 both"]]
-    for row in asked:
-        one, two = row["logprobs"], row["consistency"]
-        of = (one, one["confidence"]), (two, two["agreement"]), (row, row["confidence"])
-        shares = [f"{found['prediction']} {100 * share:.0f} %" for found, share in of]
-        lines.append([row["text"], *shares])
-    print(command_line.columns(lines, "   "))
+def by_method(row: Mapping) -> dict[str, str]:
+    """What each method says of a text."""
+    one, two = row["logprobs"], row["consistency"]
+    return {
+        "text": row["text"],
+        "1 first token": f"{one['prediction']} {100 * one['confidence']:.0f} %",
+        "2 ten answers": f"{two['prediction']} {100 * two['agreement']:.0f} %",
+        "3 both": f"{row['prediction']} {100 * row['confidence']:.0f} %",
+    }
 
 
-def calibrate(rows: Sequence[dict]) -> tuple | None:
-    """Print raw beside calibrated confidences; (the shipped calibrator, calibrated rows), None if there is none."""
+def shipped_calibrators() -> dict[str, FittedCalibrator]:
+    """Those of this repository, for the default model as published and fine-tuned, by the fingerprint they are for."""
     from calibration import load_calibrator
 
     calibrators = [load_calibrator(DATA / "calibrators" / f"{name}.json") for name in ("base", "tuned")]
-    found = next((one for one in calibrators if one.fingerprint == rows[0]["fingerprint"]), None)
-    if found is None:
-        print("   No calibrator of this repository is for this model. With labelled texts of yours you make one:\n")
-        print("   python logprobs_confidence.py --input mine.csv --output mine.jsonl    # and the flags given here")
-        print("   python calibration_demo.py mine.jsonl")
-        return None
-    common = {"method": "logprobs", "model": found.model, "task": found.task, "fingerprint": found.fingerprint}
-    records = [predictions.scored("", r["text"], None, r["probabilities"], r["label_mass"], **common) for r in rows]
-    applied = found.apply(records)
-    lines = [["text", "prediction", "confidence", "calibrated"]]
-    for row in applied:
-        shares = (row.confidence, row.extras["calibrated_confidence"])
-        lines.append([row.text, row.prediction, *(f"{100 * share:.1f} %" for share in shares)])
-    print(command_line.columns(lines, "   "))
-    if found.recipe.class_aware:
-        print("\n   The model leans: at one confidence, one label is right more often than the other.")
-    return found, applied
+    return {calibrator.fingerprint: calibrator for calibrator in calibrators}
 
 
-def print_decisions(calibrator: object, rows: Sequence[predictions.Prediction]) -> None:
-    promise = calibrator.threshold
-    target, risk = promise["target_accuracy"], promise["delta"]
-    print(f"   from {promise['value']:.1%} on at least {target:.0%} are right, with {1 - risk:.0%} certainty\n")
-    lines = [["text", "calibrated", "decision"]]
+def calibrate(rows: Sequence[Mapping], calibrator: FittedCalibrator) -> list[dict]:
+    """The rows with what the calibrator makes of their confidence."""
+    common = {"method": "logprobs", "model": calibrator.model, "task": calibrator.task}
+    common["fingerprint"] = calibrator.fingerprint
+    decided = []
     for row in rows:
-        lines.append([row.text, f"{100 * row.extras['calibrated_confidence']:.1f} %"])
-        lines[-1].append(row.extras["decision"])
-    print(command_line.columns(lines, "   "))
+        record = predictions.scored("", row["text"], None, row["probabilities"], row["label_mass"], **common)
+        added = calibrator.apply([record])[0].extras
+        decided.append({**row, "calibrated": added["calibrated_confidence"], "decision": added["decision"]})
+    return decided
 
 
 def print_study() -> None:
     """Base and fine-tuned model on the test split: raw scores, and what each one's shipped calibrator automates."""
-    from calibration import load_calibrator
-    from calibration_metrics import consistency_resampling, expected_calibration_error
+    from calibration_metrics import consistency_resampling, expected_calibration_error, log_loss
 
-    lines = [["", "accuracy", "log loss", "ECE (noise floor)", "promised", "automated", "of these right"]]
-    for name, title in (("base", "as published"), ("tuned", "fine-tuned")):
-        calibrator = load_calibrator(DATA / "calibrators" / f"{name}.json")
+    lines = [["", "accuracy", "log loss", "ECE (expected if calibrated)", "guaranteed", "automated", "of these right"]]
+    names = {"base": "as published", "tuned": "fine-tuned"}
+    for (name, title), calibrator in zip(names.items(), shipped_calibrators().values(), strict=True):
         rows = calibrator.apply(predictions.read(DATA / "predictions" / f"{name}_test.jsonl"))
         confidence, correct = predictions.confidence_and_correct(rows)
-        log_loss = -np.mean([np.log(row.probabilities[row.label]) for row in rows])
-        floor = consistency_resampling(confidence).mean()
-        kept = np.array([row.extras["decision"] == "automate" for row in rows])
-        shown = [f"{correct.mean():.3f}", f"{log_loss:.3f}"]
-        shown.append(f"{expected_calibration_error(confidence, correct):.3f} ({floor:.3f})")
-        shown += [f"{calibrator.threshold['target_accuracy']:.0%}", f"{kept.mean():.1%}", f"{correct[kept].mean():.1%}"]
-        lines.append([title, *shown])
+        ece, expected = expected_calibration_error(confidence, correct), consistency_resampling(confidence).mean()
+        automated = np.array([row.extras["decision"] == "automate" for row in rows])
+        lines.append([title, f"{correct.mean():.3f}", f"{log_loss(confidence, correct):.3f}"])
+        lines[-1] += [f"{ece:.3f} ({expected:.3f})", f"{calibrator.threshold['target_accuracy']:.0%}"]
+        lines[-1] += [f"{automated.mean():.1%}", f"{correct[automated].mean():.1%}"]
     print(command_line.columns(lines, "   "))
 
 
