@@ -1,4 +1,4 @@
-"""The confidence head: P(right) from the last hidden state, fitted by fine_tune_model.py, read by Method 1.
+"""confidence_head.py: P(right) from the last hidden state, fitted by fine_tune_model.py, read by Method 1.
 
 Truth comes from simulations whose weights are known, from an optimiser of its own, from rows that no fit has seen, from
 plain transformers with `output_hidden_states`, and from unbroken runs for broken ones. The models are tiny and random.
@@ -19,24 +19,20 @@ from conftest import tiny
 from scipy.optimize import minimize
 from scipy.special import expit
 
-import calibration
 import command_line
+import confidence_head
 import fine_tune_model
 import logprobs_confidence
 import predictions
-from calibration import (
-    HEAD_STRENGTHS,
-    ConfidenceHead,
-    PlattScalingCalibrator,
-    cross_fit,
-    fit_head,
-    load_head,
-    save_head,
-)
+import training
+from calibration import PlattScalingCalibrator, cross_fit
 from calibration_metrics import log_loss
+from confidence_head import STRENGTHS, ConfidenceHead, fit_head, load_head, save_head
 from llama import load_llama
+from logprobs_confidence import label_scorer
 from lora import HEAD
-from task import TASKS, Example
+from tables import Example
+from task import TASKS
 
 SENTIMENT = TASKS["sentiment"]
 WORDS = ("a", "film", "that", "is", "not", "long", "funny", "dull", "and", "never", "quite", "warm", "told", "slow")
@@ -99,14 +95,14 @@ def test_a_head_recovers_the_weights_of_a_simulation_and_beats_platt_scaling_the
     assert log_loss(found, correct) - log_loss(truth, correct) < 0.002
     record = head.record
     assert record["n"] == 6000 and record["right"] == simulated(6000, weights, 0)[2].mean()
-    assert record["strength"] == max(HEAD_STRENGTHS)
+    assert record["strength"] == max(STRENGTHS)
     assert record["out_of_fold_log_loss"] < record["platt_log_loss"] - 0.1
 
 
-@pytest.mark.parametrize("strength", HEAD_STRENGTHS[1:])
+@pytest.mark.parametrize("strength", STRENGTHS[1:])
 def test_a_head_is_the_ridge_regression_that_it_says(strength):
     hidden, confidence, correct, _ = simulated(300, np.random.default_rng(5).normal(0, 0.3, 40), 2)
-    head = calibration._head(hidden, confidence, correct, strength)
+    head = confidence_head._head(hidden, confidence, correct, strength)
     slope, intercept, *weights = ridge(hidden, confidence, correct, strength)
     assert (head.slope, head.intercept) == pytest.approx((slope, intercept), abs=1e-5)
     assert head.weights == pytest.approx(np.array(weights), abs=1e-5)
@@ -114,7 +110,7 @@ def test_a_head_is_the_ridge_regression_that_it_says(strength):
 
 def test_without_weights_a_head_is_platt_scaling():
     hidden, confidence, correct, _ = simulated(300, np.zeros(4), 3)
-    head = calibration._head(hidden, confidence, correct, 0.0)
+    head = confidence_head._head(hidden, confidence, correct, 0.0)
     platt = PlattScalingCalibrator().fit(confidence, correct)
     assert not head.weights.any()  # Platt's own targets, which keep off 0 and 1, are all that sets the two apart
     assert head.predict(hidden, confidence) == pytest.approx(platt.predict(confidence), abs=0.01)
@@ -125,7 +121,7 @@ def test_without_weights_a_head_is_platt_scaling():
 
 def test_where_hidden_states_know_nothing_a_head_adds_next_to_nothing():
     losses, strengths = [], []
-    for seed in range(12):
+    for seed in range(8):
         hidden, confidence, correct, _ = simulated(300, np.zeros(30), seed)
         head = fit_head(hidden, confidence, correct, range(300), "f")
         strengths.append(head.record["strength"])
@@ -134,16 +130,6 @@ def test_where_hidden_states_know_nothing_a_head_adds_next_to_nothing():
         losses.append(log_loss(head.predict(*fresh[:2]), fresh[2]) - log_loss(platt, fresh[2]))
         assert head.record["out_of_fold_log_loss"] <= head.record["platt_log_loss"]
     assert np.median(strengths) <= 0.03 and np.mean(losses) < 0.003
-
-
-def test_the_recorded_log_loss_is_what_fresh_rows_show():
-    weights, differences = np.random.default_rng(9).normal(0, 0.25, 20), []
-    for seed in range(12):
-        head = fit_head(*simulated(400, weights, seed)[:3], range(400), "f")
-        hidden, confidence, correct, _ = simulated(4000, weights, 100 + seed)
-        differences.append(head.record["out_of_fold_log_loss"] - log_loss(head.predict(hidden, confidence), correct))
-    error = np.std(differences, ddof=1) / math.sqrt(len(differences))
-    assert abs(np.mean(differences)) < 3 * error + 0.01  # folds train on four fifths; the best of seven is a bit lucky
 
 
 def test_rows_of_a_group_are_in_one_fold():
@@ -156,27 +142,19 @@ def test_rows_of_a_group_are_in_one_fold():
     assert together["strength"] <= 0.1 < torn["strength"]
 
 
-def test_a_hidden_state_that_never_changes_bears_no_weight():
-    hidden, confidence, correct, _ = simulated(200, np.array([1.0, -1.0]), 6)
-    with_constant = np.hstack([hidden, np.full((200, 1), 7.0)])
-    head = fit_head(with_constant, confidence, correct, range(200), "f")
-    assert head.weights[2] == 0 and np.isfinite(head.predict(with_constant, confidence)).all()
-
-
-REFUSED = {
-    "too few rows": (19, lambda correct: correct, "19 rows are too few.*20"),
-    "all right": (40, np.ones_like, "right"),
-    "all wrong": (40, np.zeros_like, "wrong"),
-    "one wrong": (40, lambda correct: np.arange(len(correct)) > 0, "right"),
-}
-
-
-@pytest.mark.parametrize(("n", "change", "words"), REFUSED.values(), ids=REFUSED.keys())
-def test_rows_that_can_not_teach_a_head_are_an_error(n, change, words):
-    hidden, confidence, correct, _ = simulated(n, np.zeros(3), 7)
-    with pytest.raises(ValueError, match=words) as refusal:
-        fit_head(hidden, confidence, change(correct), range(n), "f")
-    assert "\n" not in str(refusal.value)
+@pytest.mark.parametrize(
+    ("n", "correct", "words"),
+    [
+        (19, np.arange(19) > 8, "19 rows are too few.*20"),
+        (40, np.ones(40), "right"),
+        (40, np.zeros(40), "wrong"),
+        (40, np.arange(40) > 0, "right"),  # in the fold that holds the one wrong row
+    ],
+)
+def test_rows_that_cannot_teach_a_head_are_an_error(n, correct, words):
+    hidden, confidence, _, _ = simulated(n, np.zeros(3), 7)
+    with pytest.raises(ValueError, match=f"^.*{words}.*$"):
+        fit_head(hidden, confidence, correct, range(n), "f")
 
 
 # The file
@@ -200,55 +178,37 @@ def test_a_head_comes_back_from_its_file_bit_for_bit(fitted, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"head.json", "again.json"}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"slope": 2.0}, {"intercept": 0.5}, {"weights": np.zeros(3)}, {"mean": np.ones(3)}, {"scale": np.ones(3)}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_the_digest_follows_every_number(fitted, changes):
-    assert replace(fitted[0], **changes).digest != fitted[0].digest
+@pytest.mark.parametrize("name", ["slope", "intercept", "weights", "mean", "scale"])
+def test_the_digest_follows_every_number(fitted, name):
+    assert replace(fitted[0], **{name: getattr(fitted[0], name) + 1e-9}).digest != fitted[0].digest
 
 
-BROKEN = {
-    "no JSON": "{",
-    "not an object": "[]",
-    "a calibrator": json.dumps({"format": calibration.FORMAT}),
-    "empty": "",
-    "too deep": "[" * 100_000,
-}
-BROKEN_FIELDS = {  # field -> values that cannot be
-    "format": ["another", None],
-    "slope": ["1", None, True, 10**400],
-    "intercept": ["1", None, []],
-    "weights": [None, 3, [], ["a", "b", "c"], [1, 2], [[1, 2, 3]], [1, 2, None], [1, 2, [3]], [1, 2, 10**400]],
-    "mean": [[1, 2, None], [1, 2], {}],
-    "scale": [[1, 2, 0], [1, 2, -1], [1, 2, None]],
+BROKEN = {  # field -> values that cannot be
+    "format": ["another"],
+    "slope": ["1", True, 10**400],
+    "intercept": [None],
+    "weights": [3, [], ["a", "b", "c"], [1, 2], [[1, 2, 3]], [1, 2, None]],
+    "mean": [[1, 2], {}],
+    "scale": [[1, 2, 0], [1, 2, -1]],
+    "fingerprint": [None],
+    "record": [[]],
 }
 
 
-@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_a_file_that_is_no_head_is_one_line(tmp_path, content):
-    path = tmp_path / "head.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"^{path} is not a confidence head: ") as refusal:
-        load_head(path)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("field", BROKEN_FIELDS)
-def test_a_head_edited_by_hand_is_one_line(fitted, tmp_path, field):
+@pytest.mark.parametrize("field", BROKEN)
+def test_a_head_edited_by_hand_is_one_line_that_names_the_field(fitted, tmp_path, field):
     path = tmp_path / "head.json"
     save_head(path, fitted[0])
     whole = json.loads(path.read_text())
     without = {name: value for name, value in whole.items() if name != field}
-    damaged = [without, *({**whole, field: value} for value in BROKEN_FIELDS[field]), {**whole, "more": 1}]
-    for record in damaged:
+    for record in [without, *({**whole, field: value} for value in BROKEN[field])]:
         path.write_text(json.dumps(record))
-        with pytest.raises(ValueError, match=f"^{path} is not a confidence head: "):
+        with pytest.raises(ValueError, match=rf"^{path} is not a confidence head: .*\b{field}\b.*$"):
             load_head(path)
-    path.write_text(json.dumps(whole).replace(str(whole["slope"]), "NaN"))
-    with pytest.raises(ValueError, match="NaN"):
-        load_head(path)
+    for text in (json.dumps(whole | {"more": 1}), "{", "[]", json.dumps(whole).replace(str(whole["slope"]), "NaN")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^{path} is not .*$"):
+            load_head(path)
 
 
 # Trained beside an adapter
@@ -275,26 +235,19 @@ TRAINING, VALIDATION, TABLE = labelled(20, 0), labelled(60, 1), labelled(17, 2)
 
 
 @pytest.fixture(scope="module")
-def base(tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny("llama", tokenizer).model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def train(base, tmp_path_factory):
+def train(tiny_folder, tmp_path_factory):
     """Run fine_tune_model.py with a head in this process; -> its exit code. It keeps the first adapter of two."""
     folder = tmp_path_factory.mktemp("tables")
     tables = {"train": write_csv(folder / "t.csv", TRAINING), "validation": write_csv(folder / "v.csv", VALIDATION)}
 
-    def run_main(output, *flags):
+    def run_main(output, *flags, head=True):
         rows = [part for name, path in tables.items() for part in (f"--{name}", path)]
-        arguments = ["--model", base, *rows, "--output-dir", output, "--device", "cpu", "--batch-size", 10]
-        arguments += ["--epochs", 1, "--validate-every", 1, "--learning-rate", 0.02, "--confidence-head", *flags]
-        worse, real = itertools.count(), fine_tune_model.scores
+        arguments = ["--model", tiny_folder, *rows, "--output-dir", output, "--device", "cpu", "--batch-size", 10]
+        arguments += ["--epochs", 1, "--validate-every", 1, "--learning-rate", 0.02, *flags]
+        arguments += ["--confidence-head"] * head
+        worse, real = itertools.count(), training.validation_measures
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fine_tune_model, "scores", lambda *measured: real(*measured) | {"log_loss": next(worse)})
+            patch.setattr(training, "validation_measures", lambda *given: real(*given) | {"log_loss": next(worse)})
             return exit_code_of(lambda: fine_tune_model.main([*map(str, arguments)]))
 
     return run_main
@@ -318,20 +271,20 @@ def tuned(train, tmp_path_factory):
         return fit_head(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "fit_head", spy)
+        patch.setattr(confidence_head, "fit_head", spy)
         assert train(folder, "--validation-limit", 15) == 0
     assert len(given) == 1
     return folder, given[0]
 
 
 @pytest.fixture(scope="module")
-def hidden_states(base, tuned, tokenizer):
+def hidden_states(tiny_folder, tuned, tokenizer):
     """(last hidden state, confidence) of a text by transformers and peft alone."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tuned[0])
+    network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tuned[0])
     ids = [tokenizer(word).input_ids[0] for word in (" negative", " positive")]
     answers = [[], []]
     for i, word in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])):
@@ -362,17 +315,25 @@ def slow_head(file, hidden, confidence):
 
 
 @pytest.fixture(scope="module")
-def scorer(base, tuned):
-    return logprobs_confidence.prepare(load_llama(str(base), str(tuned[0]), "cpu"), SENTIMENT, use_head=True)
+def scorer(tiny_folder, tuned):
+    return label_scorer(load_llama(str(tiny_folder), str(tuned[0]), "cpu"), SENTIMENT, use_head=True)
 
 
 @pytest.fixture
-def call(base, tuned, capsys):
+def call(tiny_folder, tuned, capsys):
     """Run Method 1 with the adapter and its head in this process: -> exit code, stdout, stderr."""
 
     def run_main(*arguments, head=True):
         capsys.readouterr()
-        flags = ["--model", base, "--adapter", tuned[0], "--device", "cpu", *(["--confidence-head"] if head else [])]
+        flags = [
+            "--model",
+            tiny_folder,
+            "--adapter",
+            tuned[0],
+            "--device",
+            "cpu",
+            *(["--confidence-head"] if head else []),
+        ]
         code = exit_code_of(lambda: logprobs_confidence.main([*map(str, [*flags, *arguments])]))
         return code, *capsys.readouterr()
 
@@ -385,7 +346,9 @@ def one_error(result, *words):
     assert all(word in err for word in words), err
 
 
-def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_and_no_other(tuned, base, hidden_states):
+def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_and_no_other(
+    tuned, tiny_folder, hidden_states
+):
     folder, (hidden, confidence, correct, groups, fingerprint) = tuned
     assert len(hidden) == len(confidence) == len(correct) == len(groups) == len(VALIDATION)
     config = json.loads((folder / "training_config.json").read_text())
@@ -394,51 +357,28 @@ def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_a
     for row in (0, 1, 7, 31, 59):
         states, truth = hidden_states(VALIDATION[row][1])
         assert hidden[row] == pytest.approx(states, abs=1e-4) and confidence[row] == pytest.approx(truth, abs=1e-5)
-    llama = load_llama(str(base), str(folder), "cpu")
+    llama = load_llama(str(tiny_folder), str(folder), "cpu")
     examples = [Example(*row) for row in VALIDATION]
-    rows = logprobs_confidence.score(examples, logprobs_confidence.prepare(llama, SENTIMENT))
+    rows = label_scorer(llama, SENTIMENT).score_together(examples)
     assert [row.prediction == row.label for row in rows] == correct.tolist() and 0 < correct.mean() < 1
     head = load_head(folder / HEAD)
     assert head.record["n"] == 60 and head.fingerprint == fingerprint
     assert head.digest == fit_head(hidden, confidence, correct, groups, fingerprint).digest
 
 
-def test_a_head_changes_nothing_of_the_adapter(tuned, train, tmp_path, capsys):
-    assert train(tmp_path / "run", "--validation-limit", 15) == 0
-    printed = capsys.readouterr().out
-    record = load_head(tmp_path / "run" / HEAD).record
-    assert f"confidence head fitted on 60 validation rows, {record['right']:.1%} right" in printed
-    assert f"{record['out_of_fold_log_loss']:.4f}" in printed and f"{record['platt_log_loss']:.4f}" in printed
-    for name in (HEAD, "adapter_model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tuned[0] / name).read_bytes()
+def test_rows_that_cannot_teach_a_head_leave_a_training_that_is_finished_without(train, tmp_path, capsys):
+    def no_head(*arguments):
+        raise ValueError("all rows are right")
 
-
-def test_rows_that_can_not_teach_a_head_leave_a_training_that_can_be_finished_without(train, tmp_path, capsys):
-    right = [(i, text, "positive" if i == VALIDATION[0][0] else "negative") for i, text, _ in VALIDATION]
-    flags = "--validation", write_csv(tmp_path / "v.csv", right), "--learning-rate", 1e-9
-    with pytest.MonkeyPatch.context() as patch:  # a model that is right in every row
-        real = fine_tune_model.measure
-
-        def measure(student, table, *rest):
-            log_probs, mass = real(student, table, *rest)
-            log_probs[:] = np.log(0.1)
-            log_probs[range(len(log_probs)), table.targets] = np.log(0.9)
-            return log_probs, mass
-
-        patch.setattr(fine_tune_model, "measure", measure)
-        assert train(tmp_path / "run", *flags) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: --confidence-head: all ") and "--resume without it" in err
-        assert not (tmp_path / "run" / "training_config.json").exists()
+    folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        real_parse = fine_tune_model.parse_arguments
-
-        def without(argv):
-            return real_parse([argument for argument in argv if argument != "--confidence-head"])
-
-        patch.setattr(fine_tune_model, "parse_arguments", without)
-        assert train(tmp_path / "run", *flags, "--resume") == 0
-    assert (tmp_path / "run" / "training_config.json").exists() and not (tmp_path / "run" / HEAD).exists()
+        patch.setattr(confidence_head, "fit_head", no_head)
+        assert train(folder) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --confidence-head: all ") and "--resume without it" in err
+    assert not (folder / "training_config.json").exists()
+    assert train(folder, "--resume", head=False) == 0
+    assert (folder / "training_config.json").exists() and not (folder / HEAD).exists()
 
 
 # Used by Method 1
@@ -447,25 +387,17 @@ def test_rows_that_can_not_teach_a_head_leave_a_training_that_can_be_finished_wi
 TEXTS = ["never quite warm good", "  a dull film bad\n", "1999 caf\u00e9 \U0001f600"]
 
 
-def test_a_text_and_its_json_get_the_head_s_own_word(call, tuned, scorer, hidden_states):
-    code, out, _ = call("--json", *TEXTS)
-    assert code == 0
-    rows = [json.loads(line) for line in out.splitlines()]
+def test_a_text_and_its_json_get_the_head_s_own_word_and_without_the_flag_nothing(call, tuned, scorer, hidden_states):
+    rows = [json.loads(line) for line in call("--json", *TEXTS)[1].splitlines()]
     for text, row in zip(TEXTS, rows, strict=True):
         hidden, confidence = hidden_states(text)
         assert row["confidence"] == pytest.approx(confidence, abs=1e-5)
-        truth = slow_head(tuned[0] / HEAD, hidden, confidence)
-        assert row["head_confidence"] == pytest.approx(truth, abs=1e-5)
+        assert row["head_confidence"] == pytest.approx(slow_head(tuned[0] / HEAD, hidden, confidence), abs=1e-5)
         assert row["fingerprint"] == scorer.fingerprint
-    code, out, _ = call(TEXTS[0])
-    assert code == 0 and f"Confidence head: {100 * rows[0]['head_confidence']:.2f} %" in out
     assert len({row["head_confidence"] for row in rows}) == 3
-
-
-def test_without_the_flag_nothing_is_added(call, scorer):
-    code, out, _ = call("--json", TEXTS[0], head=False)
-    row = json.loads(out)
-    assert code == 0 and "head_confidence" not in row and row["fingerprint"] != scorer.fingerprint
+    assert f"Confidence head: {100 * rows[0]['head_confidence']:.2f} %" in call(TEXTS[0])[1]
+    plain = json.loads(call("--json", TEXTS[0], head=False)[1])
+    assert "head_confidence" not in plain and plain["fingerprint"] != scorer.fingerprint
     assert "Confidence head" not in call(TEXTS[0], head=False)[1]
 
 
@@ -479,91 +411,62 @@ def test_a_table_gets_a_column_whatever_the_batches(call, tuned, scorer, hidden_
         assert [row.extras["head_confidence"] for row in rows] == pytest.approx(truth, abs=1e-5)
         assert {row.fingerprint for row in (*rows, broken)} == {scorer.fingerprint}
         assert broken.error and "head_confidence" not in broken.extras
-    plain = tmp_path / "plain.jsonl"
-    assert call("--input", table, "--output", plain, head=False)[0] == 0
-    for row, without in zip(rows, predictions.read(plain), strict=False):
-        assert (row.prediction, row.text) == (without.prediction, without.text)
-        assert row.confidence == pytest.approx(without.confidence, abs=1e-5)
-        assert row.fingerprint != without.fingerprint and not without.extras
+    code, _, err = call("--input", table, "--output", output, head=False)
+    assert code == 2 and "--overwrite" in err
 
 
 def test_whole_answers_have_a_head_too(tokenizer, tmp_path):
     task = replace(SENTIMENT, scoring="sequence")
     llama = replace(tiny("llama", tokenizer), adapter=tmp_path)
-    head = ConfidenceHead(0.5, 0.1, np.linspace(-1, 1, 32), np.zeros(32), np.ones(32), "", {})
-    plain = logprobs_confidence.prepare(llama, task)
-    save_head(tmp_path / HEAD, replace(head, fingerprint=plain.fingerprint))
-    scorer = logprobs_confidence.prepare(llama, task, use_head=True)
-    rows = logprobs_confidence.score([Example(*row) for row in TABLE[:4]], scorer, 3)
-    for row in rows:
-        alone = logprobs_confidence.explain(row.text, scorer)
-        assert row.extras["head_confidence"] == pytest.approx(alone["head_confidence"], abs=1e-5)
-
-
-def test_a_table_that_was_cut_anywhere_ends_with_the_bytes_of_an_unbroken_one(call, tmp_path, monkeypatch):
-    table = write_csv(tmp_path / "t.csv", TABLE)
-    flags = "--input", table, "--batch-size", 4
-    assert call(*flags, "--output", tmp_path / "whole.jsonl")[0] == 0
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 1):
-        path = tmp_path / f"cut{size}.jsonl"
-        path.write_bytes(whole[:size])
-        assert call(*flags, "--output", path)[0] == 0
-        assert path.read_bytes() == whole
-    other = tmp_path / "other.jsonl"
-    assert call(*flags, "--output", other, head=False)[0] == 0
-    before = other.read_bytes()
-    code, _, err = call(*flags, "--output", other)
-    assert code == 2 and "--overwrite" in err and other.read_bytes() == before
+    fingerprint = label_scorer(llama, task).fingerprint
+    head = ConfidenceHead(0.5, 0.1, np.linspace(-1, 1, 32), np.zeros(32), np.ones(32), fingerprint, {})
+    save_head(tmp_path / HEAD, head)
+    scorer = label_scorer(llama, task, batch_size=3, use_head=True)
+    for row in scorer.score_together([Example(*row) for row in TABLE[:4]]):
+        assert row.extras["head_confidence"] == pytest.approx(scorer.explain(row.text)["head_confidence"], abs=1e-5)
 
 
 def test_a_model_that_names_no_label_gives_no_number_from_its_head_either(scorer, monkeypatch):
-    def nothing(llama, rows, answers, *rest):
-        rest[-1][:] = 1.0
-        return np.full((len(rows), len(answers)), -np.inf)
+    def nothing(log_probs, *_):
+        return np.full((len(log_probs), 2), np.nan), np.zeros(len(log_probs))
 
-    monkeypatch.setattr(type(scorer.llama), "answer_log_probs", nothing)
-    for row in logprobs_confidence.score([Example(*row) for row in TABLE[:3]], scorer):
+    monkeypatch.setattr(logprobs_confidence, "label_probabilities", nothing)
+    for row in scorer.score_together([Example(*row) for row in TABLE[:3]]):
         assert row.error == logprobs_confidence.NO_LABEL and "head_confidence" not in row.extras
 
 
-def test_the_fingerprint_follows_the_head(base, tuned, scorer, tmp_path):
+def test_the_fingerprint_follows_the_head(tiny_folder, tuned, scorer, tmp_path):
     folder = shutil.copytree(tuned[0], tmp_path / "copy")
     save_head(folder / HEAD, replace(load_head(folder / HEAD), slope=3.0))
-    llama = load_llama(str(base), str(folder), "cpu")
-    changed = logprobs_confidence.prepare(llama, SENTIMENT, use_head=True)
+    llama = load_llama(str(tiny_folder), str(folder), "cpu")
+    changed = label_scorer(llama, SENTIMENT, use_head=True)
     assert changed.llama.identity == scorer.llama.identity and changed.fingerprint != scorer.fingerprint
-    cut = logprobs_confidence.prepare(scorer.llama, SENTIMENT, truncate=True, use_head=True)
+    cut = label_scorer(scorer.llama, SENTIMENT, truncate=True, use_head=True)
     assert cut.fingerprint not in (scorer.fingerprint, changed.fingerprint)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--raw-prompt", "x"],
-        ["x", "--endpoint", "http://127.0.0.1:9/v1"],
-        ["--input", "t.csv", "--output", "p.jsonl", "--debias", "batch"],
-    ],
-    ids=["--raw-prompt", "--endpoint", "--debias"],
-)
+@pytest.mark.parametrize("flags", ["--raw-prompt x", "x --endpoint URL", "--input t.csv --output p --debias batch"])
 def test_a_head_does_not_go_with_what_shows_no_hidden_state_or_changes_the_answer(capsys, flags):
-    code = exit_code_of(lambda: logprobs_confidence.main([*flags, "--confidence-head"]))
+    code = exit_code_of(lambda: logprobs_confidence.main([*flags.split(), "--confidence-head"]))
     one_error((code, *capsys.readouterr()), "--confidence-head")
 
 
-def test_no_head_another_s_head_and_a_broken_one_are_one_line(call, base, tuned, train, tmp_path):
+def test_no_head_another_s_head_and_a_broken_one_are_one_line(call, tuned, train, tmp_path, capsys):
     one_error(call("x", "--adapter", "none"), "no adapter is in use", "fine_tune_model.py --confidence-head")
     folder = shutil.copytree(tuned[0], tmp_path / "adapter")
     (folder / HEAD).unlink()
     one_error(call("x", "--adapter", folder), f"the adapter in {folder} has no {HEAD}", "fine_tune_model.py")
     assert train(tmp_path / "other", "--seed", 1) == 0
+    printed, record = capsys.readouterr().out, load_head(tmp_path / "other" / HEAD).record
+    assert f"confidence head fitted on 60 validation rows, {record['right']:.1%} right" in printed
+    assert f"{record['out_of_fold_log_loss']:.4f}" in printed and f"{record['platt_log_loss']:.4f}" in printed
     shutil.copy(tmp_path / "other" / HEAD, folder)
     one_error(call("x", "--adapter", folder), str(folder / HEAD), "another model, adapter, precision or task")
     shutil.copy(tuned[0] / HEAD, folder)
     one_error(call("x", "--adapter", folder, "--task", "sentiment-yes-no"), "another model, adapter, precision or task")
     one_error(call("x", "--adapter", folder, "--dtype", "bfloat16"), "another model, adapter, precision or task")
     (folder / HEAD).write_text("{")
-    one_error(call("x", "--adapter", folder), f"{folder / HEAD} is not a confidence head")
+    one_error(call("x", "--adapter", folder), f"{folder / HEAD} is not JSON")
     head = load_head(tuned[0] / HEAD)
     narrow = {name: getattr(head, name)[:5] for name in ("weights", "mean", "scale")}
     save_head(folder / HEAD, replace(head, **narrow))

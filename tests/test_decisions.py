@@ -266,7 +266,7 @@ def test_more_labels_like_these_guarantee_something_when_it_says_so(top, rest):
     times = -(-(1000 + (chosen.more_labels or 0)) // 1000)
     guaranteed = choose_threshold(np.tile(confidence, times), np.tile(correct, times), 0.9).value is not None
     assert guaranteed == (chosen.more_labels is not None)
-    # 59 right rows would do; with the one error more that is counted, no number of rows would, and billions is no answer.
+    # 59 right rows would do; with the one error more that is counted, no number of rows would.
     assert (choose_threshold([0.9] * 19, [1] * 19, 0.95).more_labels or 0) < 10**6
 
 
