@@ -148,6 +148,7 @@ def train_adapter(
         if head_rows:
             print("\n" + fit_confidence_head(run, head_rows, tables.groups_of(head_rows.examples, groups)))
         write_records(run, base_model)
+        print(f"\nWritten to {folder}; `--adapter {folder}` uses it.")
     return stopped_by
 
 

@@ -189,6 +189,17 @@ def test_what_changed_the_weights_changes_the_answers_that_follow(trainable):
         torch._foreach_sub_(weights, 0.3)
 
 
+def test_too_little_memory_is_one_line_with_the_flags_that_help(trainable, monkeypatch):
+    import torch
+
+    def allocate(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Llama, "answers_after", allocate)
+    with pytest.raises(MemoryError, match=r"^the GPU is out of memory; use .*--micro-batch-size, --gradient-checkp.*$"):
+        fast_gradient(trainable("llama"), SHARED, ONE_TOKEN)
+
+
 # Dropout masks
 
 
