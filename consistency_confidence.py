@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +47,12 @@ from llama import Llama, RenderedPrompt, default_llama, load_llama, model_argume
 from llama import add_arguments as add_model_arguments
 from logprobs_confidence import label_scorer, verdict
 from predictions import Prediction
+from scoring import SavedRows
 from tables import Example
 from task import TASKS, Task, read_task
 
-ROWS_PER_WINDOW = {"cpu": 256, "mps": 512, "cuda": 1024}  # asked together, in rounds
+ROWS_PER_WINDOW = {"cpu": 256, "mps": 512, "cuda": 1024}
+ROWS_TOGETHER = 32  # of a window, asked together in rounds until all have answers enough
 
 
 @dataclass(frozen=True)
@@ -168,11 +171,28 @@ class AnswerSampler:
             shown["agreement_by_draws"] = {size: float(found[0, 1]) for size, found in pairs.items()}
         return shown
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
         """Ask about examples a window at a time; one that cannot be put to the model gets its error and no number."""
-        for row in scoring.by_windows(examples, self.window, self.score_together):
-            advance(1)
-            yield row
+        score_window = partial(self.score_window, advance=advance, saved=saved)
+        return scoring.by_windows(examples, self.window, score_window, saved)
+
+    def score_window(
+        self, examples: Sequence[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> list[Prediction]:
+        """Ask about examples, a group of about the same length at a time; returned in their order."""
+        longest_first = sorted(range(len(examples)), key=lambda number: -len(examples[number].text))
+        records = {}
+        for begin in range(0, len(examples), ROWS_TOGETHER):
+            numbers = longest_first[begin : begin + ROWS_TOGETHER]
+            rows = [saved.get(examples[number]) for number in numbers]
+            if not all(rows):  # whole groups only, so that a continued run makes the same batches
+                rows = self.score_together([examples[number] for number in numbers])
+                saved.keep(rows)
+            records.update(zip(numbers, rows, strict=True))
+            advance(len(rows))
+        return [records[number] for number in range(len(examples))]
 
     def score_together(self, examples: Sequence[Example]) -> list[Prediction]:
         """Ask about examples together, in rounds until each has answers enough."""
@@ -254,8 +274,16 @@ def explanation(
         {"answer": answer, "label": voting.parse_answer(answer, sampler.task), "wording": number % len(prompts)}
         for number, answer in enumerate(extras.pop("answers", []))
     ]
-    shown = {"text": row.text, "prompts": prompts, "model": row.model, "model_path": model_path, "answers": answers}
-    return shown | extras | verdict(sampler, row.text, row.probabilities, row.label_mass)
+    return {
+        "text": row.text,
+        "prompts": prompts,
+        "model": row.model,
+        "model_path": model_path,
+        "answers": answers,
+        **extras,
+        **verdict(row.probabilities, row.label_mass),
+        "fingerprint": row.fingerprint,
+    }
 
 
 # A server and a task, joined
@@ -288,7 +316,9 @@ class RemoteAnswerSampler:
             shown = [reader.task_prompt(wording).render(text) for wording in self.sampling.wordings(self.task)]
         return explanation(self, row, shown, None)
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
         """Ask about several examples at a time, in their order; one that fails gets its error and no number."""
         for row in self.server.in_order(self.score_one, examples):
             advance(1)
