@@ -100,12 +100,12 @@ def printed(tmp_path_factory):
     for name, script, arguments in (
         ("base", "calibration_demo.py", BASE_CALIBRATOR),
         ("tuned", "calibration_demo.py", TUNED_CALIBRATOR),
-        ("comparison", "compare_base_vs_finetuned.py", []),
+        ("comparison", "compare_base_vs_finetuned.py", ["--verbose"]),
     ):
         folder, text = tmp_path_factory.mktemp(name), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
             patch.chdir(ROOT)
-            patch.setattr(module(script), "draw", lambda *_: None)
+            patch.setattr(module(script), "draw_figures", lambda *_: None)
             module(script).main([*arguments, "--output-dir", str(folder)])
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         found[name] = text.getvalue().splitlines(), report, folder
@@ -174,22 +174,22 @@ def test_base_against_fine_tuned_is_what_the_comparison_reports(printed):
         ("log loss", raw["paired"]["log loss"]),
         ("the same with each model's own calibrator", calibrated["paired"]["log loss"]),
     ):
-        expected.append([name, span(values["base"]), span(values["tuned"]), span(values["difference"], "+")])
-    both = [f"{short(raw[m]['ece'])} ({short(raw[m]['ece_noise_floor'])})" for m in ("base", "tuned")]
+        expected.append([name, span(values["base"]), span(values["fine-tuned"]), span(values["difference"], "+")])
+    both = [f"{short(raw[m]['ece'])} ({short(raw[m]['ece_noise_floor'])})" for m in ("base", "fine-tuned")]
     expected.append(["ECE (noise floor)", *both])
-    sure = [report["sure"]["raw"][m][0] for m in ("base", "tuned")]
+    sure = [report["sure"]["raw"][m][0] for m in ("base", "fine-tuned")]
     both = [f"{one['automated']:,}, {100 * one['accuracy']:.1f} %" for one in sure]
     expected.append(["texts of raw confidence .90 or more, and how many are right", *both])
-    for promise in report["promises"][1:]:
-        row = [f"automated with {promise['target']:.0%} promised, and what is right".replace("%", " %")]
-        for m in ("base", "tuned"):
-            gate = promise[m]["measured"] if promise[m]["threshold"]["value"] is not None else None
+    for guarantee in report["guarantees"][1:]:
+        row = [f"automated with {guarantee['target']:.0%} promised, and what is right".replace("%", " %")]
+        for m in ("base", "fine-tuned"):
+            gate = guarantee[m]["measured"] if guarantee[m]["threshold"]["value"] is not None else None
             right = gate and span([gate["accuracy"], gate["accuracy_low"], gate["accuracy_high"]])
             row.append(f"{100 * gate['share']:.1f} %, {right}" if gate else "nothing")
-        expected.append([*row, f"+{100 * promise['tuned']['measured']['share']:.1f} points"])
+        expected.append([*row, f"+{100 * guarantee['fine-tuned']['measured']['share']:.1f} points"])
     dollars = money["dollars"]
     low, high = (f"-${-value:,.0f}" for value in dollars["difference"][1:])
-    row = [f"${dollars[m][0]:,.0f}" for m in ("base", "tuned")]
+    row = [f"${dollars[m][0]:,.0f}" for m in ("base", "fine-tuned")]
     row.append(f"-${-dollars['difference'][0]:,.0f} [{low}, {high}]")
     expected.append(["dollars for 1,000 texts ($5 a review, $25 an error)", *row])
     shown = [[cell for cell in row if cell.strip("| ")] for row in table("", "base", "fine-tuned", "difference")]
