@@ -1,6 +1,8 @@
 """The ablation's recording: what the README prints of it, and that its numbers are what third parties compute."""
 
 import csv
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ from test_architecture import ROOT
 
 import ablation
 import tables
-import task as tasks
 from calibration import TemperatureScalingCalibrator
 
 
@@ -22,14 +23,15 @@ def rows():
 @pytest.fixture(scope="module")
 def report():
     group = {row["id"]: row["group"] for _, row in tables.read_rows("data:test")}
-    found = ablation.variants(*ablation.read_recording())
-    return ablation.compare(found, [group[example.id] for example in ablation.examples("test")])
+    found = ablation.variants(ablation.read_recording())
+    return ablation.summarize(found, [group[example.id] for example in ablation.examples("test")])
 
 
-def test_the_readme_shows_what_the_script_prints(capsys):
+def test_the_documents_show_what_the_script_prints(capsys):
     ablation.main([])
     printed = capsys.readouterr().out.rstrip()
-    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert any(printed in document.read_text(encoding="utf-8") for document in documents)
 
 
 def test_the_recording_is_of_validation_and_test_rows_with_their_labels(rows):
@@ -55,19 +57,16 @@ def test_the_numbers_of_a_loss_are_those_of_scikit_learn(rows, report, loss):
     assert report[loss]["auroc"] == pytest.approx(np.mean(areas))
 
 
-def test_a_temperature_is_fitted_on_validation_rows_alone(rows):
-    values, positive, test = ablation.read_recording()
-    changed = {name: np.where(test, 0.3, column) for name, column in values.items()}
-    column = values["brier/1"]
-    cooled = TemperatureScalingCalibrator().fit(
-        np.maximum(column, 1 - column)[~test], ((column > 0.5) == positive)[~test]
-    )
-    expected = cooled.predict(np.maximum(column, 1 - column)[test])
-    assert ablation.variants(values, positive, test)["brier, temperature"][1][0] == pytest.approx(expected)
+def test_a_temperature_is_fitted_on_validation_rows_alone():
+    recording = ablation.read_recording()
+    test, column = recording.is_test, recording.columns["brier/1"]
+    confidence, correct = np.maximum(column, 1 - column), (column > 0.5) == recording.positive
+    fitted = TemperatureScalingCalibrator().fit(confidence[~test], correct[~test])
     # Other test answers, the same temperature.
-    assert ablation.variants(changed, positive, test)["brier, temperature"][1][0] == pytest.approx(
-        cooled.predict(np.full(test.sum(), 0.7))
-    )
+    changed = {name: np.where(test, 0.3, column) for name, column in recording.columns.items()}
+    for of, truth in ((recording, confidence[test]), (replace(recording, columns=changed), np.full(test.sum(), 0.7))):
+        found = ablation.variants(of)["brier, temperature"][1].confidence
+        assert found == pytest.approx(fitted.predict(truth))
 
 
 def test_a_gain_is_the_difference_of_log_losses_on_the_same_rows(report):
@@ -78,9 +77,18 @@ def test_a_gain_is_the_difference_of_log_losses_on_the_same_rows(report):
     assert dropout["gain"][0] == pytest.approx(same["log_loss"] - dropout["log_loss"])
 
 
-def test_a_run_that_is_not_finished_writes_no_recording(tmp_path, monkeypatch, capsys):
-    for name in ("brier-0", "focal-2"):
-        (tmp_path / f"{name}.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(ablation, "write_recording", lambda runs: pytest.fail("it is incomplete"))
-    assert not ablation.run_all(tmp_path, ())
-    assert "mmce/2" in (printed := capsys.readouterr().out) and "focal/2" not in printed
+def test_a_run_that_is_not_finished_writes_no_recording_and_one_that_is_writes_it_anew(tmp_path, monkeypatch, capsys):
+    before = ablation.RECORDING.read_bytes()
+    monkeypatch.setattr(ablation, "RECORDING", tmp_path / "ablation.csv")
+    recorded = [*csv.DictReader(before.decode().splitlines())]
+    files = {f"{loss}/{seed}": tmp_path / f"{loss}-{seed}.json" for loss in ablation.LOSSES for seed in ablation.SEEDS}
+    for name, path in files.items():
+        assert not ablation.run_all(tmp_path, ())
+        assert name in capsys.readouterr().out and not ablation.RECORDING.exists()
+        run = {s: [float(row[name]) for row in recorded if row["split"] == s] for s in ("validation", "test")}
+        for extra in ("head", "dropout"):
+            column = name.replace("cross-entropy", extra)
+            if column != name:
+                run[extra] = [float(row[column]) for row in recorded if row[column]]
+        path.write_text(json.dumps(run), encoding="utf-8")
+    assert ablation.run_all(tmp_path, ()) and ablation.RECORDING.read_bytes() == before
