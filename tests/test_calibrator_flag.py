@@ -225,27 +225,6 @@ def test_a_run_killed_at_any_byte_ends_with_the_bytes_of_an_unbroken_one(call, p
     assert call(RUN, "--calibrator", "k.json")[0] == 0 and Path("p.jsonl").read_bytes() == whole
 
 
-@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (OSError("the disk is full"), 2)])
-def test_a_run_stopped_while_it_calibrates_keeps_every_score(stop, code, call, prints, monkeypatch):
-    save("k.json", prints[0])
-    assert call(PLAIN)[0] == 0
-    plain, to_line, calls = Path("plain.jsonl").read_bytes(), predictions.to_line, []
-
-    def interrupted(row):
-        calls.append(row)
-        if len(calls) > 6:
-            raise stop
-        return to_line(row)
-
-    Path("p.jsonl").write_bytes(plain)
-    with monkeypatch.context() as patch:
-        patch.setattr(predictions, "to_line", interrupted)
-        assert call(RUN, "--calibrator", "k.json")[0] == code and len(calls) == 7
-    assert Path("p.jsonl").read_bytes() == plain and listing() == ["k.json", "p.jsonl", "plain.jsonl", "t.jsonl"]
-    code, _, err = call(RUN, "--calibrator", "k.json")
-    assert (code, err) == (0, "") and "decision" in records("p.jsonl")[-1]
-
-
 # Single texts
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, chi2
 
 import command_line
@@ -168,21 +166,6 @@ def test_equal_confidences_stay_together_and_constant_ones_are_no_drift(report_o
     assert float(cells(out, DECILES)[-1]) > 0.8 and cells(out, KS) == ["0.0000", "1"]
     for other in (0.9, 0.7):
         assert float(cells(report_on([row(0.8)] * 300, [row(other)] * 5)[1], KS)[-1]) < 1e-6
-
-
-CONFIDENCES = st.lists(st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.9, 1.0]) | st.floats(0, 1), min_size=1, max_size=30)
-
-
-@settings(max_examples=60, deadline=None)
-@given(CONFIDENCES, CONFIDENCES, st.randoms())
-def test_every_row_is_in_one_bin_and_the_order_of_rows_means_nothing(reference, current, order):
-    counts = decile_counts(np.array(reference), np.array(current))
-    assert [c.sum() for c in counts] == [len(reference), len(current)] and len(counts[0]) == len(counts[1]) <= 10
-    order.shuffle(reference), order.shuffle(current)
-    assert [c.tolist() for c in decile_counts(np.array(reference), np.array(current))] == [c.tolist() for c in counts]
-    index, p = population_stability_index(*counts)
-    assert counts[0].min() > 0 and index >= 0 and 0 <= p <= 1
-    assert population_stability_index(*counts[::-1]) == pytest.approx((index, p))
 
 
 def test_predicted_labels_that_come_more_often_are_shown(report_on):
@@ -342,12 +325,6 @@ def test_more_looks_need_more_rows_and_so_says_the_report(capsys):
     assert "four times in five" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [("--alpha", "1e-100"), ("--looks", "1" + "0" * 400)])
-def test_a_risk_so_small_that_hardly_a_sample_could_alarm_is_no_traceback(flags, report_on):
-    code, _, err = report_on([row(0.9)] * 20, [row(0.95, None)] * 20, *flags)
-    assert (code, err) == (0, "") or (code == 2 and err.count("\n") == 1 and flags[0] in err)
-
-
 # Small files and hostile ones
 
 
@@ -376,19 +353,15 @@ def test_rows_that_the_calibrator_was_fitted_on_are_not_audited(report_on):
 HOSTILE = "\x1b[2J\nerror: \u202e"
 
 
-def test_a_hostile_name_cannot_command_the_terminal(report_on):
+def test_a_hostile_name_cannot_command_the_terminal(report_on, call, tmp_path):
     rows = [replace(row(0.9, model=HOSTILE, task=HOSTILE, method=HOSTILE), text=HOSTILE)] * 3
     code, out, err = report_on(rows, rows)
     assert (code, err) == (0, "") and out.isascii() and "\x1b" not in out
-    for changes in ({"fingerprint": HOSTILE}, {"probabilities": {"b": 0.9, HOSTILE: 0.1}}):
-        code, out, err = report_on(rows, [replace(r, **changes) for r in rows])
-        assert (code, out) == (2, "") and err.count("\n") == 1 and err.isascii() and "\x1b" not in err
-
-
-def test_a_hostile_label_cannot_command_the_terminal(call, tmp_path):
+    code, out, err = report_on(rows, [replace(r, fingerprint=HOSTILE) for r in rows])
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.isascii() and "\x1b" not in err
     names = ("a", HOSTILE)
-    rows = write(tmp_path / "r.jsonl", [row(0.9, labels=names, predicted=name) for name in names])
-    code, out, err = call(rows, rows)
+    labelled = write(tmp_path / "l.jsonl", [row(0.9, labels=names, predicted=name) for name in names])
+    code, out, err = call(labelled, labelled)
     assert (code, err) == (0, "") and out.isascii() and command_line.printable(HOSTILE) in out
 
 
@@ -413,10 +386,8 @@ FILES = {
 }
 COMMANDS = {
     "missing good": "missing: No such file",
-    "good missing": "missing: No such file",
     "empty good": "empty holds no predictions",
     "good torn": "torn line 5 is cut off",
-    "failed good": "failed: no row was scored",
     "good failed": "failed: no row was scored",
     "good other": "fingerprints 0123abcd and ffff0000",
     "unlabelled good": "unlabelled: 1 of 2 scored rows have no label",
@@ -424,16 +395,12 @@ COMMANDS = {
     "good words": "words: row 'r0': calibrated_confidence is 'high'",
     "other other --calibrator k.json": "with fingerprint 0123abcd, these predictions",
     "good labels --calibrator k.json": "labels are a, b, not b, c",
-    "good good --calibrator missing.json": "missing.json: No such file",
     "good good --calibrator nothing.json": "nothing.json is not a calibrator file",
     "good good --threshold 0.9": "--threshold",
     "good": "CURRENT",
     "good good --looks 0": "--looks",
-    "good good --looks 1.5": "--looks",
-    "good good --alpha 0": "--alpha",
     "good good --alpha nan": "--alpha",
     "good good --target-accuracy 90": "--target-accuracy",
-    "good good --seed -1": "--seed",
 }
 
 
