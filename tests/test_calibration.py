@@ -44,6 +44,7 @@ from calibration import TemperatureScalingCalibrator as Temperature
 from calibration import VennAbersCalibrator as VennAbers
 from calibration import load_calibrator as load
 from calibration import save_calibrator as save
+from tables import text_key
 
 with np.errstate():  # importing venn_abers silences numpy's warnings everywhere
     from venn_abers import VennAbers as TheirVennAbers
@@ -460,7 +461,7 @@ ALL = [Recipe(method, aware) for method in METHODS for aware in (True, False)]
 @cache
 def fitted(recipe, labels=2):
     estimator = recipe.estimator().fit(*recipe.inputs(scores_of(ROWS[labels])))
-    on = frozenset(calibration.text_key(row.text) for row in ROWS[labels])
+    on = frozenset(text_key(row.text) for row in ROWS[labels])
     rest = {"report_card": {"log_loss": 0.1 + 0.2, "n": 220}, "threshold": {"value": 0.75, "delta": 0.05}}
     identity = {name: COMMON[name] for name in ("fingerprint", "model", "task")}
     return FittedCalibrator(recipe, estimator, LABELS[labels], n=220, groups=200, fitted_on=on, **identity, **rest)
