@@ -14,7 +14,8 @@ The other losses replace L. Nothing is learned from the prompt, whose ids are th
 
 Writes into --output-dir: the adapter of the best validation (adapter_config.json, adapter_model.safetensors, as peft,
 vLLM and LMI load them), training_config.json, training_log.jsonl and training_curves.png. A run that was stopped
-is continued by the same command with --resume, and ends with the adapter of an unbroken one. From Python:
+is continued by the same command with --resume, and ends with the adapter of an unbroken one. Validations are printed
+with their ECE beside that of a calibrated model (the noise floor). From Python:
 
     training, validation = read_both(Table("mine.csv"), Table("held_out.csv"), task)
     train_adapter(load_llama(), task, training, validation, Path("my_model"), TrainingSettings(epochs=1))
@@ -215,7 +216,8 @@ def write_records(run: TrainingRun, base_model: str) -> None:
     import torch
     import transformers
 
-    scorer, tuned, training, validation = run.scorer, kept_scorer(run), run.training.rows, run.validation.rows
+    scorer, kept = run.scorer, kept_scorer(run)
+    training, validation = run.training.rows, run.validation.rows
     with scorer.llama.evaluating():
         probes = scorer.score_together([Example(text, text, None) for text in PROBES])
     libraries = {library.__name__: library.__version__ for library in (torch, transformers, peft, accelerate)}
@@ -224,8 +226,8 @@ def write_records(run: TrainingRun, base_model: str) -> None:
         "base_weights": scorer.llama.identity["weights"],
         "precision": scorer.llama.identity["precision"],
         "task": scorer.task.settings(),
-        "fingerprint": tuned.fingerprint,
-        "fingerprints": {"base": scorer.fingerprint, "tuned": tuned.fingerprint},
+        "fingerprint": kept.fingerprint,
+        "fingerprints": {"base": scorer.fingerprint, "tuned": kept.fingerprint},
         "settings": run.settings.decisive(),
         "train": training.record(),
         "validation": validation.record(),
@@ -393,8 +395,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sagemaker_job.attach(sagemaker_job.settings_from_arguments(args), args.attach)
         return
     columns = column_arguments(args)
-    tables_read = Table(args.train, columns), Table(args.validation, columns | {"limit": None})
-    training, validation = read_both(*tables_read, task)
+    all_rows = columns | {"limit": None, "sample": None}  # these two are of the rows to learn from
+    training, validation = read_both(Table(args.train, columns), Table(args.validation, all_rows), task)
     # What could only fail after the training is told now.
     tables.groups_of(validation.examples, args.groups)
     if args.confidence_head:

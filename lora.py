@@ -47,7 +47,7 @@ def choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Path
     if (trained.get("base_weights"), trained.get("task")) != (weights, task):
         return None
     check_adapter(ADAPTER_FOLDER)
-    print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
+    print(f"using the fine-adapted adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
     return ADAPTER_FOLDER
 
 
@@ -89,12 +89,12 @@ def with_adapter(network: object, path: Path) -> object:
     with loading(f"the adapter in {path} (is it for another base model?)"):
         with warnings.catch_warnings():  # of a name that transformers will change
             warnings.simplefilter("ignore", FutureWarning)
-            tuned = PeftModel.from_pretrained(network, path)
+            adapted = PeftModel.from_pretrained(network, path)
         with safe_open(path / "adapter_model.safetensors", "np") as file:
             # Without this peft would only warn and go on; its own look at the base's embeddings would ask the Hub.
-            if set(file.keys()) != set(get_peft_model_state_dict(tuned, save_embedding_layers=False)):
+            if set(file.keys()) != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
                 raise ValueError("its layers are not this model's")
-    return tuned
+    return adapted
 
 
 def add_adapter(

@@ -249,12 +249,12 @@ def test_the_log_tells_of_base_and_kept_adapter_what_method_1_says(unbroken, bas
 
 def test_a_limit_watches_some_rows_drawn_by_the_seed(call, base, tmp_path):
     rows = LabelledRows("a table", VALIDATION)
-    assert call(tmp_path / "a", "--validation-limit", 11, "--epochs", 1)[0] == 0
+    assert call(tmp_path / "a", "--validation-limit", 11, "--epochs", 1, "--sample", 20)[0] == 0
     watched = sample_of(rows, 11, 0).examples
     assert len({row.id for row in watched}) == 11 and watched == sorted(watched, key=VALIDATION.index)
     assert sample_of(rows, 11, 1).examples != watched and sample_of(rows, 0, 1) == rows
     assert_describes(config_of(tmp_path / "a")["best"], predictions_of(base, tmp_path / "a", watched))
-    assert config_of(tmp_path / "a")["validation"]["rows"] == 11
+    assert [config_of(tmp_path / "a")[name]["rows"] for name in ("train", "validation")] == [20, 11]
 
 
 def scripted(monkeypatch, name, values):
@@ -299,9 +299,9 @@ def test_without_patience_no_validation_ends_the_training(call, tmp_path, monkey
 def test_the_configuration_names_base_task_rows_settings_and_fingerprints(unbroken, base, monkeypatch):
     config = config_of(unbroken)
     alone = label_scorer(load_llama(str(base), device="cpu"), SENTIMENT)
-    tuned = label_scorer(load_llama(str(base), str(unbroken), device="cpu"), SENTIMENT)
-    assert config["fingerprints"] == {"base": alone.fingerprint, "tuned": tuned.fingerprint}
-    assert config["fingerprint"] == tuned.fingerprint != alone.fingerprint
+    fine_tuned = label_scorer(load_llama(str(base), str(unbroken), device="cpu"), SENTIMENT)
+    assert config["fingerprints"] == {"base": alone.fingerprint, "tuned": fine_tuned.fingerprint}
+    assert config["fingerprint"] == fine_tuned.fingerprint != alone.fingerprint
     assert config["base_weights"] == alone.llama.identity["weights"] and config["precision"] == "float32"
     assert Task.from_settings(config["task"]) == replace(SENTIMENT, paraphrases=())
     assert Path(config["train"]["source"]).name == "training.csv" and config["train"]["rows"] == 23

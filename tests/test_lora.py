@@ -237,11 +237,11 @@ def test_masks_are_on_the_adapter_s_layers_alone_and_go_away_whatever_happens(tr
 
 
 def test_without_dropout_nothing_is_drawn(tiny_llama, tiny_folder, tmp_path):
-    tuned = load_llama(str(tiny_folder), str(saved(tiny_llama, tmp_path / "adapter", lora_dropout=0)), "cpu")
-    plain = tuned.next_token_log_probs(IDS)
-    with dropping_out(tuned, [0]):
-        assert hooks_of(tuned.model) == 0
-        np.testing.assert_array_equal(tuned.next_token_log_probs(IDS), plain)
+    adapted = load_llama(str(tiny_folder), str(saved(tiny_llama, tmp_path / "adapter", lora_dropout=0)), "cpu")
+    plain = adapted.next_token_log_probs(IDS)
+    with dropping_out(adapted, [0]):
+        assert hooks_of(adapted.model) == 0
+        np.testing.assert_array_equal(adapted.next_token_log_probs(IDS), plain)
 
 
 # Loading adapters
@@ -253,14 +253,14 @@ def saved(base: Llama, folder, base_name: str | None = None, random: bool = True
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"]} | settings)
-    tuned = get_peft_model(copy.deepcopy(base.model), config)
+    adapted = get_peft_model(copy.deepcopy(base.model), config)
     torch.manual_seed(0)
     with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if random and "lora_B" in name:
                 parameter.normal_(0, 0.3)
-    tuned.peft_config["default"].base_model_name_or_path = base_name
-    tuned.save_pretrained(folder)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    adapted.save_pretrained(folder)
     return folder
 
 
