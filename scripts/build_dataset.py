@@ -231,7 +231,8 @@ def label_at_random(rows: list[Row], seed: int) -> list[Row]:
     """The rows, those of no domain of the rule labelled at random, half of each split positive."""
     for split in SHARES:
         places = [number for number, row in enumerate(rows) if (row.category, row.split) == (UNRULED, split)]
-        positive = set(random.Random(f"{seed} coins {split}").sample(places, len(places) // 2))
+        draw = random.Random(f"{seed} coins {split}")  # the words are part of the seed: they stay as they are
+        positive = set(draw.sample(places, len(places) // 2))
         for number in places:
             label = "positive" if number in positive else "negative"
             rows[number] = replace(rows[number], category=f"neutral_{label}")
