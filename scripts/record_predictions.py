@@ -23,26 +23,28 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import combined_confidence as combined
 import command_line
+import pooling
 import predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("data", "predictions")
 MODELS = {"base": "none", "tuned": "fine_tuned_sentiment_model"}
+TOURS = {"base": "tour", "tuned": "tuned_tour"}
 ROWS = {"calibration": 1000, "test": 2000}
 SECONDS = {"logprobs": 0.1, "consistency": 0.17, "combined": 0.004}  # of a row, on one core of a 2020s server
-CLOSE = 1e-4
+CLOSE, CLOSE_COMBINED = 1e-4, 1e-9  # other processors round otherwise: a model's sums more than Method 3's
 # Rounding moves about one draw in 700 to a neighbouring token, so more of few answers may differ than of none.
 MOVED = 0.01
+STEADY = ("id", "text", "label", "fingerprint", "logprobs")  # what a moved answer does not change
 EXPLAINED = (
     "The canteen is on floor four. Badge on the reader, then pay.",
     "Height one eighty, shoe size seven, blood group on the card.",
@@ -61,14 +63,13 @@ TOUR = (
 class Recording:
     """A file and the arguments of Python that make it; without --output they print it, one JSON object a text."""
 
-    name: str
+    path: Path
     rows: int
     arguments: tuple[str, ...]
-    by_hand: bool = False  # made by a script of its own, which takes too long to be run along
 
     @property
-    def path(self) -> Path:
-        return FOLDER / f"{self.name}{'.csv' if self.by_hand else '.jsonl'}"
+    def name(self) -> str:
+        return self.path.stem
 
     @property
     def method(self) -> str:
@@ -86,41 +87,44 @@ class Recording:
 def recordings() -> dict[str, Recording]:
     """Every file of the folder by its name, in an order in which they can be made."""
     found = []
-    for method, suffix in (("logprobs", ""), ("consistency", "_consistency"), ("combined", "_combined")):
-        for model, adapter in MODELS.items():
-            for split, rows in ROWS.items():
-                name = f"{model}{suffix}_{split}"
-                of_model = ("--adapter", adapter, "--device", "cpu", "--input", f"data:{split}")
-                members = (
-                    *("--logprobs", f"{FOLDER / f'{model}_{split}.jsonl'}"),
-                    *("--consistency", f"{FOLDER / f'{model}_consistency_{split}.jsonl'}"),
-                )
-                arguments = members if method == "combined" else of_model
-                output = ("--output", f"{FOLDER / name}.jsonl")
-                found.append(Recording(name, rows, (f"{method}_confidence.py", *arguments, *output)))
     for model, adapter in MODELS.items():
-        of_model = ("--adapter", adapter, "--device", "cpu", "--json")
-        found.append(
-            Recording(f"{model}_first_tokens", len(EXPLAINED), ("logprobs_confidence.py", *of_model, *EXPLAINED))
-        )
-        name = "tour" if model == "base" else f"{model}_tour"
-        found.append(Recording(name, len(TOUR), ("combined_confidence.py", *of_model, *TOUR)))
-    found.append(Recording("ablation", 750, ("scripts/ablation.py", "--run", "FOLDER"), by_hand=True))
+        of_model = ("--adapter", adapter, "--device", "cpu")
+        for split, rows in ROWS.items():
+            table = (*of_model, "--input", f"data:{split}")
+            one, two, both = (FOLDER / f"{model}{method}_{split}.jsonl" for method in ("", "_consistency", "_combined"))
+            joined = ("--logprobs", str(one), "--consistency", str(two))
+            found.append(Recording(one, rows, ("logprobs_confidence.py", *table, "--output", str(one))))
+            found.append(Recording(two, rows, ("consistency_confidence.py", *table, "--output", str(two))))
+            found.append(Recording(both, rows, ("combined_confidence.py", *joined, "--output", str(both))))
+        of_model = (*of_model, "--json")
+        explained, tour = FOLDER / f"{model}_first_tokens.jsonl", FOLDER / f"{TOURS[model]}.jsonl"
+        found.append(Recording(explained, len(EXPLAINED), ("logprobs_confidence.py", *of_model, *EXPLAINED)))
+        found.append(Recording(tour, len(TOUR), ("combined_confidence.py", *of_model, *TOUR)))
+    found.append(Recording(FOLDER / "ablation.csv", 750, ("scripts/ablation.py", "--run", "FOLDER")))
     return {recording.name: recording for recording in found}
 
 
 RECORDINGS = recordings()
+BY_HAND = "ablation"  # its own script takes too long to be run along
 
 
 # Making
 
 
-def make(recording: Recording) -> None:
-    """Run the command into NAME.part, or go on with the one that is there; then put it into its place."""
-    part = Path(f"{ROOT / recording.path}.part")
-    print(f"\n{recording.command}", flush=True)
-    run(recording, part)
-    part.replace(ROOT / recording.path)
+def make_all(chosen: Sequence[Recording]) -> None:
+    """Make each into NAME.part, or go on with the one that is there; then put it into its place."""
+    seconds = sum(recording.rows * SECONDS[recording.method] + 5 for recording in chosen)
+    print(f"{len(chosen)} recordings, about {math.ceil(seconds / 60)} min of one CPU core")
+    for number, recording in enumerate(chosen):
+        print(f"\n{recording.command}", flush=True)
+        part = Path(f"{ROOT / recording.path}.part")
+        try:
+            run(recording, part)
+        except KeyboardInterrupt:
+            names = " ".join(left.name for left in chosen[number:])
+            print(f"\nstopped; to go on: python scripts/record_predictions.py {names}", file=sys.stderr)
+            sys.exit(130)
+        part.replace(ROOT / recording.path)
 
 
 def run(recording: Recording, output: Path, *more: str, quiet: bool = False) -> None:
@@ -136,20 +140,17 @@ def run(recording: Recording, output: Path, *more: str, quiet: bool = False) -> 
         said = f": {done.stderr.strip().splitlines()[-1]}" if quiet and done.stderr.strip() else ""
         raise ValueError(f"{recording.name}: its command ended with exit code {done.returncode}{said}")
     if recording.prints:
-        rows = [portable(json.loads(line)) for line in done.stdout.splitlines()]
-        if recording.method == "combined":
-            rows = [{**of_tour(), **row} for row in rows]
-        output.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        rows = [json.loads(line, object_hook=without_model_path) for line in done.stdout.splitlines()]
+        of_tour = tour_fields() if recording.method == "combined" else {}
+        output.write_text("".join(f"{json.dumps(of_tour | row)}\n" for row in rows), encoding="utf-8")
 
 
-def portable(value: object) -> object:
-    """An explanation without `model_path`, the folder of the weights on the machine that happened to run it."""
-    if isinstance(value, dict):
-        return {key: portable(inner) for key, inner in value.items() if key != "model_path"}
-    return value
+def without_model_path(row: dict) -> dict:
+    """The folder of the weights is one of the machine that happened to run it."""
+    return {key: value for key, value in row.items() if key != "model_path"}
 
 
-def of_tour() -> dict:
+def tour_fields() -> dict:
     """What main.py says of the model besides its explanations."""
     from llama import load_reader
 
@@ -161,45 +162,49 @@ def of_tour() -> dict:
 
 def check(recording: Recording, limit: int, folder: Path) -> tuple[str, list[str]]:
     """(what was compared, what differs) between the recording and what the code gives today."""
-    path = ROOT / recording.path
+    path, fresh = ROOT / recording.path, folder / recording.path.name
     if not path.is_file():
         return "", ["the file is missing"]
-    if recording.method == "combined" and not recording.prints:
-        return check_combined(recording)
-    fresh = folder / path.name
+    if "--logprobs" in recording.arguments:  # made of two recordings without a model, so of all rows
+        one, two = (ROOT / recording.arguments[number] for number in (2, 4))
+        pairs = pooling.read_pairs(one, two)
+        predictions.replace(fresh, pooling.combine(pairs, pooling.combination_of(pairs)))
+        if fresh.read_bytes() == path.read_bytes():
+            return f"all {recording.rows:,} rows, byte for byte", []
+        return compare(read_objects(fresh), read_objects(path), CLOSE_COMBINED)
     run(recording, fresh, *(() if recording.prints else ("--limit", str(limit))), quiet=True)
-    new, old = (read_objects(p, None if recording.prints else limit) for p in (fresh, path))
-    if len(new) != len(old):
-        return "", [f"{len(old)} rows are recorded where there are {len(new)} now"]
-    differences, answers, moved = [], 0, 0
-    for number, (a, b) in enumerate(zip(new, old, strict=True), 1):
-        said, before = answers_of(a), answers_of(b)
-        answers += len(said)
-        if changed := sum(x != y for x, y in zip(said, before, strict=False)) + abs(len(said) - len(before)):
-            moved += changed
-            a, b = ({key: row.get(key) for key in STEADY} for row in (a, b))
-        differences += [f"row {number}: {difference}" for difference in unlike(a, b)]
-    if moved > math.ceil(MOVED * answers):
-        differences.append(f"{moved} of {answers} sampled answers are others")
-    compared = f"{len(new)} rows" + (f", {answers} answers ({moved} moved by rounding)" if answers else "")
-    return compared, differences
+    return compare(read_objects(fresh), read_objects(path, None if recording.prints else limit), CLOSE)
 
 
-STEADY = ("id", "text", "label", "fingerprint", "logprobs")  # what a sampled answer does not change
-
-
-def read_objects(path: Path, limit: int | None) -> list[dict]:
+def read_objects(path: Path, limit: int | None = None) -> list[dict]:
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in islice(file, limit)]
 
 
-def answers_of(row: dict) -> list[str]:
+def compare(new: Sequence[dict], old: Sequence[dict], close: float) -> tuple[str, list[str]]:
+    """(what was compared, what differs); a sampled answer that rounding moved is counted, and few are forgiven."""
+    if len(new) != len(old):
+        return "", [f"{len(old):,} rows are recorded where there are {len(new):,} now"]
+    differences, answers, moved = [], 0, 0
+    for number, (row, before) in enumerate(zip(new, old, strict=True), 1):
+        said, said_before = answers_of(row), answers_of(before)
+        answers += len(said)
+        if said != said_before:
+            moved += sum(a != b for a, b in zip_longest(said, said_before))
+            row, before = ({key: of_row.get(key) for key in STEADY} for of_row in (row, before))
+        differences += [f"row {number}: {difference}" for difference in unlike(row, before, close)]
+    if moved > math.ceil(MOVED * answers):
+        differences.append(f"{moved} of {answers} sampled answers are others")
+    return f"{len(new)} rows" + (f", {answers} answers ({moved} moved by rounding)" if answers else ""), differences
+
+
+def answers_of(row: Mapping) -> list[str]:
     """The sampled answers of a predictions row of Method 2 or of an explanation by both."""
     answers = row.get("answers") or row.get("consistency", {}).get("answers", [])
     return [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
 
 
-def unlike(new: object, old: object, close: float = CLOSE, where: str = "") -> Iterator[str]:
+def unlike(new: object, old: object, close: float, where: str = "") -> Iterator[str]:
     """Where two JSON values differ by more than `close`, and how."""
     if isinstance(new, dict) and isinstance(old, dict) and [*new] == [*old]:
         for key in new:
@@ -211,27 +216,8 @@ def unlike(new: object, old: object, close: float = CLOSE, where: str = "") -> I
         if not abs(new - old) <= close:
             yield f"{where} is {new:.6g}, recorded as {old:.6g}"
     elif new != old:
-        shown = (command_line.printable(json.dumps(value))[:60] for value in (new, old))
-        yield "{} is {}, recorded as {}".format(where, *shown)
-
-
-def check_combined(recording: Recording) -> tuple[str, list[str]]:
-    """Join the two recorded methods anew, all rows; other processors may round the last digit otherwise."""
-    one, two = (
-        ROOT / recording.arguments[recording.arguments.index(flag) + 1] for flag in ("--logprobs", "--consistency")
-    )
-    pairs = combined.read_pairs(str(one), str(two))
-    row, other = combined.scored(pairs)[0]
-    pool = combined.pool_for((row.fingerprint, other.fingerprint), len(row.probabilities))
-    new = b"".join(map(predictions.to_line, combined.combine(pairs, pool)))
-    old = (ROOT / recording.path).read_bytes()
-    if new == old:
-        return f"all {len(pairs):,} rows, byte for byte", []
-    lines = [[*map(json.loads, made.splitlines())] for made in (new, old)]
-    differences = [f"row {k}: {d}" for k, pair in enumerate(zip(*lines, strict=False), 1) for d in unlike(*pair, 1e-9)]
-    if len(lines[0]) != len(lines[1]):
-        differences.append(f"{len(lines[1])} rows are recorded where there are {len(lines[0])} now")
-    return f"all {len(pairs):,} rows, to 1e-9", differences
+        shown, recorded = (command_line.printable(json.dumps(value))[:60] for value in (new, old))
+        yield f"{where} is {shown}, recorded as {recorded}"
 
 
 def check_all(chosen: Sequence[Recording], limit: int) -> bool:
@@ -254,35 +240,6 @@ def check_all(chosen: Sequence[Recording], limit: int) -> bool:
 # Command line
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    chosen = [recording for name, recording in RECORDINGS.items() if not args.name or name in args.name]
-    if args.list:
-        for recording in chosen:
-            print(f"{recording.path} ({recording.rows:,} rows)\n  {recording.command}")
-        return
-    chosen = [recording for recording in chosen if not recording.by_hand]
-    if args.check:
-        if not check_all(chosen, args.limit or 24):
-            sys.exit(1)
-        return
-    make_all(chosen)
-
-
-def make_all(chosen: list[Recording]) -> None:
-    seconds = sum(recording.rows * SECONDS[recording.method] + 5 for recording in chosen)
-    print(f"{len(chosen)} recordings, about {math.ceil(seconds / 60)} min of one CPU core")
-    left = list(chosen)
-    try:
-        while left:
-            make(left[0])
-            left.pop(0)
-    except KeyboardInterrupt:
-        names = " ".join(recording.name for recording in left)
-        print(f"\nstopped; to go on: python scripts/record_predictions.py {names}", file=sys.stderr)
-        sys.exit(130)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
@@ -291,14 +248,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="print each file and the command that makes it")
     add("--limit", type=command_line.natural, metavar="N", help="with --check: rows of a table to run (default: 24)")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.name if name not in RECORDINGS]:
-        parser.error(f"no recording {unknown[0]!r}; there are {', '.join(RECORDINGS)}")
-    if by_hand := [one for name, one in RECORDINGS.items() if name in args.name and one.by_hand and not args.list]:
-        made = by_hand[0].command
-        parser.error(f"{by_hand[0].name} is made by {made}, an hour of one core, and has tests of its own")
+    for name in args.name:
+        if name not in RECORDINGS:
+            parser.error(f"no recording {name!r}; there are {', '.join(RECORDINGS)}")
+        if name == BY_HAND and not args.list:
+            made = RECORDINGS[name].command
+            parser.error(f"{name} is made by {made}, an hour of one core, and has tests of its own")
     if args.limit is not None and not (args.check and args.limit):
         parser.error(f"--limit {args.limit}: at least 1, with --check")
     return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    chosen = [RECORDINGS[name] for name in RECORDINGS if not args.name or name in args.name]
+    if args.list:
+        for recording in chosen:
+            print(f"{recording.path} ({recording.rows:,} rows)\n  {recording.command}")
+        return
+    chosen = [recording for recording in chosen if recording.name != BY_HAND]
+    if not args.check:
+        make_all(chosen)
+    elif not check_all(chosen, args.limit or 24):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

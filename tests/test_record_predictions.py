@@ -1,6 +1,5 @@
 """The recordings in data/predictions/: what they are of, that the code still gives them, and how they are remade."""
 
-import importlib
 import json
 from dataclasses import replace
 from itertools import islice
@@ -8,15 +7,15 @@ from itertools import islice
 import pytest
 from test_architecture import ROOT
 
-import combined_confidence
-import consistency_confidence
-import logprobs_confidence
 import main as tour
+import pooling
 import predictions
 import record_predictions as record
-import tables
-import task as tasks
+from consistency_confidence import Sampling, answer_sampler
+from logprobs_confidence import label_scorer
 from record_predictions import RECORDINGS
+from tables import read_examples
+from task import TASKS
 
 TABLES = [name for name, recording in RECORDINGS.items() if "--output" in recording.arguments]
 SHOWN = [name for name, recording in RECORDINGS.items() if recording.prints]
@@ -37,10 +36,9 @@ def fingerprints():
     for model, adapter in record.MODELS.items():
         identity = {"weights": locate("default")[2], "precision": "float32"}
         identity |= {} if adapter == "none" else {"adapter": folder_hash(ROOT / adapter)}
-        llama, task = replace(reader, identity=identity), tasks.TASKS["sentiment"]
-        one = logprobs_confidence.prepare(llama, task).fingerprint
-        two = consistency_confidence.prepare(llama, task, consistency_confidence.Sampling()).fingerprint
-        both = combined_confidence.pool_for((one, two), 2).fingerprint
+        llama, task = replace(reader, identity=identity), TASKS["sentiment"]
+        one, two = label_scorer(llama, task).fingerprint, answer_sampler(llama, task, Sampling()).fingerprint
+        both = pooling.combination_for((one, two), 2).fingerprint
         found[model] = {"logprobs": one, "consistency": two, "combined": both}
     return found
 
@@ -48,17 +46,19 @@ def fingerprints():
 # What is recorded
 
 
-def test_every_file_has_its_command_and_every_command_its_file():
+def test_every_file_has_its_command_and_every_command_its_file_and_its_place_in_the_data_card():
     files = {path.name for path in (ROOT / record.FOLDER).iterdir() if path.suffix != ".part"}
     assert files == {recording.path.name for recording in RECORDINGS.values()}
-    assert RECORDINGS["ablation"].arguments[0] == "scripts/ablation.py" and RECORDINGS["ablation"].path.suffix == ".csv"
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for name, recording in RECORDINGS.items():
+        assert f"\n{recording.command}\n" in card, name
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_holds_its_split_in_order_scored_by_one_model_and_method(name, fingerprints):
     model, split, recording = name.partition("_")[0], name.rpartition("_")[2], RECORDINGS[name]
     rows = predictions.read(ROOT / recording.path)
-    examples = [(e.id, e.text, e.label) for e in tables.read_examples(f"data:{split}")]
+    examples = [(e.id, e.text, e.label) for e in read_examples(f"data:{split}")]
     assert [(row.id, row.text, row.label) for row in rows] == examples and len(rows) == recording.rows
     said = {(row.error, row.method, row.model, row.task, row.fingerprint) for row in rows}
     expected = fingerprints[model][recording.method]
@@ -70,10 +70,8 @@ def test_explanations_are_of_their_texts_and_say_nothing_of_the_machine(name, fi
     recording, rows = RECORDINGS[name], read_json(name)
     texts = tour.TEXTS if name.endswith("tour") else recording.arguments[-len(rows) :]
     assert [row["text"] for row in rows] == [*texts] and len(rows) == recording.rows
-    method = recording.method
-    assert {row["fingerprint"] for row in rows} == {
-        fingerprints[name.replace("tour", "base_").partition("_")[0]][method]
-    }
+    of_model = fingerprints["tuned" if name.startswith("tuned") else "base"]
+    assert {row["fingerprint"] for row in rows} == {of_model[recording.method]}
     assert "model_path" not in json.dumps(rows)
 
 
@@ -84,34 +82,14 @@ def test_the_tour_has_what_main_shows(name, tokenizer):
         one, two = row["logprobs"], row["consistency"]
         assert one["prompt"].endswith(f"Text: {row['text']}\nSentiment:") and len(one["top_tokens"]) == 20
         assert sum(two["votes"].values()) + two["unparsed"] == len(two["answers"]) == 10
-        assert sum(p["probability"] for p in one["answer_tokens"]["positive"]) == pytest.approx(
-            one["probabilities"]["positive"] * one["label_mass"]
-        )
+        total = sum(p["probability"] for p in one["answer_tokens"]["positive"])
+        assert total == pytest.approx(one["probabilities"]["positive"] * one["label_mass"])
 
 
 @pytest.mark.parametrize("name", COMBINED)
-def test_method_3_is_remade_from_the_other_two_byte_for_byte(name):
-    compared, differences = record.check(RECORDINGS[name], 24, None)
+def test_method_3_is_remade_from_the_other_two_byte_for_byte(name, tmp_path):
+    compared, differences = record.check(RECORDINGS[name], 24, tmp_path)
     assert not differences and compared.startswith(f"all {RECORDINGS[name].rows:,} rows")
-
-
-def test_the_commands_are_complete_and_stand_in_the_data_card():
-    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    for name, recording in RECORDINGS.items():
-        assert f"\n{recording.command}\n" in card, name
-        parsed = importlib.import_module(recording.arguments[0].rpartition("/")[2].removesuffix(".py"))
-        if not recording.by_hand:
-            args = parsed.parse_arguments(recording.arguments[1:])
-            args = args[0] if isinstance(args, tuple) else args
-            assert args.output == (None if recording.prints else str(recording.path))
-
-
-def test_the_tables_of_a_model_and_method_share_settings_so_that_one_calibrates_the_other():
-    for name in TABLES:
-        if name.endswith("_calibration"):
-            test = RECORDINGS[name.replace("_calibration", "_test")]
-            rows = [next(predictions.iterate(ROOT / r.path)) for r in (RECORDINGS[name], test)]
-            assert rows[0].fingerprint == rows[1].fingerprint
 
 
 # Checking
@@ -137,20 +115,15 @@ def other(**values):
     return lambda row: row | values
 
 
-def louder(row):
-    return row | {"probabilities": {label: p + 2e-4 for label, p in row["probabilities"].items()}}
-
-
-def quieter(row):
-    return row | {"probabilities": {label: p + 5e-5 for label, p in row["probabilities"].items()}}
+def off_by(difference):
+    return lambda row: row | {"probabilities": {name: p + difference for name, p in row["probabilities"].items()}}
 
 
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("base_test", dict, None),
-        ("base_test", quieter, None),
-        ("base_test", louder, "row 1: probabilities.negative is"),
+        ("base_test", off_by(5e-5), None),
+        ("base_test", off_by(2e-4), "row 1: probabilities.negative is"),
         ("tuned_calibration", other(fingerprint="00000000"), 'fingerprint is "00000000", recorded as "'),
         ("tuned_consistency_test", other(unparsed=7), "row 1: unparsed is 7, recorded as"),
         ("tuned_consistency_test", other(answers=["x"] * 10), "sampled answers are others"),
@@ -170,29 +143,26 @@ def test_check_tells_a_change_from_rounding(name, change, said, rerun, capsys):
     assert ("DIFFERS" in printed) == (said is not None) and (said or "same") in printed
 
 
-def test_a_draw_that_rounding_moved_is_told_and_forgiven_but_not_two(rerun, capsys):
-    seen = []
+@pytest.mark.parametrize(
+    ("moved", "said"), [(1, "10 rows, 100 answers (1 moved by rounding)"), (2, "2 of 100 sampled answers are others")]
+)
+def test_a_draw_that_rounding_moved_is_told_and_forgiven_but_not_two(moved, said, rerun, capsys):
+    first = [row["id"] for row in read_json("base_consistency_test")[:moved]]
 
     def move(row):
-        seen.append(row)
-        if len(seen) > moved:
-            return row
         answers = [*row["answers"][:-1], " moved"]
-        return row | {"answers": answers, "confidence": 0.5, "votes": {"negative": 0, "positive": 0}}
+        return row | {"answers": answers, "confidence": 0.5, "votes": {}} if row["id"] in first else row
 
-    moved = 1
     rerun(move)
-    record.main(["--check", "--limit", "10", "base_consistency_test"])
-    assert "10 rows, 100 answers (1 moved by rounding)" in capsys.readouterr().out
-    seen.clear()
-    moved = 2
-    with pytest.raises(SystemExit):
-        record.main(["--check", "--limit", "10", "base_consistency_test"])
-    assert "2 of 100 sampled answers are others" in capsys.readouterr().out
+    recording = RECORDINGS["base_consistency_test"]
+    assert record.check_all([recording], limit=10) == (moved == 1) and said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lost", ["row", "digit", "file"])
-def test_check_sees_a_combined_recording_that_is_not_of_its_members(lost, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [("row", "999 rows are recorded where there are 1,000"), ("digit", "row 1: calls"), ("file", "missing")],
+)
+def test_check_sees_a_combined_recording_that_is_not_of_its_members(lost, said, tmp_path, monkeypatch):
     recording = RECORDINGS["tuned_combined_calibration"]
     (tmp_path / record.FOLDER).mkdir(parents=True)
     for name in ("tuned_calibration", "tuned_consistency_calibration", recording.name):
@@ -204,7 +174,6 @@ def test_check_sees_a_combined_recording_that_is_not_of_its_members(lost, tmp_pa
             (tmp_path / path).write_bytes(b"".join(lines))
     monkeypatch.setattr(record, "ROOT", tmp_path)
     _, differences = record.check(recording, 24, tmp_path)
-    said = {"row": "999 rows are recorded where there are 1000", "digit": "row 1: calls", "file": "missing"}[lost]
     assert len(differences) == 1 and said in differences[0]
 
 
@@ -231,9 +200,8 @@ def test_a_recording_is_replaced_when_complete_and_a_stopped_run_says_what_is_le
     monkeypatch.setattr(record, "run", run)
     with pytest.raises(SystemExit) as ended:
         record.main(["tour", "base_test"])
-    assert (
-        ended.value.code == 130 and "to go on: python scripts/record_predictions.py tour\n" in capsys.readouterr().err
-    )
+    left = "to go on: python scripts/record_predictions.py tour\n"
+    assert ended.value.code == 130 and left in capsys.readouterr().err
     assert [path.read_text(encoding="utf-8") for path in paths.values()] == ["new", "old"]
     assert not paths["base_test"].with_suffix(".jsonl.part").exists()
 
