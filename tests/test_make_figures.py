@@ -5,20 +5,21 @@ import re
 import subprocess
 import sys
 import zlib
-from contextlib import contextmanager
 from shutil import copyfile
 
 import numpy as np
 import pytest
+from matplotlib.image import imread, imsave
 from test_architecture import MODEL_LIBRARIES, ROOT
 
 import command_line
 import make_figures
-import predictions
+import plotting
 from make_figures import FIGURES, GROUPS, MADE_WITH, build, check, difference, main, squares
 
 SCRIPT = ROOT / "scripts" / "make_figures.py"
 CHEAP = ["agreement_converges", "training_curves"]  # the others need a study, many seconds
+VOTES, CURVES = (FIGURES[name].file for name in CHEAP)
 
 
 @pytest.fixture(scope="module")
@@ -32,30 +33,16 @@ def built(tmp_path_factory):
 @pytest.fixture
 def copy(built, tmp_path, monkeypatch):
     """The cheap figures in a folder of one's own, which --check takes for the repository; drawing copies them."""
-    for name in CHEAP:
-        (tmp_path / FIGURES[name].file).parent.mkdir(parents=True)
-        copyfile(built / FIGURES[name].file, tmp_path / FIGURES[name].file)
 
     def copied(names, folder):
         for name in names:
             (folder / FIGURES[name].file).parent.mkdir(parents=True, exist_ok=True)
             copyfile(built / FIGURES[name].file, folder / FIGURES[name].file)
 
+    copied(CHEAP, tmp_path)
     monkeypatch.setattr(make_figures, "ROOT", tmp_path)
     monkeypatch.setattr(make_figures, "build", copied)
     return tmp_path
-
-
-def pixels(path):
-    from matplotlib.image import imread
-
-    return np.asarray(imread(path))
-
-
-def save(path, picture):
-    from matplotlib.image import imsave
-
-    imsave(path, picture)
 
 
 # The registry
@@ -64,9 +51,6 @@ def save(path, picture):
 def test_the_registry_is_the_files_under_images_and_the_training_curves():
     found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "images").rglob("*") if path.is_file()}
     assert {figure.file for figure in FIGURES.values()} == found | {"fine_tuned_sentiment_model/training_curves.png"}
-
-
-def test_every_image_of_the_readme_is_in_the_registry():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"!\[[^\]]*\]\(([^)\s]+)", readme)) | set(re.findall(r'<img[^>]*src="([^"]+)"', readme))
     assert named and named <= {figure.file for figure in FIGURES.values()}
@@ -80,10 +64,10 @@ def test_the_names_people_know_are_there():
 
 def test_every_image_is_a_light_card_of_readme_width_without_a_date_or_a_version_in_it():
     for figure in FIGURES.values():
-        raw, picture = (ROOT / figure.file).read_bytes(), pixels(ROOT / figure.file)
+        raw, picture = (ROOT / figure.file).read_bytes(), imread(ROOT / figure.file)
         assert picture.shape[1] == 1260 and (picture[..., 3] == 1).all(), figure.file
-        assert (picture[:9] == 1).all() and (picture[-9:] == 1).all(), figure.file  # a white margin
-        assert (picture[:, :9] == 1).all() and (picture[:, -9:] == 1).all(), figure.file
+        for edge in (picture[:9], picture[-9:], picture[:, :9], picture[:, -9:]):  # a white margin
+            assert (edge == 1).all(), figure.file
         assert set(chunks(raw)) <= {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"sRGB"}, figure.file
         assert len(raw) < 240_000, figure.file
 
@@ -99,7 +83,7 @@ def chunks(raw):
 
 
 def test_the_versions_the_images_were_made_with_are_those_of_the_requirements():
-    assert f"matplotlib=={MADE_WITH[0]}\n" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert f"matplotlib=={MADE_WITH[0]}" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
 
 
 # Drawing
@@ -111,37 +95,15 @@ def test_the_images_of_the_repository_are_what_the_recordings_give(built):
     assert sorted(path.name for path in built.rglob("*.png")) == ["agreement_converges.png", "training_curves.png"]
 
 
-def test_a_matplotlibrc_of_the_machine_changes_nothing(built, tmp_path):
-    import matplotlib
-
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 20, "lines.linewidth": 9}):
-        build(["training_curves"], tmp_path)
-    path = FIGURES["training_curves"].file
-    assert (tmp_path / path).read_bytes() == (built / path).read_bytes()
-
-
-def test_the_agreement_figure_shows_the_numbers_of_the_readme(monkeypatch, tmp_path):
-    import consistency_confidence
-
-    seen = []
-    monkeypatch.setattr(consistency_confidence, "draw_convergence", lambda *found: seen.append(found))
-    make_figures.agreement(tmp_path)
-    table = consistency_confidence.convergence_table(seen[0][1]).splitlines()[2:]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for draws, measured, *_ in (line.split() for line in table):
-        assert re.search(rf"\| {draws} \| {measured.lstrip('0')} ", readme), (draws, measured)
-
-
 def test_the_training_curves_are_of_the_log_and_the_kept_step_is_the_best(monkeypatch, tmp_path):
-    import fine_tune_model
-
     seen = []
-    monkeypatch.setattr(fine_tune_model, "draw", lambda run, path: seen.append(run))
-    make_figures.training(tmp_path)
+    monkeypatch.setattr(plotting, "training_curves", lambda path, log, **words: seen.append((log, words)))
+    make_figures.draw_training(tmp_path)
+    ((log, words),) = seen
     config = json.loads((ROOT / "fine_tuned_sentiment_model" / "training_config.json").read_text(encoding="utf-8"))
-    best = min(seen[0].validations[1:], key=lambda entry: entry["log_loss"])
-    assert seen[0].best_validation["step"] == best["step"] and seen[0].best_validation["log_loss"] == best["log_loss"]
-    assert seen[0].log[-1]["step"] == config["steps"]
+    best = min((entry for entry in log if entry.get("step") and "log_loss" in entry), key=lambda e: e["log_loss"])
+    assert words["best_step"] == best["step"] and log[-1]["step"] == config["steps"]
+    assert words["model"] == "smollm2-135m-instruct" and words["task"] == "sentiment"
 
 
 def test_each_source_is_read_once_whatever_is_asked(monkeypatch, tmp_path):
@@ -156,10 +118,8 @@ def test_each_source_is_read_once_whatever_is_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(make_figures, "FIGURES", some)
     build(["one", "two"], tmp_path)
     assert len(calls) == 1 and not calls[0].exists()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "images/new").iterdir()} == {
-        "one.png": b"one",
-        "two.png": b"two",
-    }
+    files = {path.name: path.read_bytes() for path in (tmp_path / "images/new").iterdir()}
+    assert files == {"one.png": b"one", "two.png": b"two"}
 
 
 def test_another_process_draws_the_same_bytes_and_torch_has_no_part_in_it(built, tmp_path):
@@ -175,49 +135,25 @@ def test_another_process_draws_the_same_bytes_and_torch_has_no_part_in_it(built,
     command = [sys.executable, "-c", code, str(SCRIPT.parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
-    for name in CHEAP:
-        assert (tmp_path / FIGURES[name].file).read_bytes() == (built / FIGURES[name].file).read_bytes()
-
-
-def test_the_comparison_of_calibrators_has_the_best_on_top_and_its_caption_says_of_what(monkeypatch, tmp_path):
-    import plotting
-
-    real, seen = plotting.figure, []
-
-    @contextmanager
-    def watched(path, caption, **options):
-        with real(path, caption, **options) as axes:
-            yield axes
-            shown = [label.get_text() for label in axes[0, 0].get_yticklabels()]
-            seen.append((caption, shown, axes[0, 0].yaxis_inverted()))
-
-    monkeypatch.setattr(plotting, "figure", watched)
-    row = {"log_loss_low": 0.1, "log_loss_high": 0.9, "ece": 0.03, "ece_noise_95": 0.04, "ece_noise_floor": 0.02}
-    metrics = {name: row | {"log_loss": loss} for name, loss in (("raw", 0.6), ("beta", 0.4), ("platt", 0.5))}
-    report = {"metrics": metrics, "chosen": "platt", "settings": {"seed": 7}}
-    make_figures.draw_methods(report, "n = 90, held-out", tmp_path / "x.png")
-    ((caption, shown, inverted),) = seen
-    assert shown == ["beta", "platt\n(chosen)", "raw"] and inverted
-    assert all(words in caption for words in ("n = 90, held-out", "raw: nothing fitted", "1,000", "seed 7"))
+    for file in (VOTES, CURVES):
+        assert (tmp_path / file).read_bytes() == (built / file).read_bytes()
 
 
 # Comparing
 
 
 def test_check_passes_and_writes_nothing(copy, capsys):
-    files = [copy / FIGURES[name].file for name in CHEAP]
-    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    before = [((copy / file).read_bytes(), (copy / file).stat().st_mtime_ns) for file in (VOTES, CURVES)]
     main(["--check", *CHEAP])
     out, err = capsys.readouterr()
     assert "2 figures are what the recordings give" in out and err == ""
-    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
+    assert before == [((copy / file).read_bytes(), (copy / file).stat().st_mtime_ns) for file in (VOTES, CURVES)]
 
 
 def test_check_names_a_tampered_file_and_ends_with_1(copy, capsys):
-    path = copy / FIGURES["agreement_converges"].file
-    picture = pixels(path).copy()
+    picture = imread(copy / VOTES).copy()
     picture[300:312, 300:308] = [0, 0, 0, 1]  # the size of a digit
-    save(path, picture)
+    imsave(copy / VOTES, picture)
     with pytest.raises(SystemExit) as ended:
         main(["--check", *CHEAP])
     out, err = capsys.readouterr()
@@ -227,9 +163,9 @@ def test_check_names_a_tampered_file_and_ends_with_1(copy, capsys):
 
 
 def test_check_tells_a_missing_a_broken_and_a_picture_of_another_size(copy, capsys):
-    path = copy / FIGURES["agreement_converges"].file
+    path = copy / VOTES
     whole = path.read_bytes()
-    save(path, pixels(path)[10:])
+    imsave(path, imread(path)[10:])
     assert check(CHEAP) == ["agreement_converges"] and re.search(r"is 1260 x \d+ pixels, not", capsys.readouterr().out)
     for broken in (b"", b"not a picture", whole[:5000]):
         path.write_bytes(broken)
@@ -238,18 +174,12 @@ def test_check_tells_a_missing_a_broken_and_a_picture_of_another_size(copy, caps
     assert check(CHEAP) == ["agreement_converges"] and "is missing" in capsys.readouterr().out
 
 
-def test_a_lone_pixel_may_differ(copy, capsys):
-    path = copy / FIGURES["training_curves"].file
-    picture = pixels(path).copy()
+def test_a_lone_pixel_may_differ_and_with_other_versions_all_letters(copy, monkeypatch, capsys):
+    path, picture = copy / CURVES, imread(copy / CURVES).copy()
     picture[5, 5] = [0, 0, 0, 1]
-    save(path, picture)
+    imsave(path, picture)
     assert check(CHEAP) == [] and "other bytes" in capsys.readouterr().out
-
-
-def test_other_versions_are_named_and_compared_roughly(copy, monkeypatch, capsys):
-    path = copy / FIGURES["training_curves"].file
-    picture = pixels(path).copy()
-    save(path, np.roll(picture, 1, axis=1))  # all letters elsewhere
+    imsave(path, np.roll(picture, 1, axis=1))  # all letters elsewhere
     assert check(["training_curves"]) == ["training_curves"]
     monkeypatch.setattr(make_figures, "tools", lambda: ("9.9", "0.1"))
     capsys.readouterr()
@@ -257,7 +187,7 @@ def test_other_versions_are_named_and_compared_roughly(copy, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "squares of 32 pixels" in out and "matplotlib 9.9 and freetype 0.1: a rough comparison" in out
     picture[100:400, 100:400] = [1, 0, 0, 1]
-    save(path, picture)
+    imsave(path, picture)
     assert check(["training_curves"]) == ["training_curves"]
 
 
@@ -274,32 +204,28 @@ def test_squares_are_means_and_white_beyond_the_edge():
 
 def test_list_shows_every_name_and_draws_nothing(capsys, monkeypatch):
     monkeypatch.setattr(make_figures, "build", None)
-    main(["--list"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == [*FIGURES, *GROUPS]
-    main(["--list", "demo_visualizations"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")][:-1] == GROUPS["demo_visualizations"]
+    for asked, names in (([], [*FIGURES]), (["demo_visualizations"], GROUPS["demo_visualizations"])):
+        main(["--list", *asked])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if not line.startswith(" ")] == [*names, *GROUPS]
 
 
 def test_names_are_drawn_once_each_in_the_order_of_the_registry_and_written(copy, capsys):
-    for name in CHEAP:
-        (copy / FIGURES[name].file).unlink()
+    for file in (VOTES, CURVES):
+        (copy / file).unlink()
     main(["training_curves", "agreement_converges", "training_curves"])
-    assert capsys.readouterr().out.splitlines() == [FIGURES[name].file for name in CHEAP]
-    assert all((copy / FIGURES[name].file).is_file() for name in CHEAP)
+    assert capsys.readouterr().out.splitlines() == [VOTES, CURVES]
+    assert (copy / VOTES).is_file() and (copy / CURVES).is_file()
 
 
-def test_an_unknown_name_is_one_line_and_2(run):
-    done = run(SCRIPT, "cost", "nothing like it")
-    said = "error: no figure is called 'nothing like it'; --list prints the names (--help lists the flags)\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
-
-
-def test_a_missing_recording_is_one_line_and_2(tmp_path, monkeypatch, capsys):
+def test_an_unknown_name_and_a_missing_recording_are_one_line_and_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_figures, "ROOT", tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        command_line.run(lambda: main(["training_curves"]))
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith("error: ") and "training_log.jsonl" in err
+    for name, said in (
+        ("nothing like it", "no figure is called 'nothing like it'; --list"),
+        (CHEAP[1], "training_log"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command_line.run(lambda name=name: main([name]))
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("error: ") and said in err
