@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 import zlib
 from shutil import copyfile
 
 import numpy as np
 import pytest
 from matplotlib.image import imread, imsave
-from test_architecture import MODEL_LIBRARIES, ROOT
+from test_architecture import ROOT
 
 import command_line
 import make_figures
@@ -120,23 +118,6 @@ def test_each_source_is_read_once_whatever_is_asked(monkeypatch, tmp_path):
     assert len(calls) == 1 and not calls[0].exists()
     files = {path.name: path.read_bytes() for path in (tmp_path / "images/new").iterdir()}
     assert files == {"one.png": b"one", "two.png": b"two"}
-
-
-def test_another_process_draws_the_same_bytes_and_torch_has_no_part_in_it(built, tmp_path):
-    code = f"""if True:
-        import sys
-        sys.path.insert(0, sys.argv[1])
-        import make_figures
-        from pathlib import Path
-        make_figures.build({CHEAP}, Path(sys.argv[2]))
-        import calibration_demo, compare_base_vs_finetuned, calibration
-        print(sorted({MODEL_LIBRARIES} & set(sys.modules)))
-    """
-    command = [sys.executable, "-c", code, str(SCRIPT.parent), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
-    for file in (VOTES, CURVES):
-        assert (tmp_path / file).read_bytes() == (built / file).read_bytes()
 
 
 # Comparing
