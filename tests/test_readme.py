@@ -256,14 +256,11 @@ def test_what_the_article_recorded_is_quoted_as_recorded():
 
 
 @pytest.mark.study
-def test_agreement_and_probability_are_as_far_apart_as_the_table_says(tmp_path, monkeypatch):
-    import consistency_confidence as consistency
+def test_agreement_and_probability_are_as_far_apart_as_the_table_says():
     import make_figures
+    import voting
 
-    found = {}
-    monkeypatch.setattr(consistency, "draw_convergence", lambda path, pairs, what: found.update(pairs))
-    make_figures.agreement(tmp_path)
-    printed = consistency.convergence_table(found)
+    printed = voting.convergence_table(make_figures.recorded_convergence())
     for draws, *numbers in table("draws", "distance of agreement from the probability"):
         line = next(line for line in printed.splitlines() if line.split()[:1] == [draws])
         assert re.findall(r"\.\d{4}", line) == re.findall(r"\.\d{4}", " ".join(numbers))
