@@ -85,8 +85,8 @@ def features_of(pairs: Sequence[Pair]) -> np.ndarray:
 def true_labels(pairs: Sequence[Pair]) -> np.ndarray:
     """The number of each row's true label [n]; ValueError for a row without one."""
     for row, _ in pairs:
-        if row.label not in row.probabilities:
-            raise ValueError(f"row {row.id!r} has the label {row.label!r}; the task has {', '.join(row.probabilities)}")
+        if row.label is None:
+            raise ValueError(f"row {row.id!r} has no label")
     return np.array([[*row.probabilities].index(row.label) for row, _ in pairs], dtype=int)
 
 

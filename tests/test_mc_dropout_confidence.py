@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,11 @@ from scipy.stats import entropy
 import command_line
 import mc_dropout_confidence
 import predictions
-from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator
 from llama import load_llama
 from logprobs_confidence import label_scorer
 from lora import dropping_out
 from mc_dropout_confidence import DRAWS, decompose, dropout_scorer, main, ranking
-from tables import Example, text_key
+from tables import Example
 from task import TASKS, Task
 
 ROOT = Path(__file__).parent.parent
@@ -277,45 +277,30 @@ def test_the_parts_sum_to_the_entropy_of_the_mean_and_are_never_negative():
 
 
 def test_an_explanation_is_the_mean_of_its_passes_as_json_and_in_print(call):
-    given = ["not bad", "two\nlines, caf\u00e9 <|im_end|> \x1b[2J"]
-    code, out, err = call(*given, "--json", "--passes", 5)
-    assert (code, err) == (0, "")
-    objects = [json.loads(line) for line in out.splitlines()]
-    code, printed, _ = call(*given, "--passes", 5)
-    blocks = printed.split("Text: ")[1:]
-    assert code == 0 and "Text: two\\nlines, caf\u00e9 <|im_end|> \\x1b[2J" in printed and "\x1b" not in printed
+    text = "two\nlines, caf\u00e9 <|im_end|> \x1b[2J"
+    code, out, err = call(text, "--json", "--passes", 5)
+    row, printed = json.loads(out), call(text, "--passes", 5)[1]
+    assert (code, err) == (0, "") and "Text: two\\nlines, caf\u00e9 <|im_end|> \\x1b[2J" in printed
     keys = {"text", "prompt", "model", "model_path", "passes", "without_dropout", "probabilities", "label_mass"}
     keys |= {"prediction", "confidence", "total_probability", "epistemic", "aleatoric", "fingerprint"}
-    assert [row["text"] for row in objects] == given
-    for row, block in zip(objects, blocks, strict=True):
-        assert set(row) == keys and len(row["passes"]) == 5
-        assert row["prompt"].endswith(f"Text: {row['text']}\nSentiment:")
-        plain, passes, lines = row["without_dropout"], row["passes"], {}
-        for one in (row, plain, *passes):
-            assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-12)
-            assert one["prediction"] == max(one["probabilities"], key=one["probabilities"].get)
-            assert one["confidence"] == one["probabilities"][one["prediction"]]
-        for label, mean in row["probabilities"].items():
-            values = [one["probabilities"][label] for one in passes]
-            assert mean == pytest.approx(np.mean(values), abs=1e-12)
-            lines[label] = plain["probabilities"][label], mean, min(values), max(values)
-        masses = [one["label_mass"] for one in passes]
-        assert row["label_mass"] == pytest.approx(np.mean(masses), rel=1e-12)
-        lines["label mass"] = plain["label_mass"], row["label_mass"], min(masses), max(masses)
-        for name, values in lines.items():
-            assert [name, *(f"{100 * value:.2f} %" for value in values)] in cells_of(block)
-        total = row["aleatoric"] + row["epistemic"]
-        assert total == pytest.approx(entropy([*row["probabilities"].values()]))
-        assert row["total_probability"] == pytest.approx(row["confidence"] * row["label_mass"], rel=1e-12)
-        parts = [f"{name} {row[name]:.3g} ({100 * row[name] / total:.3g} %)" for name in ("aleatoric", "epistemic")]
-        assert f"  entropy {total:.3g} nats = {parts[0]} + {parts[1]}\n" in block
-        agree = sum(one["prediction"] == row["prediction"] for one in passes)
-        assert f"  Verdict: {row['prediction']}, confidence {100 * row['confidence']:.2f} % ({agree} of 5 pa" in block
-
-
-def cells_of(block):
-    """The cells of each printed line, which are two spaces apart."""
-    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in block.splitlines()]
+    assert set(row) == keys and row["prompt"].endswith(f"Text: {text}\nSentiment:")
+    plain, passes = row["without_dropout"], row["passes"]
+    for one in (row, plain, *passes):
+        assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-12)
+        assert one["confidence"] == max(one["probabilities"].values()) == one["probabilities"][one["prediction"]]
+    for name in ("negative", "positive", "label mass"):
+        values = [one["probabilities"].get(name, one["label_mass"]) for one in (plain, row, *passes)]
+        assert len(passes) == 5 and values[1] == pytest.approx(np.mean(values[2:]), rel=1e-12)
+        shown = (*values[:2], min(values[2:]), max(values[2:]))
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"  {name} ")]
+        assert line.split("  ")[1] == name and re.findall(r"[\d.]+ %", line) == [f"{100 * x:.2f} %" for x in shown]
+    total = row["aleatoric"] + row["epistemic"]
+    assert total == pytest.approx(entropy([*row["probabilities"].values()]))
+    assert row["total_probability"] == pytest.approx(row["confidence"] * row["label_mass"], rel=1e-12)
+    parts = [f"{name} {row[name]:.3g} ({100 * row[name] / total:.3g} %)" for name in ("aleatoric", "epistemic")]
+    assert f"  entropy {total:.3g} nats = {parts[0]} + {parts[1]}\n" in printed
+    agree = sum(one["prediction"] == row["prediction"] for one in passes)
+    assert f"  Verdict: {row['prediction']}, confidence {100 * row['confidence']:.2f} % ({agree} of 5 passes" in printed
 
 
 # A table
@@ -360,8 +345,7 @@ def test_a_model_that_names_no_label_gives_no_number(scorer, monkeypatch):
 
 
 def test_progress_counts_every_row_once(scorer):
-    examples = [Example(str(i), "" if i == 3 else f"text {i}", None) for i in range(10)]
-    counted = []
+    examples, counted = [Example(str(i), "" if i == 3 else f"text {i}", None) for i in range(10)], []
     replace(scorer, method_1=replace(scorer.method_1, batch_size=2)).score_together(examples, counted.append)
     assert sum(counted) == 10 and max(counted) <= 2  # it moves in small steps and not only at the end
 
@@ -428,24 +412,6 @@ def test_a_table_without_labels_or_right_in_every_row_is_reported_as_that(call, 
     assert "accuracy 1.000" in reported(said)
     out = reported([("1", " ", "positive")])
     assert "0 of 1 rows scored, 1 with an error" in out and "entropy" not in out
-
-
-def test_a_calibrator_adds_its_fields_and_refuses_another_seed(call, loaded, tmp_path):
-    fingerprint, platt = dropout_scorer(loaded, SENTIMENT, passes=2).fingerprint, PlattScalingCalibrator()
-    platt.slope_, platt.intercept_ = 2.0, -0.5
-    identity, seen = (fingerprint, loaded.name, "sentiment", 100, 90), frozenset([text_key("another text")])
-    fitted = Recipe("platt", False), platt, ("negative", "positive"), *identity, seen, {}, {"value": 0.6}
-    save_calibrator(tmp_path / "k.json", FittedCalibrator(*fitted))
-    table, output = write_csv(tmp_path / "t.csv", texts(5)), tmp_path / "p.jsonl"
-    flags = ["--passes", 2, "--calibrator", tmp_path / "k.json"]
-    code, out, err = call("--input", table, "--output", output, *flags)
-    assert code == 0 and "calibrated: " in out, err
-    for row in predictions.read(output):
-        truth = 1 / (1 + math.exp(0.5) * ((1 - row.confidence) / row.confidence) ** 2)
-        assert row.extras["calibrated_confidence"] == pytest.approx(truth, abs=1e-9) and row.extras["epistemic"] >= 0
-        assert row.extras["decision"] == ("automate" if truth >= 0.6 else "review")
-    code, out, err = call("x", *flags, "--seed", 1)
-    assert (code, out) == (2, "") and "the calibrator is for" in err
 
 
 # What it refuses
