@@ -43,10 +43,11 @@ import scoring
 import voting
 from command_line import printable
 from endpoint import Endpoint, PassingError, Prompt
-from llama import Llama, RenderedPrompt, default_llama, load_llama, model_arguments
+from llama import Llama, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
 from logprobs_confidence import label_scorer, verdict
 from predictions import Prediction
+from prompts import RenderedPrompt
 from scoring import SavedRows
 from tables import Example
 from task import TASKS, Task, read_task

@@ -22,7 +22,6 @@ import inspect
 import json
 import re
 import sys
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -30,41 +29,16 @@ from pathlib import Path
 
 import numpy as np
 
-from command_line import one_line
 from lora import check_adapter, check_base, choose_adapter, with_adapter
 from model_files import folder_hash, loading, locate
+from prompts import SLOT, RenderedPrompt, rendered_chat
 from tables import check_text
 from tensors import inference, inverse_cdf, log_softmax, map_cache
-
-SLOT = "\N{OBJECT REPLACEMENT CHARACTER}text\N{OBJECT REPLACEMENT CHARACTER}"  # stands where a text goes in a prompt
-
-# A chat template that writes today's date would make another prompt, and another score, every day. This is the day that
-# Llama 3.1's template names where it knows no other, put in the place of the function that says what day it is.
-DATE_PARTS = {"%d": "26", "%m": "07", "%Y": "2024", "%y": "24", "%b": "Jul", "%B": "July", "%a": "Fri", "%A": "Friday"}
-FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(f" | replace({part!r}, {value!r})" for part, value in DATE_PARTS.items())
-    + " }}{%- endmacro -%}"
-)
-TEMPLATE_SECONDS = 20.0
-ORDINARY = (TypeError, ValueError, AttributeError, RecursionError, MemoryError)  # what a template's program may raise
 
 # Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
 TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
 # Sampling, by device: prompts in a batch, and positions in its caches if no two of its answers began alike.
 SAMPLED = {"cpu": (32, 1 << 16), "mps": (64, 1 << 16), "cuda": (256, 1 << 17)}
-
-
-@dataclass(frozen=True)
-class RenderedPrompt:
-    """A rendered prompt around the place of its text; `start` are the ids a tokenizer puts before a plain string."""
-
-    before: str
-    after: str
-    start: tuple[int, ...]
-
-    def render(self, text: str) -> str:
-        return self.before + text.strip() + self.after
 
 
 @dataclass(frozen=True)
@@ -122,7 +96,7 @@ class Llama:
         if isinstance(prompt, str):
             start = self._ids_before_a_string()
         else:
-            prompt, start = self._render_chat(prompt), ()  # the template writes its own BOS
+            prompt, start = rendered_chat(self.tokenizer, prompt, self.name), ()  # the template writes its own BOS
         if prompt.count(SLOT) != 1:
             raise ValueError(f"the chat template of {self.name} does not show the text exactly once")
         before, after = prompt.split(SLOT)
@@ -148,41 +122,6 @@ class Llama:
             return {}
         prompt = self.task_prompt(task)
         return {"rendered": [prompt.before, prompt.after]}
-
-    def _render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The messages by the model's chat template, on a fixed day.
-
-        The template is a program of the model's makers: it may fail in any way, and has TEMPLATE_SECONDS to end.
-        """
-        from jinja2 import TemplateError
-
-        if not self.tokenizer.chat_template:
-            raise ValueError(f'{self.name} has no chat template; use a task with format = "completion"')
-        template = self.tokenizer.get_chat_template()
-        done: list[str] = []
-        failed: list[Exception] = []
-
-        def render() -> None:
-            try:
-                # enable_thinking is read by the templates of thinking models and ignored by all others.
-                rendered = self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=True,
-                    enable_thinking=False,
-                    chat_template=FIXED_DATE + template if "strftime_now" in template else template,
-                )
-                done.append(rendered)
-            except (TemplateError, ArithmeticError, LookupError, *ORDINARY) as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=render, daemon=True)  # one that never ends does not keep the program alive
-        thread.start()
-        thread.join(TEMPLATE_SECONDS)
-        if done:
-            return done[0]
-        reason = one_line(failed[0]) if failed else f"it has not ended after {TEMPLATE_SECONDS:.0f} s"
-        raise ValueError(f"the chat template of {self.name} fails: {reason}")
 
     def encode(self, prompt: RenderedPrompt, text: str) -> list[int]:
         """The ids of the whole rendered prompt; control strings in the text become plain characters.

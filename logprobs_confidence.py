@@ -40,6 +40,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,10 +52,12 @@ import predictions
 import scoring
 from command_line import printable
 from endpoint import Endpoint, Listing, PassingError, Prompt
-from llama import SLOT, Llama, RenderedPrompt, default_llama, load_llama, model_arguments
+from llama import Llama, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
 from lora import HEAD
 from predictions import Prediction
+from prompts import SLOT, RenderedPrompt
+from scoring import SavedRows
 from tables import Example
 from task import TASKS, Answer, Task, debias, find_answers, label_probabilities, listed_probabilities, read_task
 
@@ -139,37 +142,61 @@ class LabelScorer:
             "fingerprint": self.fingerprint,
         }
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
         """Score examples a window at a time; one that cannot be scored gets its error and no number."""
-        return scoring.by_windows(examples, self.window, lambda window: self.score_together(window, advance))
+        score_together = partial(self.score_together, advance=advance, saved=saved)
+        return scoring.by_windows(examples, self.window, score_together, saved)
 
     def score_together(
-        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda n: None
+        self,
+        examples: Sequence[Example],
+        advance: Callable[[int], None] = lambda n: None,
+        saved: SavedRows | None = None,
     ) -> list[Prediction]:
         """Score examples in one sorting by length, returned in their order."""
-        common = self.record_fields
+        saved = saved or SavedRows()
         encoded, errors = scoring.encode_all(examples, self.encode)
-        advance(len(errors))
-        rows = [ids for ids, _ in encoded.values()]
-        hidden = np.empty((len(rows), self.llama.hidden_size), np.float32) if self.head else None
+        records = {number: self.failed(examples[number], error) for number, error in errors.items()}
+        numbers = list(encoded)  # of the examples that the model reads, in the order of `prompts`
+        prompts = [ids for ids, _ in encoded.values()]
+        done = {}
+        for place, number in enumerate(numbers):
+            if row := saved.get(examples[number]):
+                done[place] = records[number] = row
+        advance(len(records))
         answer_ids = [answer.ids for answer in self.answers]
-        log_probs = self.llama.answer_log_probs(rows, answer_ids, self.batch_size, advance, hidden)
-        probabilities, mass = label_probabilities(log_probs, self.answers, list(self.task.labels))
-        head_confidence = self.head.predict(hidden, probabilities.max(axis=1)) if self.head else None
-        records = {}
-        for at, (number, (_, shown)) in enumerate(encoded.items()):
-            if not np.isfinite(probabilities[at]).all():
-                errors[number] = NO_LABEL
-                continue
-            by_label = dict(zip(self.task.labels, probabilities[at].tolist(), strict=True))
-            extras = {"truncated": True} if shown != examples[number].text else {}
-            if self.head:
-                extras["head_confidence"] = float(head_confidence[at])
-            identity = self.task.identify(examples[number])
-            records[number] = predictions.scored(*identity, by_label, float(mass[at]), **common, extras=extras)
-        for number, error in errors.items():
-            records[number] = predictions.failed(*self.task.identify(examples[number]), error, **common)
+        with_hidden = self.head is not None
+        for batch in self.llama.answer_batches(prompts, answer_ids, self.batch_size, with_hidden, skip=done):
+            probabilities, mass = label_probabilities(batch.log_probs, self.answers, list(self.task.labels))
+            heads = self.head.predict(batch.hidden, probabilities.max(axis=1)) if self.head else [None] * len(mass)
+            fresh = []
+            for place, p, m, head in zip(batch.rows, probabilities, mass, heads, strict=True):
+                number = numbers[place]
+                is_shortened = encoded[number][1] != examples[number].text
+                records[number] = self.record(examples[number], p, float(m), is_shortened, head)
+                fresh.append(records[number])
+            saved.keep(fresh)
+            advance(len(fresh))
         return [records[number] for number in range(len(examples))]
+
+    def record(
+        self, example: Example, probabilities: np.ndarray, label_mass: float, is_shortened: bool, head: float | None
+    ) -> Prediction:
+        """The record of a row from its probabilities over the labels [labels]."""
+        if not np.isfinite(probabilities).all():
+            return self.failed(example, NO_LABEL)
+        extras: dict[str, object] = {"truncated": True} if is_shortened else {}
+        if head is not None:
+            extras["head_confidence"] = float(head)
+        by_label = dict(zip(self.task.labels, probabilities.tolist(), strict=True))
+        identity = self.task.identify(example)
+        return predictions.scored(*identity, by_label, label_mass, **self.record_fields, extras=extras)
+
+    def failed(self, example: Example, error: str) -> Prediction:
+        """The record of a row that could not be scored."""
+        return predictions.failed(*self.task.identify(example), error, **self.record_fields)
 
 
 def label_scorer(
@@ -285,7 +312,9 @@ class RemoteLabelScorer:
             "fingerprint": self.fingerprint,
         }
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
         """Score several examples at a time, in their order; one that fails gets its error and no number."""
         for row in self.server.in_order(self.score_one, examples):
             advance(1)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from llama import add_arguments as add_model_arguments
 from logprobs_confidence import NO_LABEL, LabelScorer, label_scorer
 from lora import dropping_out
 from predictions import Prediction
+from scoring import SavedRows
 from tables import Example
 from task import Task, label_probabilities, read_task
 
@@ -46,7 +48,7 @@ PASSES = 20
 DRAWS = 1  # the third number of a pass's seed: training draws its masks by the first two
 TRAIN_ONE = "train one with fine_tune_model.py --dropout 0.05 and name its folder with --adapter"
 # Rows that go through all passes and are written together, by device: what a killed run can lose.
-ROWS_PER_WINDOW = {"cpu": 64, "mps": 256, "cuda": 1024}
+ROWS_PER_WINDOW = {"cpu": 32, "mps": 256, "cuda": 1024}
 Rows = Sequence[Sequence[int]]  # the ids of some prompts
 
 
@@ -119,9 +121,11 @@ class DropoutScorer:
             "fingerprint": self.fingerprint,
         }
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
         """Score examples a window at a time; one that cannot be scored gets its error and no number."""
-        return scoring.by_windows(examples, self.window, lambda window: self.score_together(window, advance))
+        return scoring.by_windows(examples, self.window, partial(self.score_together, advance=advance), saved)
 
     def score_together(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda n: None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from array import array
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from calibration import FittedCalibrator
 
 
+FLUSH_SECONDS = 20.0  # a run that is killed loses at most the work of so long
+
+
 class Method(Protocol):
     """A model joined with a task: what a script offers to be run here."""
 
@@ -41,8 +45,14 @@ class Method(Protocol):
     fingerprint: str
     window: int  # rows that are scored together: a run is continued at a multiple of it
 
-    def score(self, examples: Iterator[Example], advance: Callable[[int], None]) -> Iterator[Prediction]:
-        """A prediction for each example, in order; `advance(n)` is called after every n."""
+    def score(
+        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
+    ) -> Iterator[Prediction]:
+        """A prediction for each example, in order; `advance(n)` is called after every n.
+
+        What scores a window of rows together asks `saved` for the rows that a stopped run had finished, and gives it
+        its own as they are finished.
+        """
 
     def explain(self, text: str) -> dict:
         """A text's prediction with the work shown, for people and for `--json`."""
@@ -190,6 +200,52 @@ def print_decision(explanation: Mapping[str, object]) -> None:
 # Tables
 
 
+class SavedRows:
+    """Rows of a window that are finished before the window is: kept beside the output, so that a stop costs seconds.
+
+    They are appended to `PATH.unfinished` every FLUSH_SECONDS, and a continued run takes them from there. Once their
+    window is in the output they are dropped, and at the end of a run the file is gone.
+    """
+
+    def __init__(self, path: str | Path | None = None, fingerprint: str = "") -> None:
+        self.path = Path(f"{path}.unfinished") if path else None
+        self.rows: dict[str, Prediction] = {}
+        self.unwritten: list[Prediction] = []
+        self.written = time.monotonic()
+        if self.path and self.path.exists():
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            if lines and not lines[-1].endswith(b"\n"):  # a kill has cut it off
+                os.truncate(self.path, sum(map(len, lines[:-1])))
+                lines.pop()
+            rows = [predictions.from_line(line, f"{self.path} line {n}") for n, line in enumerate(lines, 1)]
+            self.rows = {row.id: row for row in rows if row.fingerprint == fingerprint}
+
+    def get(self, example: Example) -> Prediction | None:
+        """The finished row of an example, if there is one."""
+        row = self.rows.get(example.id)
+        return row if row and row.text == example.text else None
+
+    def keep(self, rows: Iterable[Prediction]) -> None:
+        """Take rows that are finished."""
+        self.unwritten += rows
+        if time.monotonic() - self.written >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is kept and not written yet."""
+        if self.path and self.unwritten:
+            with open(self.path, "ab") as file:
+                predictions.append(file, self.unwritten)
+        self.unwritten = []
+        self.written = time.monotonic()
+
+    def drop(self) -> None:
+        """Forget all rows: they are in the output now."""
+        self.rows, self.unwritten = {}, []
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
 def score_table(
     method: Method, table: Table, total: int, path: str | Path, overwrite: bool = False, verb: str = "scored"
 ) -> float | None:
@@ -204,10 +260,15 @@ def score_table(
         done, count = finished.rows, total - finished.rows
         if count:
             start = done - done % method.window
-            with progress(total, start) as advance:
-                rows = method.score(islice(table, start, None), advance)
-                for row in islice(rows, done - start, None):
-                    predictions.append(file, [row])
+            saved = SavedRows(path, method.fingerprint)
+            try:
+                with progress(total, start) as advance:
+                    rows = method.score(islice(table, start, None), advance, saved)
+                    for row in islice(rows, done - start, None):
+                        predictions.append(file, [row])
+                saved.drop()
+            finally:  # also when the run is stopped
+                saved.flush()
         count += _ask_again(method, table, path, done)
         if finished.relabelled:
             _relabel(method.task, table, path, finished.relabelled)
@@ -226,7 +287,7 @@ def _ask_again(method: Method, table: Table, path: str | Path, done: int) -> int
     print(f"asking again for {len(again):,} rows that failed for a passing reason", file=sys.stderr)
     wanted = set(again)
     examples = (example for number, example in enumerate(table) if number in wanted)
-    fresh = dict(zip(again, method.score(examples, lambda n: None), strict=True))
+    fresh = dict(zip(again, method.score(examples, lambda n: None, SavedRows()), strict=True))
     rows = predictions.iterate(path)
     predictions.replace(path, (fresh.get(number, row) for number, row in enumerate(rows)))
     return sum(number < done for number in again)
@@ -254,11 +315,15 @@ def encode_all(
 
 
 def by_windows(
-    examples: Iterator[Example], window: int, score_together: Callable[[list[Example]], Iterable[Prediction]]
+    examples: Iterator[Example],
+    window: int,
+    score_together: Callable[[list[Example]], Iterable[Prediction]],
+    saved: SavedRows,
 ) -> Iterator[Prediction]:
     """The predictions of examples that are scored a window at a time, in order."""
     while together := list(islice(examples, window)):
         yield from score_together(together)
+        saved.drop()
 
 
 def write_derived(

@@ -49,8 +49,9 @@ try:
     import model_files
     from embedded_model import DEFAULT_NAME, cache_dir
     from endpoint import Endpoint
-    from llama import Llama, RenderedPrompt
+    from llama import Llama
     from logprobs_confidence import LabelScorer, label_scorer, remote_label_scorer
+    from prompts import RenderedPrompt
     from scoring import Method
     from task import Task, add_task_argument, label_probabilities, read_task
 except ImportError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_server import FakeServer
 from test_architecture import ROOT, every_python
-from test_llama import TOKEN, Hub
+from test_model_files import TOKEN, Hub
 
 import aws
 import command_line

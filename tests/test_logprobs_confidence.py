@@ -29,8 +29,8 @@ import command_line
 import llama
 import logprobs_confidence
 import predictions
-from llama import SLOT
 from logprobs_confidence import Classifier, get_confidence, label_scorer, main
+from prompts import SLOT
 from task import TASKS, Example, Task, read_task
 
 ROOT = Path(__file__).parent.parent

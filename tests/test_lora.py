@@ -13,7 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_llama import ANSWERS, BEGINNING, KINDS, SIZES, TABLES, assert_same, numbers, one_by_one, random_model
+from small_models import (
+    ANSWERS,
+    BEGINNING,
+    KINDS,
+    ONE_TOKEN,
+    SIZES,
+    TABLES,
+    assert_same,
+    numbers,
+    one_by_one,
+    random_model,
+)
 
 import llama as loader
 import lora
@@ -23,7 +34,6 @@ from task import TASKS
 
 COMPLETION = TASKS["sentiment"]
 CHAT = replace(COMPLETION, format="chat")
-ONE_TOKEN = [[7], [8], [30]]
 IDS = numbers(2, 25)
 SHARED = TABLES["a shared beginning"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -36,7 +36,7 @@ class ServerThatIsDown:
     asked: list = field(default_factory=list)
     name, model_name, task, fingerprint = "logprobs", "tiny", SENTIMENT, "3f9c2a71"
 
-    def score(self, examples, advance):
+    def score(self, examples, advance, saved):
         self.asked.append([])
         for one in examples:
             self.asked[-1].append(one.id)
@@ -88,10 +88,10 @@ def test_a_table_whose_second_asking_breaks_off_keeps_every_row(tmp_path):
     method = ServerThatIsDown({"r1": [PASSING]})
     first = method.score
 
-    def breaks_at_the_second_call(examples, advance):
+    def breaks_at_the_second_call(examples, advance, saved):
         if method.asked:
             raise KeyboardInterrupt
-        return first(examples, advance)
+        return first(examples, advance, saved)
 
     method.score = breaks_at_the_second_call
     with pytest.raises(KeyboardInterrupt):
@@ -110,6 +110,64 @@ def test_new_labels_are_taken_over_and_no_row_is_scored_again(tmp_path, capsys):
     table[2] = Example("r2", "another text", "positive")
     with pytest.raises(ValueError, match="another input"):
         newly_scored(path, table, method)
+
+
+class OneByOneInWindows:
+    """A method that finishes the rows of a window from the last to the first, and may be stopped after some."""
+
+    name, model_name, task, fingerprint, window = "logprobs", "tiny", SENTIMENT, "3f9c2a71", 5
+
+    def __init__(self, stop_after):
+        self.left, self.asked = stop_after, []
+
+    def score(self, examples, advance, saved):
+        def score_together(window):
+            rows = {}
+            for one in reversed(window):
+                rows[one.id] = saved.get(one)
+                if rows[one.id] is None:
+                    if not self.left:
+                        raise KeyboardInterrupt
+                    self.left -= 1
+                    self.asked.append(one.id)
+                    rows[one.id] = answered(one)
+                    saved.keep([rows[one.id]])
+            return [rows[one.id] for one in window]
+
+        return scoring.by_windows(examples, self.window, score_together, saved)
+
+
+@pytest.mark.parametrize("stops", [[3, 99], [7, 99], [1, 1, 1, 99], [5, 2, 99]])
+def test_what_a_window_had_finished_is_not_scored_again_by_a_continued_run(stops, tmp_path):
+    table, path, asked = [example(n) for n in range(12)], tmp_path / "p.jsonl", []
+    beside = tmp_path / "p.jsonl.unfinished"
+    for number, stop_after in enumerate(stops, 1):
+        method = OneByOneInWindows(stop_after)
+        if number < len(stops):
+            with pytest.raises(KeyboardInterrupt):
+                scoring.score_table(method, table, 12, path)
+            if beside.exists():  # and a kill that came in the middle of writing
+                beside.write_bytes(beside.read_bytes() + b'{"id": "r')
+        else:
+            scoring.score_table(method, table, 12, path)
+        asked += method.asked
+    assert sorted(asked) == sorted(one.id for one in table)
+    assert predictions.read(path) == [answered(one) for one in table] and list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_are_saved_every_few_seconds_and_those_of_other_settings_are_not_taken(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: now[0])
+    rows = [answered(example(n)) for n in range(4)]
+    saved = scoring.SavedRows(tmp_path / "p.jsonl", "3f9c2a71")
+    saved.keep(rows[:2])
+    assert list(tmp_path.iterdir()) == []
+    now[0] += scoring.FLUSH_SECONDS
+    saved.keep(rows[2:3])
+    again = scoring.SavedRows(tmp_path / "p.jsonl", "3f9c2a71")
+    assert [again.get(example(n)) for n in range(4)] == [*rows[:3], None]
+    assert again.get(Example("r0", "another text", None)) is None
+    assert scoring.SavedRows(tmp_path / "p.jsonl", "00000000").get(example(0)) is None
 
 
 def test_derived_rows_are_written_once_and_only_over_a_file_of_theirs(tmp_path):
