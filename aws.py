@@ -34,7 +34,6 @@ INSTANCE = "ml.g6e.2xlarge"
 ROLE = "SageMakerExecutionRole"
 POLL_S = 10.0
 NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
-IDENTITY = "identity.txt"  # beside staged weights
 STAGED = {".json", ".safetensors", ".jinja", ".txt", ".model"}  # of a model's folder, what is uploaded
 
 # Whose registry has AWS's images, by region. A region that is not listed is an error: a guess would fail after minutes.
@@ -181,18 +180,17 @@ class Account:
     session: object = field(repr=False)
     _clients: dict = field(default_factory=dict, repr=False)
 
-    def client(self, service: str, region: str | None = None) -> object:
+    def client(self, service: str) -> object:
         """A client that tries again for itself what may pass."""
         from botocore.config import Config
 
         if self.number is None:
             raise AwsError("no AWS credentials", "NoCredentialsError")
-        key = (service, region or self.region)
-        if key not in self._clients:
+        if service not in self._clients:
             retries = {"mode": "standard", "total_max_attempts": 6}
             config = Config(retries=retries, connect_timeout=10, read_timeout=60)
-            self._clients[key] = self.session.client(service, region_name=key[1], config=config)
-        return self._clients[key]
+            self._clients[service] = self.session.client(service, region_name=self.region, config=config)
+        return self._clients[service]
 
     @property
     def owner(self) -> str:
@@ -370,22 +368,22 @@ def bucket_name(account: Account, bucket: str | None) -> str:
     return (bucket or f"sagemaker-{account.region}-{account.owner}").removeprefix("s3://").rstrip("/")
 
 
+def find_bucket(account: Account, bucket: str) -> dict | None:
+    """What S3 says of a bucket of this account, None if there is none; AwsError for somebody else's."""
+    client = account.client("s3")
+    doing = f"see the bucket {bucket} (it may be somebody else's)"
+    return unless_gone(doing, lambda: client.head_bucket(Bucket=bucket, ExpectedBucketOwner=account.number))
+
+
 def check_bucket(account: Account, bucket: str, is_default: bool) -> str:
-    """What is to be said of the bucket, if it is there, this account's, and in this region; the default may be absent.
-
-    Raises AwsError for somebody else's, which is never written to.
-    """
-
-    def ask() -> dict:
-        return account.client("s3").head_bucket(Bucket=bucket, ExpectedBucketOwner=account.number)
-
-    seen = unless_gone(f"see the bucket {bucket} (it may be somebody else's)", ask)
+    """What is to be said of the bucket, if it is there and in this region; the default one may be absent."""
+    seen = find_bucket(account, bucket)
     if seen is None and is_default:
         return f"{bucket} is not there yet and will be made"
     if seen is None:
         raise ValueError(f"no bucket {bucket}: aws s3 mb s3://{bucket} --region {account.region}")
-    where = seen.get("BucketRegion") or seen["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
-    if where and where != account.region:
+    where = seen.get("BucketRegion", account.region)
+    if where != account.region:
         raise ValueError(f"{bucket} is in {where}, not in {account.region}; another --bucket or --region")
     if "sagemaker" not in bucket.lower():
         return f"{bucket} (the role needs a policy for it: AmazonSageMakerFullAccess opens buckets named *sagemaker*)"
@@ -394,11 +392,10 @@ def check_bucket(account: Account, bucket: str, is_default: bool) -> str:
 
 def make_bucket(account: Account, bucket: str) -> None:
     """Make the default bucket where it is not there, closed to the public as new buckets are."""
-    if not check_bucket(account, bucket, is_default=True).endswith("will be made"):
-        return
-    place = {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
-    with explained(f"make the bucket {bucket}"):
-        account.client("s3").create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else place))
+    if find_bucket(account, bucket) is None:
+        place = {"CreateBucketConfiguration": {"LocationConstraint": account.region}}
+        with explained(f"make the bucket {bucket}"):
+            account.client("s3").create_bucket(Bucket=bucket, **({} if account.region == "us-east-1" else place))
 
 
 def is_there(account: Account, uri: str, size: int) -> bool:
@@ -425,8 +422,7 @@ def upload(account: Account, uri: str, content: bytes) -> None:
 def read(account: Account, uri: str) -> bytes:
     bucket, key = split(uri)
     with explained(f"read {uri}"):
-        found = account.client("s3").get_object(Bucket=bucket, Key=key, ExpectedBucketOwner=account.number)
-        return found["Body"].read()
+        return account.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:
@@ -466,29 +462,22 @@ class Weights:
         return self.detail
 
 
-def find_weights(
-    account: Account, model: str, place: str, home: str, dry_run: bool = False, has_token: bool = False
-) -> Weights:
+def find_weights(model: str, place: str, home: str, dry_run: bool, has_token: bool = False) -> Weights:
     """The weights that --model and --weights mean; uploads lie below `home`, an s3:// address."""
     name = hub_id(model)
-    if place.startswith("s3://"):
-        return staged_weights(account, model, place.rstrip("/") + "/")
     if name and place == "auto":
         return Weights(name, f"{name}@{hub_commit(name, has_token)}", f"the container fetches {name} from the Hub")
     if name and dry_run:  # gigabytes are not fetched to see where they would go
-        identity = f"{name}@{hub_commit(name, has_token=True)}"
-        prefix = weights_prefix(home, identity)
-        return Weights(name, identity, f"would be fetched and uploaded to {prefix}", prefix)
-    _, folder, identity = locate(model)
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in STAGED and path.is_file()}
-    prefix, size = weights_prefix(home, identity), sum(path.stat().st_size for path in files.values())
-    detail = f"{size / 1e6:,.0f} MB are uploaded once, to {prefix}"
-    return Weights(name or whole_name(model), identity, detail, prefix, files)
-
-
-def whole_name(model: str) -> str:
-    """What --model says, so that it is understood in another folder too."""
-    return model if model == "default" else str(Path(model).expanduser().resolve())
+        identity, files = f"{name}@{hub_commit(name, has_token=True)}", {}
+    else:
+        _, folder, identity = locate(model)
+        files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in STAGED and path.is_file()}
+        name = name or (model if model == "default" else str(folder.resolve()))
+    plain = re.sub("[^A-Za-z0-9.-]+", "-", identity.partition("@")[0])
+    prefix = f"{home}/weights/{plain}-{short_hash(identity.encode())}/"  # another for other weights
+    size = sum(path.stat().st_size for path in files.values())
+    amount = f"{size / 1e6:,.0f} MB" if files else "they"
+    return Weights(name, identity, f"{amount} are uploaded once, to {prefix}", prefix, files)
 
 
 def hub_commit(name: str, has_token: bool) -> str:
@@ -508,38 +497,15 @@ def hub_commit(name: str, has_token: bool) -> str:
     return found.sha
 
 
-def staged_weights(account: Account, model: str, prefix: str) -> Weights:
-    """Weights that an earlier --weights upload has put below a prefix in S3, with their identity beside them."""
-    name = hub_id(model)
-    known = f"{name}@main" if name else locate(model)[2]
-    identity = known if account.is_offline else read(account, prefix + IDENTITY).decode()
-    if identity.partition("@")[0] != known.partition("@")[0]:
-        raise ValueError(f"{prefix} holds {identity}, which is not --model {model}")
-    return Weights(name or whole_name(model), identity, f"staged in {prefix}", prefix)
-
-
-def weights_prefix(home: str, identity: str) -> str:
-    """The prefix in S3 of these weights; another for other ones."""
-    name = re.sub("[^A-Za-z0-9.-]+", "-", identity.partition("@")[0])
-    return f"{home}/weights/{name}-{short_hash(identity.encode())}/"
-
-
 def upload_weights(account: Account, weights: Weights) -> None:
-    """Upload the files that are not there yet, then their identity; says so, for weights take a while."""
-    missing = {}
+    """Upload the files that are not there yet; says so, for weights take a while."""
     for name, path in weights.files.items():
-        if not is_there(account, weights.prefix + name, path.stat().st_size):
-            missing[name] = path
-    if missing:
-        size = sum(path.stat().st_size for path in missing.values())
-        print(f"uploading {size / 1e6:,.0f} MB of weights to {weights.prefix}", flush=True)
-    for name, path in sorted(missing.items()):
-        bucket, key = split(weights.prefix + name)
-        with explained(f"upload {weights.prefix}{name}"):
-            extra = {"ExpectedBucketOwner": account.number}
-            account.client("s3").upload_file(str(path), bucket, key, ExtraArgs=extra)
-    if weights.files:
-        upload(account, weights.prefix + IDENTITY, weights.identity.encode())
+        uri, size = weights.prefix + name, path.stat().st_size
+        if not is_there(account, uri, size):
+            print(f"uploading {size / 1e6:,.0f} MB to {uri}", flush=True)
+            with explained(f"upload {uri}"):
+                extra = {"ExpectedBucketOwner": account.number}
+                account.client("s3").upload_file(str(path), *split(uri), ExtraArgs=extra)
 
 
 # Command line
@@ -547,6 +513,8 @@ def upload_weights(account: Account, weights: Weights) -> None:
 
 def add_arguments(add: Callable) -> None:
     """The flags that training and deploying share."""
+    where = "auto: a folder is uploaded, all else fetched by the container; upload: from here, without a token"
+    add("--weights", choices=["auto", "upload"], default="auto", help=where)
     add("--role", default=ROLE, help=f"the IAM role, a name or ARN, that the container runs as (default: {ROLE})")
     add("--bucket", metavar="NAME", help="for data and results (default: sagemaker-REGION-ACCOUNT)")
     add("--region", metavar="NAME", help="default: that of your AWS settings")
@@ -554,10 +522,3 @@ def add_arguments(add: Callable) -> None:
     add("--dry-run", action="store_true", help="check and print what would be sent; starts and bills nothing")
     add("--yes", action="store_true", help="do not ask before money is spent")
     add("--poll-seconds", type=float, default=POLL_S, metavar="S", help=f"between two looks (default: {POLL_S:g})")
-
-
-def weights_place(text: str) -> str:
-    """What --weights may say, for argparse."""
-    if not re.fullmatch(r"auto|upload|s3://.+", text):
-        raise ValueError
-    return text

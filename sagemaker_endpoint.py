@@ -1,6 +1,6 @@
 """Endpoints on Amazon SageMaker: a base model and any number of LoRA adapters on one GPU, served by LMI with vLLM.
 
-    plan = plan_start(account, wanted, adapters)        # or plan_change: what is checked, and every request
+    plan = plan_start(account, serving, adapters, ...)  # or plan_change: what is checked, and every request
     take(account, plan.steps[0], max_wait_s, poll_s)    # sends one and waits until what it makes serves
     delete_all(account, remaining(account, "demo"), max_wait_s, poll_s)
 
@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import aws
-from aws import Account, AwsError, Check, Weights, aws_name, checked, component_name, explained, unless_gone
+from aws import Account, Check, Weights, aws_name, checked, component_name, explained, unless_gone
 from files import read_json
 from lora import check_adapter, check_base
 from model_files import hub_id
@@ -34,22 +34,6 @@ RECORD = "training_config.json"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the flags say of a new endpoint; None where something follows from something else."""
-
-    endpoint: str
-    model: str
-    weights: str
-    instance_type: str
-    image: str | None
-    role: str
-    bucket: str | None
-    max_rank: int | None
-    max_length: int
-    dry_run: bool
-
-
-@dataclass(frozen=True)
 class Serving:
     """What an endpoint is made of. Without a `source` (an s3:// folder) the container fetches `base_model`."""
 
@@ -58,20 +42,10 @@ class Serving:
     image: str
     instance_type: str
     base_model: str  # as --model says it
-    base_weights: str  # their identity
-    source: str
     max_rank: int
     max_length: int
-
-
-@dataclass(frozen=True)
-class Running:
-    """What an endpoint serves that is up."""
-
-    instance_type: str
-    base_model: str
-    base_weights: str
-    max_rank: int
+    base_weights: str = ""  # their identity
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,9 +78,9 @@ class Plan:
     checks: Sequence[Check]
     steps: Sequence[Step]
     uploads: Sequence[Adapter]
-    weights: Weights | None  # of a start; a change costs nothing more than before
     base_model: str
     hourly: float | None
+    weights: Weights | None = None  # of a start; a change costs nothing more than before
 
 
 # Request bodies
@@ -252,6 +226,12 @@ def served_rank(rank: int) -> int:
     raise ValueError(f"rank {rank} is above {RANKS[-1]}, the most that vLLM serves; train with a smaller --rank")
 
 
+def endpoint_rank(wanted: int | None, adapters: Sequence[Adapter]) -> int:
+    """The max_lora_rank of an endpoint: what is wanted, or room for these adapters and for some to come."""
+    rank = wanted or max([MAX_RANK, *(lora_rank(one.config) for one in adapters)])
+    return served_rank(min(rank, RANKS[-1]))  # an adapter above it is refused by its own check
+
+
 def check_servable(config: Mapping) -> None:
     """ValueError if vLLM refuses, or would wrongly serve, an adapter with this adapter_config.json."""
     for name in ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "alora_invocation_tokens"):
@@ -303,17 +283,13 @@ def describe_endpoint(account: Account, name: str) -> dict | None:
 
 def describe_component(account: Account, name: str) -> dict | None:
     client = account.client("sagemaker")
-    ask = {"InferenceComponentName": name}
-    return unless_gone(f"look at {name}", lambda: client.describe_inference_component(**ask))
+    return unless_gone(f"look at {name}", lambda: client.describe_inference_component(InferenceComponentName=name))
 
 
 def component_names(account: Account, endpoint: str) -> list[str]:
-    pages = account.client("sagemaker").get_paginator("list_inference_components")
-
-    def ask() -> list[dict]:
-        return [one for page in pages.paginate(EndpointNameEquals=endpoint) for one in page["InferenceComponents"]]
-
-    found = unless_gone(f"list the inference components of {endpoint}", ask) or []
+    pages = account.client("sagemaker").get_paginator("list_inference_components").paginate(EndpointNameEquals=endpoint)
+    doing = f"list the inference components of {endpoint}"
+    found = unless_gone(doing, lambda: [one for page in pages for one in page["InferenceComponents"]]) or []
     return sorted(one["InferenceComponentName"] for one in found)
 
 
@@ -322,7 +298,7 @@ def artifact_of(component: Mapping) -> str:
     return component.get("Specification", {}).get("Container", {}).get("ArtifactUrl", "")
 
 
-def running(account: Account, endpoint: str) -> Running | None:
+def running(account: Account, endpoint: str) -> Serving | None:
     """What an endpoint serves; None if there is no such endpoint. ValueError for one that is not ours or not whole."""
     client, found = account.client("sagemaker"), describe_endpoint(account, endpoint)
     if found is None:
@@ -340,11 +316,15 @@ def running(account: Account, endpoint: str) -> Running | None:
         config = client.describe_endpoint_config(EndpointConfigName=found["EndpointConfigName"])
         model = client.describe_model(ModelName=component["Specification"]["ModelName"])
     environment = model["PrimaryContainer"]["Environment"]
-    return Running(
+    return Serving(
+        endpoint=endpoint,
+        role=model["ExecutionRoleArn"],
+        image=model["PrimaryContainer"]["Image"],
         instance_type=config["ProductionVariants"][0]["InstanceType"],
         base_model=environment["BASE_MODEL"],
         base_weights=environment["BASE_WEIGHTS"],
         max_rank=int(environment["OPTION_MAX_LORA_RANK"]),
+        max_length=int(environment["OPTION_MAX_MODEL_LEN"]),
     )
 
 
@@ -355,33 +335,28 @@ def deletion(account: Account, endpoint: str) -> str:
 # What is to be done
 
 
-def plan_start(account: Account, wanted: Wanted, adapters: Sequence[Adapter]) -> Plan:
-    """Make an endpoint, from the first step on."""
-    checks, bucket = [aws.identity_check(account)], aws.bucket_name(account, wanted.bucket)
-    home, image = f"s3://{bucket}/{aws.PREFIX}", wanted.image or aws.image_uri(account.region, *IMAGE)
-    role = checked(checks, "role", lambda: aws.find_role(account, wanted.role), aws.assumed_role(account, wanted.role))
-    checked(checks, "bucket", lambda: aws.check_bucket(account, bucket, wanted.bucket is None), bucket)
+def plan_start(
+    account: Account, wanted: Serving, adapters: Sequence[Adapter], bucket: str | None, weights: str, dry_run: bool
+) -> Plan:
+    """Make an endpoint, from the first step on. The role of `wanted` may be a name; its weights are found here."""
+    checks, name = [aws.identity_check(account)], aws.bucket_name(account, bucket)
+    home, assumed = f"s3://{name}/{aws.PREFIX}", aws.assumed_role(account, wanted.role)
+    role = checked(checks, "role", lambda: aws.find_role(account, wanted.role), assumed)
+    checked(checks, "bucket", lambda: aws.check_bucket(account, name, bucket is None), name)
     checked(checks, "instance type", lambda: aws.check_instance(wanted.instance_type), "")
-    checked(checks, "machine image", lambda: machine_image(image), "")
-    name = hub_id(wanted.model) or wanted.model
-    weights = checked(
-        checks,
-        "weights",
-        lambda: aws.find_weights(account, wanted.model, wanted.weights, home, wanted.dry_run),
-        Weights(name, f"{name}@main", name),  # the newest of the Hub, where it cannot be asked
-    )
-    max_rank = wanted.max_rank or max([MAX_RANK, *(lora_rank(one.config) for one in adapters)])
-    max_rank = served_rank(min(max_rank, RANKS[-1]))
-    check_adapters(checks, adapters, weights.identity, max_rank)
+    checked(checks, "machine image", lambda: machine_image(wanted.image), "")
+    model = hub_id(wanted.base_model) or wanted.base_model
+    newest = Weights(model, f"{model}@main", model)  # where the Hub cannot be asked
+    found = checked(checks, "weights", lambda: aws.find_weights(model, weights, home, dry_run), newest)
+    check_adapters(checks, adapters, found.identity, wanted.max_rank)
     hourly = aws.price(account.region, wanted.instance_type)
     until = f"from the start until `{deletion(account, wanted.endpoint)}`"
     checks.append(Check("ok" if hourly else "warning", "cost", f"{rate(hourly)}, {until} ({aws.PRICED})"))
     steps = []
     if all(one.status != "failed" for one in checks):
-        base = (weights.model, weights.identity, weights.prefix)
-        serving = Serving(wanted.endpoint, role, image, wanted.instance_type, *base, max_rank, wanted.max_length)
-        steps = start_steps(serving, adapters, bucket)
-    return Plan(checks, steps, adapters, weights, weights.model, hourly)
+        base = {"base_model": found.model, "base_weights": found.identity, "source": found.prefix}
+        steps = start_steps(replace(wanted, role=role, **base), adapters, name)
+    return Plan(checks, steps, adapters, found.model, hourly, found)
 
 
 def start_steps(serving: Serving, adapters: Sequence[Adapter], bucket: str) -> list[Step]:
@@ -398,10 +373,11 @@ def start_steps(serving: Serving, adapters: Sequence[Adapter], bucket: str) -> l
 
 
 def plan_change(
-    account: Account, endpoint: str, bucket: str, now: Running, adapters: Sequence[Adapter], removed: Sequence[str]
+    account: Account, now: Serving, adapters: Sequence[Adapter], removed: Sequence[str], bucket: str
 ) -> Plan:
     """Add, swap and remove adapters of an endpoint that serves."""
-    checks, hourly = [aws.identity_check(account)], aws.price(account.region, now.instance_type)
+    checks, endpoint = [aws.identity_check(account)], now.endpoint
+    hourly = aws.price(account.region, now.instance_type)
     checks.append(Check("ok", "base", f"{now.base_model} serves on {endpoint} for {rate(hourly)}, as before"))
     check_adapters(checks, adapters, now.base_weights, now.max_rank)
     steps, uploads = [], []
@@ -411,7 +387,7 @@ def plan_change(
         if needed := adapter_steps(account, endpoint, adapter.name, adapter.uri(bucket)):
             steps += needed
             uploads.append(adapter)
-    return Plan(checks, steps, uploads, None, now.base_model, hourly)
+    return Plan(checks, steps, uploads, now.base_model, hourly)
 
 
 def adapter_steps(account: Account, endpoint: str, adapter: str, uri: str) -> list[Step]:
@@ -449,32 +425,25 @@ def rate(hourly: float | None) -> str:
 def take(account: Account, step: Step, max_wait_s: float, poll_s: float) -> None:
     """Send one request and wait until what it makes serves, or what it deletes is gone."""
     client, body = account.client("sagemaker"), step.body
-    if step.operation == "CreateModel":
-        make_once(client.create_model, body)
-    elif step.operation == "CreateEndpointConfig":
-        make_once(client.create_endpoint_config, body)
-    elif step.operation == "CreateEndpoint":
-        with explained(f"make {body['EndpointName']}"):
+    name = body.get("InferenceComponentName") or next(iter(body.values()))
+    if step.operation == "DeleteInferenceComponent":
+        delete_component(account, name, max_wait_s, poll_s)
+        return
+    with explained(f"make {name}"):
+        if step.operation == "CreateModel":
+            client.create_model(**body)
+        elif step.operation == "CreateEndpointConfig":
+            client.create_endpoint_config(**body)
+        elif step.operation == "CreateEndpoint":
             client.create_endpoint(**body)
-        wait_for_endpoint(account, body["EndpointName"], max_wait_s, poll_s)
-    elif step.operation == "DeleteInferenceComponent":
-        delete_component(account, body["InferenceComponentName"], max_wait_s, poll_s)
-    else:
-        name, is_new = body["InferenceComponentName"], step.operation == "CreateInferenceComponent"
-        with explained(f"make {name}" if is_new else f"update {name}"):
-            send = client.create_inference_component if is_new else client.update_inference_component
-            send(**body)
+        elif step.operation == "CreateInferenceComponent":
+            client.create_inference_component(**body)
+        else:
+            client.update_inference_component(**body)
+    if step.operation == "CreateEndpoint":
+        wait_for_endpoint(account, name, max_wait_s, poll_s)
+    elif "InferenceComponentName" in body:
         wait_for_component(account, name, max_wait_s, poll_s)
-
-
-def make_once(create: Callable, body: dict) -> None:
-    """Make a model or a configuration, which is named by what is in it: one that exists is the one that is wanted."""
-    try:
-        with explained(f"make {next(iter(body.values()))}"):
-            create(**body)
-    except AwsError as error:
-        if "already exist" not in str(error):
-            raise
 
 
 def wait_for_endpoint(account: Account, name: str, max_wait_s: float, poll_s: float) -> None:
@@ -484,13 +453,9 @@ def wait_for_endpoint(account: Account, name: str, max_wait_s: float, poll_s: fl
     try:
         waiter.wait(EndpointName=name, WaiterConfig=pause(max_wait_s, poll_s))
     except WaiterError as error:
-        found = error.last_response
-        if "Error" in found:
-            said = aws.explanation(found["Error"].get("Code", ""), found["Error"].get("Message", ""))
-            raise AwsError(f"cannot wait for {name}: {said}", found["Error"].get("Code", "")) from None
-        status = found["EndpointStatus"]
         hint = "no log and no end mean an AMI that does not fit the image's CUDA, or no instance free"
-        raise ValueError(not_serving(name, status, found, hint)) from None
+        status = error.last_response.get("EndpointStatus", error.last_response.get("Error"))
+        raise ValueError(not_serving(name, status, error.last_response, hint)) from None
 
 
 def wait_for_component(account: Account, name: str, max_wait_s: float, poll_s: float) -> None:
@@ -509,7 +474,7 @@ def wait_for_component(account: Account, name: str, max_wait_s: float, poll_s: f
         time.sleep(poll_s)
 
 
-def not_serving(name: str, status: str, description: Mapping, hint: str) -> str:
+def not_serving(name: str, status: object, description: Mapping, hint: str) -> str:
     reason = aws.printed(description.get("FailureReason", "no reason is given"))
     return f"{name} is {status}: {reason}{aws.advice(reason)}; {hint}"
 

@@ -5,9 +5,8 @@
     stop(settings, "NAME")
 
 Rows, task and flags travel in a small archive, and scripts/sagemaker_entry.py runs the training in the container.
-`training_request` is pure: what --dry-run prints is what is sent. A job carries no token unless it is asked to: weights
-are staged in S3, or the container reads a secret by its ARN. Checkpoints lie in S3, so a spot interruption and --resume
-go on from them.
+`training_request` is pure: what --dry-run prints is what is sent. A job carries no token: weights are staged in S3, or
+the container reads a secret by its ARN. Checkpoints lie in S3, so a spot interruption and --resume go on from them.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import aws
 from aws import Account, AwsError, Check, Weights, checked, explained
-from embedded_model import DEFAULT_NAME
 from files import read_json
 from lora import check_adapter
 from model_files import folder_hash, hub_id
@@ -47,7 +45,6 @@ MAX_RUNTIME_S = 2 * 3600
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 CONFIG = "training_config.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "training_log.jsonl", CONFIG)
-WEIGHTS_HELP = "auto: a folder is uploaded, all else fetched by the container; upload: from here; or s3://PREFIX"
 SECRET_ARN = r"arn:aws[a-z-]*:secretsmanager:[a-z0-9-]+:\d{12}:secret:[\w/+=.@-]{1,400}"
 
 
@@ -63,7 +60,6 @@ class Settings:
     max_runtime: int
     weights: str
     hf_token_secret: str | None
-    unsafe_pass_hf_token_in_env: bool
     detach: bool
     role: str
     bucket: str | None
@@ -235,24 +231,20 @@ def check_landing(settings: Settings) -> None:
 
 def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
     """The job that the flags describe, and everything that can be checked before it is billed."""
-    name, checks = job_name(), [aws.identity_check(account)]
-    bucket = aws.bucket_name(account, settings.bucket)
+    name, checks, bucket = job_name(), [aws.identity_check(account)], aws.bucket_name(account, settings.bucket)
     home = f"s3://{bucket}/{aws.PREFIX}"
-    role = checked(
-        checks, "role", lambda: aws.find_role(account, settings.role), aws.assumed_role(account, settings.role)
-    )
+    assumed = aws.assumed_role(account, settings.role)
+    role = checked(checks, "role", lambda: aws.find_role(account, settings.role), assumed)
     checked(checks, "bucket", lambda: aws.check_bucket(account, bucket, settings.bucket is None), bucket)
     checked(checks, "instance type", lambda: aws.check_instance(settings.instance_type), settings.instance_type)
-    weights = checked(
-        checks,
-        "weights",
-        lambda: job_weights(account, settings, training.model, home),
-        Weights(training.model, "", f"the container fetches {training.model}"),
-    )
-    environment = token_environment(account, settings, checks)
-    checks.append(Check("ok", "rows", rows_line(training)))
+    fetched = Weights(training.model, "", f"the container fetches {training.model}")
+    weights = checked(checks, "weights", lambda: job_weights(settings, training.model, home) or fetched, fetched)
+    environment = {"TOKENIZERS_PARALLELISM": "false"}
+    if arn := settings.hf_token_secret:
+        checked(checks, "token", lambda: check_secret(account, arn), arn)
+        environment["HF_TOKEN_SECRET_ARN"] = arn
     cost = most_it_costs(account.region, settings)
-    checks.append(Check("ok", "cost", cost))
+    checks += [Check("ok", "rows", rows_line(training)), Check("ok", "cost", cost)]
 
     rows = row_files(training)
     packed = aws.archive(source_files(Path(__file__).parent, training, weights))
@@ -301,7 +293,7 @@ def training_request(job: TrainingJob) -> dict:
         "ResourceConfig": {"InstanceType": job.instance_type, "InstanceCount": 1, "VolumeSizeInGB": VOLUME_GB},
         "StoppingCondition": {"MaxRuntimeInSeconds": job.max_runtime_s},
         "CheckpointConfig": {"S3Uri": job.checkpoints, "LocalPath": "/opt/ml/checkpoints"},
-        "Environment": {"TOKENIZERS_PARALLELISM": "false", **job.environment},
+        "Environment": dict(job.environment),
         "Tags": aws.TAGS,
     }
     if job.spot:
@@ -354,48 +346,25 @@ def earlier_checkpoints(account: Account, alike: str) -> str:
 # The model, the token, the rows and the sources
 
 
-def job_weights(account: Account, settings: Settings, model: str, home: str) -> Weights:
-    if model == "default" and settings.weights == "auto":
-        return Weights(model, "", "the container fetches the embedded model through pip")
-    has_token = bool(settings.hf_token_secret or settings.unsafe_pass_hf_token_in_env)
-    return aws.find_weights(account, model, settings.weights, home, settings.dry_run, has_token)
+def job_weights(settings: Settings, model: str, home: str) -> Weights | None:
+    """The weights of a model of the Hub or of a folder; None for the default model, which comes through pip."""
+    if model == "default":
+        return None
+    return aws.find_weights(model, settings.weights, home, settings.dry_run, bool(settings.hf_token_secret))
 
 
-def staged_as(weights: Weights) -> dict[str, str]:
-    """How the container must find staged weights: in which folder of a cache, and the variable that names the cache.
-
-    There is no variable for a folder, which --model names, and nothing for weights that the container fetches.
-    """
-    if not weights.prefix:
-        return {}
-    if weights.model == "default":
-        return {"variable": "CALIBRATED_CONFIDENCE_CACHE", "folder": DEFAULT_NAME}
+def staged_as(weights: Weights) -> str:
+    """The folder in which the container must find staged weights, in the Hub's cache for a model of the Hub."""
     if hub_id(weights.model) is None:
-        return {"variable": "", "folder": Path(weights.model).name}
+        return Path(weights.model).name
     name, _, commit = weights.identity.partition("@")
-    return {"variable": "HF_HUB_CACHE", "folder": f"models--{name.replace('/', '--')}/snapshots/{commit}"}
-
-
-def token_environment(account: Account, settings: Settings, checks: list[Check]) -> dict[str, str]:
-    """What a job's environment says of a Hugging Face token: where it is, or (unsafe, asked for) what it is."""
-    if arn := settings.hf_token_secret:
-        checked(checks, "token", lambda: check_secret(account, arn), arn)
-        return {"HF_TOKEN_SECRET_ARN": arn}
-    if not settings.unsafe_pass_hf_token_in_env:
-        return {}
-    from huggingface_hub import get_token
-
-    if not (token := get_token()):
-        raise ValueError("--unsafe-pass-hf-token-in-env: there is no token; set HF_TOKEN or run `hf auth login`")
-    plain = "HF_TOKEN goes into the job as plain text; --hf-token-secret does not show it"
-    checks.append(Check("warning", "token", plain))
-    return {"HF_TOKEN": token}
+    return f"models--{name.replace('/', '--')}/snapshots/{commit}"
 
 
 def check_secret(account: Account, arn: str) -> str:
     """Whether the secret that holds a token is there; its value is not read."""
     with explained(f"find the secret {arn}"):
-        account.client("secretsmanager", region=arn.split(":")[3]).describe_secret(SecretId=arn)
+        account.client("secretsmanager").describe_secret(SecretId=arn)
     return "the container reads the secret; the role needs secretsmanager:GetSecretValue on it"
 
 
@@ -407,19 +376,12 @@ def rows_line(training: Training) -> str:
 
 def row_files(training: Training) -> dict[str, bytes]:
     """The files of the channel `training`: JSON Lines, which read back as they were."""
-    files = {"train.jsonl": _lines(training.training), "validation.jsonl": _lines(training.validation)}
+    rows = {"train.jsonl": [asdict(one) for one in training.training]}
+    rows["validation.jsonl"] = [asdict(one) for one in training.validation]
     if training.groups is not None:
         groups = zip(training.validation, training.groups, strict=True)
-        files["groups.jsonl"] = _json_lines({"id": example.id, "group": group} for example, group in groups)
-    return files
-
-
-def _lines(examples: Sequence[Example]) -> bytes:
-    return _json_lines({"id": one.id, "text": one.text, "label": one.label} for one in examples)
-
-
-def _json_lines(rows: Iterator[dict]) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        rows["groups.jsonl"] = [{"id": example.id, "group": group} for example, group in groups]
+    return {name: "".join(json.dumps(row) + "\n" for row in table).encode() for name, table in rows.items()}
 
 
 def source_files(root: Path, training: Training, weights: Weights) -> dict[str, bytes]:
@@ -432,7 +394,7 @@ def source_files(root: Path, training: Training, weights: Weights) -> dict[str, 
         files["task.toml"] = Path(task).read_bytes()
         task = "task.toml"
     job = {"arguments": ["--task", task, *as_arguments(training.flags)], "model": training.model}
-    job |= {"sources": dict(training.sources), "staged": staged_as(weights)}
+    job |= {"sources": dict(training.sources), "staged": staged_as(weights) if weights.prefix else ""}
     files["arguments.json"] = (json.dumps(job, indent=1, sort_keys=True) + "\n").encode()
     return files
 
@@ -519,23 +481,22 @@ def print_logs(account: Account, name: str, tokens: dict[str, str]) -> None:
         with explained("read the log"):
             streams = client.describe_log_streams(**group, logStreamNamePrefix=f"{name}/")["logStreams"]
             for stream in sorted(one["logStreamName"] for one in streams):
-                _print_stream(client, {**group, "logStreamName": stream, "startFromHead": True}, stream, tokens)
+                tokens[stream] = _print_stream(client, group | {"logStreamName": stream}, tokens.get(stream))
     except AwsError as error:
-        if not error.is_gone and "denied" not in tokens:
-            tokens["denied"] = ""
+        if not error.is_gone:
             print(f"note: {error}; the status still is", file=sys.stderr)
 
 
-def _print_stream(client: object, asked: dict, stream: str, tokens: dict[str, str]) -> None:
+def _print_stream(client: object, stream: dict, token: str | None) -> str:
+    """Print a stream from a token on; the token that goes on from there."""
     while True:
-        at = {"nextToken": tokens[stream]} if stream in tokens else {}
-        page = client.get_log_events(**asked, **at)
+        page = client.get_log_events(**stream, startFromHead=True, **({"nextToken": token} if token else {}))
         for event in page["events"]:
             message = "".join(c if c.isprintable() else " " for c in event["message"])  # laid out as it was
             print(f"  | {aws.hidden(message)}".rstrip(), flush=True)
-        if tokens.get(stream) == page["nextForwardToken"]:
-            return
-        tokens[stream] = page["nextForwardToken"]
+        if page["nextForwardToken"] == token:  # which says that there is no more
+            return token
+        token = page["nextForwardToken"]
 
 
 def ended_badly(account: Account, description: dict) -> str | None:
@@ -643,16 +604,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spot", action="store_true", help="spare capacity: cheaper, may be interrupted, goes on by itself")
     most = "end the job after this, as 90m, 2h or 7200 (default: 2h)"
     add("--max-runtime", type=aws.duration, default=MAX_RUNTIME_S, metavar="TIME", help=most)
-    add("--weights", type=aws.weights_place, default="auto", metavar="WHERE", help=WEIGHTS_HELP)
     add("--hf-token-secret", metavar="ARN", help="a secret in Secrets Manager that holds a Hugging Face token")
-    unsafe = "send your HF_TOKEN as plain text, which everybody who may look at the job can read"
-    add("--unsafe-pass-hf-token-in-env", action="store_true", help=unsafe)
     add("--detach", action="store_true", help="start the job and do not wait for it")
     aws.add_arguments(add)
 
 
-ONLY_TO_START = ("instance_type", "spot", "max_runtime", "weights", "hf_token_secret", "unsafe_pass_hf_token_in_env")
-ONLY_TO_START += ("detach", "role", "bucket", "image", "dry_run", "yes")
+ONLY_TO_START = ("instance_type", "spot", "max_runtime", "weights", "hf_token_secret", "detach", "role", "bucket")
+ONLY_TO_START += ("image", "dry_run", "yes")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -668,8 +626,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} needs --sagemaker")
     if args.hf_token_secret and not re.fullmatch(SECRET_ARN, args.hf_token_secret):
         parser.error("--hf-token-secret: the ARN of a secret, as arn:aws:secretsmanager:REGION:ACCOUNT:secret:NAME")
-    if args.hf_token_secret and args.unsafe_pass_hf_token_in_env:
-        parser.error("--hf-token-secret makes --unsafe-pass-hf-token-in-env needless; leave it out")
 
 
 def settings_from_arguments(args: argparse.Namespace) -> Settings:

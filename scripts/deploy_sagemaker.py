@@ -20,7 +20,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +29,17 @@ import aws  # noqa: E402
 import command_line  # noqa: E402
 import sagemaker_endpoint  # noqa: E402
 from aws import Account, AwsError  # noqa: E402
-from sagemaker_endpoint import MAX_LENGTH, MAX_RANK, Plan, Wanted, deletion, rate, read_adapter  # noqa: E402
+from sagemaker_endpoint import (  # noqa: E402
+    IMAGE,
+    MAX_LENGTH,
+    MAX_RANK,
+    Plan,
+    Serving,
+    deletion,
+    endpoint_rank,
+    rate,
+    read_adapter,
+)
 
 ANY_TIME = ("endpoint", "adapter", "remove", "bucket", "region", "dry_run", "yes", "max_wait", "poll_seconds")
 
@@ -43,16 +52,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     account = aws.connect(args.region, args.dry_run)
     bucket = aws.bucket_name(account, args.bucket)
     now = None if account.is_offline else sagemaker_endpoint.running(account, args.endpoint)
+    if now is None and args.remove:
+        raise ValueError(f"--remove: no endpoint {args.endpoint} is known here")
     if now is None:
-        if args.remove:
-            raise ValueError(f"--remove: no endpoint {args.endpoint} is known here")
-        wanted = Wanted(**{one.name: getattr(args, one.name) for one in fields(Wanted)})
-        plan = sagemaker_endpoint.plan_start(account, wanted, adapters)
-    else:
-        command_line.allow_only_arguments(
-            parser, args, ANY_TIME, f"{args.endpoint} is up, and only its adapters change"
+        wanted = Serving(
+            endpoint=args.endpoint,
+            role=args.role,
+            image=args.image or aws.image_uri(account.region, *IMAGE),
+            instance_type=args.instance_type,
+            base_model=args.model,
+            max_rank=endpoint_rank(args.max_rank, adapters),
+            max_length=args.max_length,
         )
-        plan = sagemaker_endpoint.plan_change(account, args.endpoint, bucket, now, adapters, args.remove)
+        plan = sagemaker_endpoint.plan_start(account, wanted, adapters, args.bucket, args.weights, args.dry_run)
+    else:
+        why = f"{args.endpoint} is up, and only its adapters change"
+        command_line.allow_only_arguments(parser, args, ANY_TIME, why)
+        plan = sagemaker_endpoint.plan_change(account, now, adapters, args.remove, bucket)
     aws.print_checks(plan.checks)
     aws.refuse_failed(plan.checks)
     if args.dry_run:
@@ -81,8 +97,6 @@ def make_parser() -> command_line.ArgumentParser:
     add("--remove", metavar="NAME", **many, help="no longer serve the adapter NAME")
     model = "the base: default (embedded), llama, a Hub id or a folder (default: default)"
     add("--model", default="default", help=model)
-    where = "auto: a model of the Hub is fetched by the container, all else uploaded; upload: from here; or s3://PREFIX"
-    add("--weights", type=aws.weights_place, default="auto", metavar="WHERE", help=where)
     add("--instance-type", default=aws.INSTANCE, metavar="TYPE", help=f"the machine (default: {aws.INSTANCE})")
     rank = f"largest LoRA rank, for all adapters to come (default: {MAX_RANK}, or what these need)"
     add("--max-rank", type=command_line.natural, metavar="N", help=rank)
@@ -130,7 +144,7 @@ def left(account: Account, endpoint: str, hourly: float | None) -> str:
     except AwsError:
         return f"the endpoint {endpoint} may exist and cost {rate(hourly)}; {delete}"
     if found is None:
-        return f"there is no endpoint {endpoint}, so nothing is billed"
+        return f"there is no endpoint {endpoint}, so nothing is billed; `{deletion(account, endpoint)}` clears the rest"
     return f"the endpoint {endpoint} is {found['EndpointStatus']} and costs {rate(hourly)}; {delete}"
 
 

@@ -61,18 +61,16 @@ def repair(work: Path) -> None:
     (work / LOG).touch()  # by it a training knows its folder; --resume writes it again from the checkpoint
 
 
-def place_weights(model: str, staged: dict[str, str], cache: Path) -> tuple[str, dict[str, str]]:
-    """Lay staged weights out as the cache in which the libraries look for them: (--model, variables that say where)."""
+def place_weights(model: str, staged: str, cache: Path) -> tuple[str, dict[str, str]]:
+    """Lay staged weights out so that the libraries find them: (--model, variables that say where)."""
     if not staged:
         return model, {}
-    folder = cache / staged["folder"]
+    folder = cache / staged
     folder.mkdir(parents=True, exist_ok=True)
     for file in Path(os.environ["SM_CHANNEL_MODEL"]).iterdir():
         (folder / file.name).symlink_to(file)
-    if not staged["variable"]:
+    if "/snapshots/" not in staged:
         return str(folder), {}
-    if staged["variable"] != "HF_HUB_CACHE":
-        return model, {staged["variable"]: str(cache)}
     main = folder.parent.parent / "refs" / "main"  # where the Hub's library reads which snapshot is the newest
     main.parent.mkdir(exist_ok=True)
     main.write_text(folder.name, encoding="utf-8")
@@ -80,7 +78,7 @@ def place_weights(model: str, staged: dict[str, str], cache: Path) -> tuple[str,
 
 
 def token() -> dict[str, str]:
-    """The Hugging Face token in the secret that the job names: its text, or the one value of its JSON object."""
+    """The Hugging Face token in the secret that the job names, which holds nothing else."""
     if not (arn := os.environ.get("HF_TOKEN_SECRET_ARN")):
         return {}
     import boto3
@@ -88,15 +86,9 @@ def token() -> dict[str, str]:
 
     try:
         client = boto3.client("secretsmanager", region_name=arn.split(":")[3])
-        text = client.get_secret_value(SecretId=arn).get("SecretString", "").strip()
+        return {"HF_TOKEN": client.get_secret_value(SecretId=arn)["SecretString"].strip()}
     except (BotoCoreError, ClientError) as error:
         raise ValueError(f"cannot read {arn} (the role needs secretsmanager:GetSecretValue): {error}") from None
-    if text.startswith("{"):
-        values = list(json.loads(text).values())
-        text = values[0] if len(values) == 1 and isinstance(values[0], str) else ""
-    if not text:
-        raise ValueError(f"the secret {arn} holds no token: store it as plain text")
-    return {"HF_TOKEN": text}
 
 
 def command(job: dict, model: str, work: Path) -> list[str]:

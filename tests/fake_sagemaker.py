@@ -75,7 +75,7 @@ def golden(name):
 def stubbed(service="sagemaker"):
     """An account whose client for one service is botocore's Stubber: (account, stubber)."""
     client = session().client(service, config=Config(retries={"total_max_attempts": 1}))
-    return Account(REGION, ACCOUNT, session(), {(service, REGION): client}), Stubber(client)
+    return Account(REGION, ACCOUNT, session(), {service: client}), Stubber(client)
 
 
 @functools.cache

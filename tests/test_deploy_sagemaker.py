@@ -137,7 +137,7 @@ def test_deploy_repeat_swap_add_remove_and_delete(fake, deploy, delete, model, a
     assert f'--endpoint sagemaker:demo/a --tokenizer {model} "Not bad"' in done.out
     stored = {key: content for (bucket, key), content in fake.objects().items() if bucket == BUCKET}
     assert sorted(key.rpartition("/")[2] for key in stored if "/weights/" in key) == [
-        *("config.json", "identity.txt", "model.safetensors")
+        *("config.json", "model.safetensors")
     ]
     (archive,) = (content for key, content in stored.items() if re.search(r"adapters/a-\w+\.tar\.gz", key))
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
@@ -277,7 +277,7 @@ def test_an_adapter_that_fails_is_replaced_by_the_next_command(fake, deploy, mod
 @pytest.mark.parametrize(
     ("operation", "exists"),
     [
-        ("CreateModel", "there is no endpoint demo, so nothing is billed"),
+        ("CreateModel", "there is no endpoint demo, so nothing is billed; `python scripts/delete_endpoint.py demo"),
         ("CreateEndpoint", "there is no endpoint demo, so nothing is billed"),
         ("CreateInferenceComponent", f"the endpoint demo is InService and {COSTS}"),
     ],

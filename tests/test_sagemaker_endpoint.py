@@ -11,17 +11,14 @@ from fake_sagemaker import golden, problems, stubbed
 import sagemaker_endpoint
 from aws import AwsError
 from sagemaker_endpoint import (
-    RANKS,
     Adapter,
-    Running,
     Serving,
     Step,
-    Wanted,
     check_servable,
+    endpoint_rank,
     lora_rank,
     machine_image,
     plan_change,
-    plan_start,
     served_rank,
     start_steps,
     take,
@@ -41,7 +38,6 @@ SERVING = Serving(
 )
 PLAIN = {"peft_type": "LORA", "r": 4}
 ADAPTER = Adapter("sentiment", Path("nowhere"), PLAIN, {"adapter_config.json": b"1"}, b"")
-WANTED = Wanted("demo", "default", "auto", "ml.g6e.2xlarge", IMAGE, SERVING.role, None, None, 4096, False)
 
 
 # Request bodies
@@ -149,25 +145,21 @@ def test_an_adapter_s_address_follows_its_files_and_its_record():
 def test_an_adapter_of_another_base_or_rank_is_a_failed_check(tmp_path):
     account, stubber = stubbed()
     (tmp_path / "training_config.json").write_text(json.dumps({"base_weights": "0123456789abcdef"}))
-    now = Running("ml.g6e.2xlarge", "tiny", "fedcba9876543210", 8)
+    now = replace(SERVING, base_model="tiny", base_weights="fedcba9876543210", max_rank=8)
     with stubber:
         for _ in range(2):
             stubber.add_client_error("describe_inference_component", "ValidationException", "Could not find x")
         other = replace(ADAPTER, folder=tmp_path)
         large = replace(ADAPTER, name="large", config=PLAIN | {"r": 32})
-        plan = plan_change(account, "demo", "bucket", now, [other, large], [])
+        plan = plan_change(account, now, [other, large], [], "bucket")
     failed = {check.subject: check.detail for check in plan.checks if check.status == "failed"}
     assert "was trained from other weights (0123456789abcdef)" in failed["adapter sentiment"]
     assert "its rank 32 is above the endpoint's --max-rank 8" in failed["adapter large"]
 
 
 def test_a_new_endpoint_has_room_for_the_ranks_of_its_adapters():
-    account, _ = stubbed()
-    for r, wanted, room in ((4, None, 64), (100, None, 128), (9, 9, 16), (4, 600, RANKS[-1])):
-        adapter = replace(ADAPTER, config=PLAIN | {"r": r})
-        plan = plan_start(replace(account, number=None), replace(WANTED, max_rank=wanted), [adapter])
-        environment = plan.steps[0].body["PrimaryContainer"]["Environment"]
-        assert environment["OPTION_MAX_LORA_RANK"] == str(room)
+    for rank, wanted, room in ((4, None, 64), (100, None, 128), (9, 9, 16), (4, 600, 512), (1024, None, 512)):
+        assert endpoint_rank(wanted, [replace(ADAPTER, config=PLAIN | {"r": rank})]) == room
 
 
 # What is there, and what is sent
@@ -211,12 +203,8 @@ def test_a_component_of_another_endpoint_or_on_its_way_is_not_touched(endpoint, 
         sagemaker_endpoint.adapter_steps(account, "demo", "a", "s3://b/new.tar.gz")
 
 
-def test_a_model_that_was_made_before_is_the_one_that_is_wanted():
+def test_a_step_that_aws_refuses_says_what_to_do():
     account, stubber = stubbed()
-    step = Step("CreateModel", sagemaker_endpoint.model_request(SERVING))
-    with stubber:
-        stubber.add_client_error("create_model", "ValidationException", "Cannot create already existing model")
-        take(account, step, 60, 0.001)
+    with stubber, pytest.raises(AwsError, match=r"cannot make demo-model-\w+: AWS denies access \(not authorized\)"):
         stubber.add_client_error("create_model", "AccessDeniedException", "not authorized")
-        with pytest.raises(AwsError, match=r"cannot make demo-model-\w+: AWS denies access \(not authorized\)"):
-            take(account, step, 60, 0.001)
+        take(account, Step("CreateModel", sagemaker_endpoint.model_request(SERVING)), 60, 0.001)

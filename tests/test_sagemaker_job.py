@@ -41,6 +41,7 @@ JOB = TrainingJob(
     output=f"{HOME}/output",
     checkpoints=f"{HOME}/checkpoints/7f3a/one",
     max_runtime_s=7200,
+    environment={"TOKENIZERS_PARALLELISM": "false"},
 )
 SPOT = replace(JOB, spot=True, weights=f"{HOME}/weights/a-1/", environment={"HF_TOKEN_SECRET_ARN": SECRET})
 
@@ -126,7 +127,7 @@ def test_a_start_that_may_have_happened_names_the_job(monkeypatch, capsys, error
     def create_training_job(**_):
         raise error
 
-    account._clients["sagemaker", "us-east-1"] = SimpleNamespace(create_training_job=create_training_job)
+    account._clients["sagemaker"] = SimpleNamespace(create_training_job=create_training_job)
     with pytest.raises((ValueError, SystemExit)) as end:
         sagemaker_job.start(account, JOB)
     said = f"{end.value} {capsys.readouterr().err}"
@@ -143,12 +144,17 @@ def training(**more):
 
 
 def test_the_archive_takes_every_module_that_training_needs_and_the_flags():
-    files = sagemaker_job.source_files(ROOT, training(), Weights("default", "", ""))
+    files = sagemaker_job.source_files(ROOT, training(), Weights("a/b", "a/b@c0ffee", "", "s3://b/w/"))
     assert {"fine_tune_model.py", "sagemaker_entry.py", "command_line.py", "llama.py", "tensors.py"} <= files.keys()
     assert "compare_base_vs_finetuned.py" not in files and len(aws.archive(files)) < 300_000
     job = json.loads(files["arguments.json"])
     assert job["arguments"] == ["--task", "sentiment", "--epochs", "3", "--confidence-head"]
-    assert (job["model"], job["sources"], job["staged"]) == ("default", {"train": "a.csv"}, {})
+    assert (job["model"], job["sources"], job["staged"]) == (
+        "default",
+        {"train": "a.csv"},
+        "models--a--b/snapshots/c0ffee",
+    )
+    assert sagemaker_job.staged_as(Weights("/models/tiny", "0123", "", "s3://b/w/")) == "tiny"
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -158,19 +164,6 @@ def test_a_job_installs_pins_of_the_requirements_and_never_torch(quantized):
     names = {line.partition("==")[0] for line in text.splitlines()}
     assert {"transformers", "peft", "safetensors", "scikit-learn", "pydantic"} <= names and "torch" not in names
     assert ("bitsandbytes" in names) == quantized
-
-
-@pytest.mark.parametrize(
-    ("weights", "staged"),
-    [
-        (Weights("default", "a/1", "", "s3://b/w/"), ("CALIBRATED_CONFIDENCE_CACHE", "smollm2-135m-instruct")),
-        (Weights("a/b", "a/b@c0ffee", "", "s3://b/w/"), ("HF_HUB_CACHE", "models--a--b/snapshots/c0ffee")),
-        (Weights("/models/tiny", "0123", "", "s3://b/w/"), ("", "tiny")),
-        (Weights("a/b", "a/b@c0ffee", ""), ()),
-    ],
-)
-def test_staged_weights_are_laid_out_as_the_libraries_look_for_them(weights, staged):
-    assert tuple(sagemaker_job.staged_as(weights).values()) == staged
 
 
 def test_every_flag_travels_or_is_known_to_stay_at_home():
@@ -195,13 +188,13 @@ def test_rows_and_groups_read_back_as_they_were_whatever_is_in_them(tmp_path):
 # Before the start
 
 
-def test_a_dry_run_without_credentials_prints_a_valid_redacted_request_and_the_most_it_can_cost(run, few, tmp_path):
+def test_a_dry_run_without_credentials_prints_a_valid_request_and_the_most_it_can_cost(run, few, tmp_path):
     env = {"AWS_EC2_METADATA_DISABLED": "true", "HF_TOKEN": TOKEN, "AWS_CONFIG_FILE": "/nonexistent"}
     env |= {"AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "HOME": str(tmp_path)}
-    done = run("fine_tune_model.py", *few, "--dry-run", "--unsafe-pass-hf-token-in-env", env=env)
+    done = run("fine_tune_model.py", *few, "--dry-run", "--hf-token-secret", SECRET, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     request = json.loads(done.stdout[done.stdout.index("\n{") :])
-    assert request["Environment"]["HF_TOKEN"] == "[redacted]" and TOKEN not in done.stdout
+    assert request["Environment"]["HF_TOKEN_SECRET_ARN"] == SECRET and TOKEN not in done.stdout
     assert problems("CreateTrainingJob", request) == []
     assert "at most $5.60 = $2.80 an hour x 2 h" in done.stdout and "nothing on AWS is checked" in done.stdout
     assert (
@@ -243,7 +236,6 @@ def test_bad_rows_and_a_folder_in_use_are_told_before_anything_is_asked_of_aws(f
         (["--sagemaker", "--max-runtime", "5 minutes"], "--max-runtime"),
         (["--sagemaker", "--weights", "here"], "--weights"),
         (["--sagemaker", "--hf-token-secret", TOKEN], "the ARN of a secret"),
-        (["--sagemaker", "--hf-token-secret", SECRET, "--unsafe-pass-hf-token-in-env"], "needless"),
         (["--sagemaker", "--region", "mars-1"], "no images are known for region 'mars-1'"),
     ],
 )
@@ -390,7 +382,7 @@ def test_an_incomplete_hostile_or_broken_archive_writes_nothing(tmp_path, conten
     def download_file(bucket, key, path):
         Path(path).write_bytes(content)
 
-    account._clients["s3", "us-east-1"] = SimpleNamespace(download_file=download_file)
+    account._clients["s3"] = SimpleNamespace(download_file=download_file)
     description = {"TrainingJobName": "x", "ModelArtifacts": {"S3ModelArtifacts": "s3://bucket/m.tar.gz"}}
     with pytest.raises(ValueError, match=words):
         sagemaker_job.download(account, description, tmp_path / "in" / "out")
