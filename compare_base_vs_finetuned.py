@@ -332,7 +332,9 @@ def comparison_report(
     report["right"] = {"all rows": mcnemar(*correct), "one row of each group": mcnemar(*(c[alone] for c in correct))}
     keys = [key for key in base.confidence if all(m.confidence[key] is not None for m in (base, fine_tuned))]
     report["scores"] = {key: scores_by(comparison, key) for key in keys}
-    report["steps"] = {key: log_loss_steps(report["scores"], key) for key in ("temperature", "calibrated")}
+    report["steps"] = {
+        key: log_loss_steps(report["scores"], key) for key in ("temperature", "calibrated") if key in keys
+    }
     report["sure"] = {score: sure_answers(comparison, score) for score in ("raw", "calibrated")}
     report["guarantees"] = guaranteed_automation(comparison)
     report["money"] = daily_dollars(comparison, **prices)

@@ -73,12 +73,13 @@ def summary(report: dict) -> str:
 
 def verdicts(report: dict) -> Iterator[str]:
     """In words whether fine-tuning helped or a temperature was needed."""
-    for key, name in (("temperature", "a temperature"), ("calibrated", "its own calibrator")):
-        base, tuning, fine_tuned, _ = (direction(span) for span in report["steps"][key].values())
+    names = {"temperature": "a temperature", "calibrated": "its own calibrator"}
+    for key, steps in report["steps"].items():
+        base, tuning, fine_tuned, _ = (direction(span) for span in steps.values())
         said = {-1: "helped", 0: "adds nothing that these rows can show", 1: "did harm"}[tuning]
         needs = {-1: " The base model needed it.", 0: "", 1: " It harms the base model."}[base]
         needs += {-1: " It harms the fine-tuned model.", 0: "", 1: " The fine-tuned model needs it."}[fine_tuned]
-        yield f"With {name} for each model, fine-tuning {said}.{needs}"
+        yield f"With {names[key]} for each model, fine-tuning {said}.{needs}"
     found = report["right"]["all rows"]
     alone = f"{found['only fine-tuned']:,} rows are right by it alone, {found['only base']:,} by the base model alone"
     yield f"{alone} (exact McNemar p {found['p']:.2g})."
@@ -170,7 +171,7 @@ def where(report: dict) -> str:
 def details(report: dict) -> str:
     """Every other table, each with its n and protocol."""
     scores, steps, here = report["scores"], report["steps"], where(report)
-    changes = {step: {f"by {key}": steps[key][step] for key in steps} for step in steps["temperature"]}
+    changes = {step: {f"by {key}": steps[key][step] for key in steps} for step in steps["calibrated"]}
     by_calibrator, sure = {}, {}
     for score in ("log loss", "Brier", "ECE"):
         for key, found in scores.items():
