@@ -180,7 +180,9 @@ def details(report: dict) -> str:
         for name, rows in of_model.items():
             sure |= {f"{score}, {row['threshold']:.0%} or more, {name}": row for row in rows}
     own = {f"{name}, {key}": scores[key][name] for key in ("raw", "calibrated") for name in NAMES}
+    fitted_on = " and ".join(report["calibrated_on"] or ["these rows"])
     tables = [
+        printable(f"calibrators fitted on {fitted_on}"),
         printable(f"task {report['task']}, the same ids, texts and labels; the prompt is {report['prompt']}"),
         records_table(f"Right answers, {count(report)}, nothing fitted", report["right"]),
         records_table(f"Raw, {count(report)}, nothing fitted", scores["raw"]["paired"]),
