@@ -233,9 +233,9 @@ def guaranteed_threshold(fit: LabelledRows, confidence: np.ndarray, target_accur
 def calibrated_by_method(
     chosen: Recipe, fit: LabelledRows, test: LabelledRows | None, seed: int
 ) -> dict[Recipe, np.ndarray]:
-    """Confidences by the chosen calibrator, and by every other method that can be fitted to the same; else its own.
+    """Confidences of the test rows, or without any out-of-fold ones of the fit rows, by each calibrator to be shown.
 
-    Those of the test rows, or, without any, out-of-fold ones of the fit rows.
+    These are the chosen one, and every other method, given the same, that can be fitted.
     """
     from calibration import Recipe, cross_fit
 
