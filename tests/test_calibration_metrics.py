@@ -262,19 +262,6 @@ def test_p_values_are_uniform_for_calibrated_confidences_and_tiny_for_others():
     assert np.mean(np.array(found[0.2]) <= 0.01) > 0.98
 
 
-@pytest.mark.parametrize("shares", [{0.325: 0.325, 0.625: 0.625, 0.925: 0.925}, {0.325: 0.6, 0.625: 0.55, 0.925: 0.8}])
-def test_the_debiased_error_is_unbiased_and_the_plain_square_is_not(shares):
-    draw, confidence = np.random.default_rng(11), np.repeat(list(shares), [8, 20, 30])
-    share = np.array([shares[c] for c in confidence])
-    truth = np.mean((confidence - share) ** 2)  # a bin holds one confidence, so this is the squared error of bins
-    samples = [draw.random(len(share)) < share for _ in range(2000)]
-    debiased = np.array([cm.debiased_calibration_error(confidence, correct) for correct in samples])
-    plain = [error_by_hand(bins_by_hand(confidence, correct, our_rule), len(share), 2) for correct in samples[:500]]
-    standard_error = debiased.std() / math.sqrt(len(debiased))
-    assert abs(debiased.mean() - truth) < 3 * standard_error
-    assert np.mean(plain) - truth > 6 * standard_error
-
-
 # Intervals
 
 
