@@ -1,10 +1,57 @@
-"""plotting.py: a figure is written whole or not at all, the same from the same data; panels draw what they are given."""
+"""plotting.py: figures do not depend on the machine's settings, and show what they are given."""
 
+from contextlib import contextmanager
+
+import matplotlib
 import numpy as np
 import pytest
 
 import calibration_metrics
 import plotting
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """(caption, axes) of every figure drawn, filled as each is finished."""
+    real, seen = plotting.figure, []
+
+    @contextmanager
+    def watching(path, caption, *arguments, **options):
+        with real(path, caption, *arguments, **options) as axes:
+            yield axes
+            seen.append((caption, axes))
+
+    monkeypatch.setattr(plotting, "figure", watching)
+    return seen
+
+
+def test_a_matplotlibrc_and_a_backend_of_the_machine_change_nothing(tmp_path, monkeypatch):
+    risks = {"raw": [0.0, 0.5, 1 / 3], "platt": [0.0, 0.0, 1 / 3]}
+    risks = {name: np.array(risk) for name, risk in risks.items()}
+    plotting.risk_coverage(tmp_path / "here.png", risks, about="n = 3")
+    monkeypatch.setenv("MPLBACKEND", "no such backend")
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 20, "lines.linewidth": 9}):
+        plotting.risk_coverage(tmp_path / "there.png", risks, about="n = 3")
+    assert (tmp_path / "here.png").read_bytes() == (tmp_path / "there.png").read_bytes()
+
+
+def test_a_panel_without_enough_rows_keeps_its_name(watched, tmp_path):
+    row = {"automated": 3, "share": 0.3, "accuracy": 1.0, "accuracy_low": 0.3, "accuracy_high": 1.0}
+    rows = [row | {"threshold": threshold} for threshold in (0.5, 0.7, 0.9)]
+    plotting.accuracy_threshold(tmp_path / "gates.png", {"raw": rows, "calibrated": rows}, where="n = 10")
+    ((_, axes),) = watched
+    assert [(axis.get_title("left"), len(axis.get_xticks())) for axis in axes[0]] == [("raw", 3), ("calibrated", 3)]
+
+
+def test_the_comparison_of_calibrators_has_the_best_on_top_and_its_caption_says_of_what(watched, tmp_path):
+    row = {"log_loss_low": 0.1, "log_loss_high": 0.9, "ece": 0.03, "ece_noise_95": 0.04, "ece_noise_floor": 0.02}
+    metrics = {name: row | {"log_loss": loss} for name, loss in (("raw", 0.6), ("beta", 0.4), ("platt", 0.5))}
+    words = {"chosen": "platt", "where": "n = 90, held-out", "seed": 7}
+    plotting.calibration_method_comparison(tmp_path / "x.png", metrics, **words)
+    ((caption, axes),) = watched
+    names = [label.get_text() for label in axes[0, 0].get_yticklabels()]
+    assert names == ["beta", "platt\n(chosen)", "raw"] and axes[0, 0].yaxis_inverted()
+    assert all(words in caption for words in ("n = 90, held-out", "raw: nothing fitted", "1,000", "seed 7"))
 
 
 def test_the_same_data_give_the_same_png_and_a_failed_one_none(tmp_path):
