@@ -192,7 +192,7 @@ def calibration_study(
             fitted.check(first.fingerprint, first.model, first.task, tuple(first.probabilities))
         except ValueError as error:
             raise ValueError(f"{test.source} does not fit {fit.source}: {error}") from None
-        near_duplicates = tables.check_disjoint(fit.rows, test.rows, fit.source, test.source)
+        near_duplicates = tables.check_disjoint(fit.rows, test.rows, fit.source, test.source, test.grouped_by)
     calibrated = calibrated_by_method(recipe, fit, test, seed)
     return CalibrationStudy(fit, test or fit, fitted, candidates, calibrated, near_duplicates, method, seed)
 

@@ -190,7 +190,7 @@ def compare_methods(
         judged = JudgedRows(cross_fitted(features, truth, by_group, seed), truth, by_group)
         return MethodComparison(judged, judged, calls, "out-of-fold")
     fit_rows = [pair.logprobs for pair in fit_pairs]
-    related = tables.check_disjoint(fit_rows, rows, "--calibrate-on", "the measured file")
+    related = tables.check_disjoint(fit_rows, rows, "--calibrate-on", "the measured file", groups)
     fit_features, fit_truth = pooling.features_of(fit_pairs), pooling.true_labels(fit_pairs)
     fit_groups = tables.groups_of(fit_rows, groups)
     measured = JudgedRows(judge(features, fit_features, fit_truth), truth, by_group)

@@ -171,7 +171,7 @@ def read_comparison(
     if calibrate_on:
         fitted, left_out_too = read_pairs(calibrate_on)
         left_out += left_out_too
-        related = tables.check_disjoint(fitted[0], tested[0], calibrate_on[0], paths[0])
+        related = tables.check_disjoint(fitted[0], tested[0], calibrate_on[0], paths[0], groups)
     about |= {"calibrated_on": calibrate_on, "protocol": "held-out" if calibrate_on else "out-of-fold"}
     about |= {"left_out": left_out, "near_duplicates_of_calibration_rows": related, "group_file": groups}
     test_groups, fit_groups = (metrics.group_numbers(tables.groups_of(rows[0], groups)) for rows in (tested, fitted))

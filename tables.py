@@ -465,10 +465,13 @@ def text_key(text: str) -> str:
     return hashlib.sha256(" ".join(text.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:12]
 
 
-def check_disjoint(known: Sequence[object], held_out: Sequence[object], known_source: str, source: str) -> int:
+def check_disjoint(
+    known: Sequence[object], held_out: Sequence[object], known_source: str, source: str, groups: str | None = None
+) -> int:
     """Refuse rows (anything with `id` and `text`) whose text is among the known; how many of the others are alike one.
 
-    Texts are the same whatever their case and spaces. Raises ValueError that names both sources and the first rows.
+    Texts are the same whatever their case and spaces. A group of the table `groups` must not stand on both sides either.
+    Raises ValueError that names both sources and the first rows.
     """
     id_of = {text_key(row.text): row.id for row in known}
     shared = [(row.id, id_of[key]) for row in held_out if (key := text_key(row.text)) in id_of]
@@ -478,6 +481,16 @@ def check_disjoint(known: Sequence[object], held_out: Sequence[object], known_so
             f"{len(shared):,} rows of {source} are in {known_source} too: {named}{', ...' if shared[5:] else ''}; "
             "nothing is measured on rows it was fitted on, remove them"
         )
+    if groups is not None:
+        known_groups = set(groups_of(known, groups))
+        inside = [
+            row.id for row, group in zip(held_out, groups_of(held_out, groups), strict=True) if group in known_groups
+        ]
+        if inside:
+            raise ValueError(
+                f"{len(inside):,} rows of {source} are of groups that {known_source} has rows of, the first is "
+                f"{inside[0]!r} ({groups}); keep whole groups on one side"
+            )
     pairs = near_duplicates([row.text for row in (*known, *held_out)])
     return len({j for i, j, _ in pairs if i < len(known) <= j})
 
@@ -501,7 +514,11 @@ def groups_of(rows: Sequence[object], source: str | None = None) -> list[object]
             raise ValueError(f"{where}: --groups needs the columns id and group; it has {', '.join(columns)}")
         if not isinstance(columns["group"], str | int):
             raise ValueError(f"{where}: the group is {columns['group']!r}, not a name")
-        group[str(columns["id"])] = str(columns["group"])
+        name = str(columns["group"]).strip()
+        if not name:
+            raise ValueError(f"{where}: the group is empty")
+        if group.setdefault(str(columns["id"]), name) != name:
+            raise ValueError(f"{where}: the id {columns['id']!r} stands twice, with different groups")
     if lost := next((row.id for row in rows if row.id not in group), None):
         raise ValueError(f"{source} names no group for the row {lost!r}")
     return [group[row.id] for row in rows]

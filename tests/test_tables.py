@@ -19,6 +19,7 @@ from tables import (
     check_disjoint,
     check_text,
     duplicate_groups,
+    groups_of,
     near_duplicates,
     open_table,
     read_examples,
@@ -378,6 +379,26 @@ def test_two_tables_that_share_a_text_are_refused_and_near_duplicates_are_counte
     copies = [*fresh, Example("c", " The SAME words\there and there", None)]
     with pytest.raises(ValueError, match=r"^1 rows of test\.csv are in fit\.csv too: 'c' \(there 'k1'\);"):
         check_disjoint(known, copies, "fit.csv", "test.csv")
+
+
+def test_a_group_on_both_sides_is_refused_and_a_table_of_groups_must_be_clear(tmp_path):
+    known, fresh = (
+        [Example("a", "one text", None)],
+        [Example("b", "quite another", None), Example("c", "a third", None)],
+    )
+    groups = tmp_path / "groups.csv"
+    groups.write_text("id,group\na,1\nb,2\nc,2\n", encoding="utf-8")
+    assert groups_of(fresh, str(groups)) == ["2", "2"]
+    assert check_disjoint(known, fresh, "fit.csv", "test.csv", str(groups)) == 0
+    for content, message in (
+        ("a,1\nb,2\nc,1\n", r"^1 rows of test\.csv are of groups that fit\.csv has rows of, the first is 'c'"),
+        ("a,1\nb,2\nc,2\nb,3\n", "line 5: the id 'b' stands twice, with different groups"),
+        ("a,1\nb,2\nc, \n", "line 4: the group is empty"),
+        ("a,1\nb,2\n", "names no group for the row 'c'"),
+    ):
+        groups.write_text("id,group\n" + content, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            check_disjoint(known, fresh, "fit.csv", "test.csv", str(groups))
 
 
 def test_a_text_that_no_model_can_read_is_refused():
