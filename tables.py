@@ -470,7 +470,7 @@ def check_disjoint(
 ) -> int:
     """Refuse rows (anything with `id` and `text`) whose text is among the known; how many of the others are alike one.
 
-    Texts are the same whatever their case and spaces. A group of the table `groups` must not stand on both sides either.
+    Texts are the same whatever their case and spaces. No group of the table `groups` may stand on both sides.
     Raises ValueError that names both sources and the first rows.
     """
     id_of = {text_key(row.text): row.id for row in known}
