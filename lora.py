@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from files import read_json, whole_file, write_text
-from model_files import loading
+from model_files import DEFAULT_HUB_ID, DEFAULT_WEIGHTS, is_hub_name, loading
 from tensors import map_cache, out_of_memory_advice
 
 if TYPE_CHECKING:
@@ -70,15 +70,33 @@ def _read_object(path: Path) -> dict:
 
 
 def check_base(adapter: Path, weights: str) -> None:
-    """Refuse an adapter that says it was trained from other weights; of the same shape, it would load and be wrong."""
+    """Refuse an adapter that says it was trained from other weights; of the same shape, it would load and be wrong.
+
+    Ours say so by the weights' identity; of others adapter_config.json has the name of a model or of a folder.
+    """
     try:
         trained = str(_read_object(adapter / "training_config.json").get("base_weights", ""))
     except (OSError, ValueError):
-        return  # not one of ours: peft's own files do not say
+        _check_base_name(adapter, weights)
+        return
     (trained_name, trained_at, _), (name, at, _) = trained.partition("@"), weights.partition("@")
     # A model of the Hub is owner/name@commit: another commit of the same model may pass, a folder's hash may not.
     if trained and trained_at == at and trained_name != name:
         raise ValueError(f"the adapter in {adapter} was trained from other weights ({trained}) than these ({weights})")
+
+
+def _check_base_name(adapter: Path, weights: str) -> None:
+    """The same by the name in peft's own file: two models of the Hub must be one; of a folder there is only a note."""
+    trained = str(_read_object(adapter / "adapter_config.json").get("base_model_name_or_path") or "")
+    name = DEFAULT_HUB_ID if weights == DEFAULT_WEIGHTS else weights.partition("@")[0]
+    if is_hub_name(trained) and is_hub_name(name):
+        if trained.casefold() != name.casefold():
+            raise ValueError(f"the adapter in {adapter} was trained from {trained}, not from {name}")
+    elif trained and trained.casefold() not in (name.casefold(), name.rpartition("/")[2].casefold()):
+        print(
+            f"note: the adapter in {adapter} says it was trained from {trained}; see that it is this model",
+            file=sys.stderr,
+        )
 
 
 def with_adapter(network: object, path: Path) -> object:
@@ -91,6 +109,8 @@ def with_adapter(network: object, path: Path) -> object:
             warnings.simplefilter("ignore", FutureWarning)
             adapted = PeftModel.from_pretrained(network, path)
         with safe_open(path / "adapter_model.safetensors", "np") as file:
+            if any(".lora_embedding_" in key or ".embed_tokens." in key for key in file.keys()):  # noqa: SIM118
+                raise ValueError("it adapts the token embeddings, which is not supported here")
             # Without this peft would only warn and go on; its own look at the base's embeddings would ask the Hub.
             if set(file.keys()) != set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
                 raise ValueError("its layers are not this model's")

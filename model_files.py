@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from command_line import one_line
 from embedded_model import CONVERSION, DEFAULT_NAME, GGUF_SHA256, cache_dir, embedded_model, sha256
 from files import read_json, write_text
 
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the default model is called there
+DEFAULT_WEIGHTS = f"{GGUF_SHA256[:16]}/{CONVERSION}"  # its identity in fingerprints
 ALIASES = {"llama": "meta-llama/Llama-3.1-8B-Instruct"}
 
 
@@ -28,10 +31,15 @@ def hub_id(model: str) -> str | None:
     return ALIASES.get(model, model)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form owner/name of the Hub's models."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def locate(model: str) -> tuple[str, Path, str]:
     """(name, folder, identity of the weights) of what `--model` says, fetched if it must be."""
     if model == "default":
-        return DEFAULT_NAME, embedded_model(), f"{GGUF_SHA256[:16]}/{CONVERSION}"
+        return DEFAULT_NAME, embedded_model(), DEFAULT_WEIGHTS
     if name := hub_id(model):
         path = download(name)
         check_weights(path)

@@ -74,6 +74,19 @@ def tiny_folder(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
+def counted():
+    """A tiny Llama that knows it can share, with what went through it: tokens read, and shapes of the head's output."""
+    from small_models import SIZES, TABLES, random_model
+
+    llama = random_model("llama", "llama", SIZES)
+    llama.answer_log_probs(TABLES["a shared beginning"], [[7]])
+    read, heads = [], []
+    llama.model.get_input_embeddings().register_forward_hook(lambda module, ids, output: read.append(ids[0].numel()))
+    llama.model.lm_head.register_forward_hook(lambda module, states, output: heads.append(tuple(output.shape)))
+    return llama, read, heads
+
+
+@pytest.fixture
 def run():
     """Run one of our scripts as a user does: `run("logprobs_confidence.py", "text")` -> CompletedProcess."""
 

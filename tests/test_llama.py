@@ -284,17 +284,6 @@ def test_a_model_that_cannot_share_says_so_once(capsys):
     assert len(notes) == 1 and "tiny-mamba" in notes[0]
 
 
-@pytest.fixture
-def counted():
-    """A tiny Llama that knows it can share, with what went through it: tokens read, and shapes of the head's output."""
-    llama = random_model("llama", "llama", SIZES)
-    llama.answer_log_probs(TABLES["a shared beginning"], [[7]])
-    read, heads = [], []
-    llama.model.get_input_embeddings().register_forward_hook(lambda module, ids, output: read.append(ids[0].numel()))
-    llama.model.lm_head.register_forward_hook(lambda module, states, output: heads.append(tuple(output.shape)))
-    return llama, read, heads
-
-
 def test_the_shared_beginning_runs_through_the_model_once(counted):
     llama, read, _ = counted
     beginning = numbers(7, 40)

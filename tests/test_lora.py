@@ -30,6 +30,7 @@ import llama as loader
 import lora
 from llama import Llama, load_llama
 from lora import add_gradients, dropping_out
+from model_files import DEFAULT_WEIGHTS
 from task import TASKS
 
 COMPLETION = TASKS["sentiment"]
@@ -368,11 +369,29 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path, trained, here, refused
         lora.check_base(tmp_path, here)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_an_adapter_that_does_not_say_its_base_is_taken(tmp_path, content):
-    if content is not None:
-        (tmp_path / "training_config.json").write_text(content)
-    lora.check_base(tmp_path, "ours")
+NAMED = {  # what peft's own file says of the base, what this base is -> refused, or a note, or neither
+    "another model of the Hub": ("meta-llama/Llama-3.2-1B", "org/b@1", "refused"),
+    "the same model of the Hub": ("Org/B", "org/b@1", ""),
+    "the default model by its name on the Hub": ("HuggingFaceTB/SmolLM2-135M-Instruct", DEFAULT_WEIGHTS, ""),
+    "the default model's own base": ("HuggingFaceTB/SmolLM2-135M", DEFAULT_WEIGHTS, "refused"),
+    "a folder": ("/data/models/mine", "org/b@1", "note"),
+    "a model of the Hub that is a folder here": ("org/a", "0123456789abcdef", "note"),
+    "nothing": (None, "org/b@1", ""),
+}
+
+
+@pytest.mark.parametrize(("trained", "here", "outcome"), NAMED.values(), ids=NAMED.keys())
+@pytest.mark.parametrize("record", [None, "{", "[]"], ids=["no record of ours", "a broken one", "no object"])
+def test_an_adapter_of_other_makers_is_held_to_the_name_of_its_base(tmp_path, capsys, record, trained, here, outcome):
+    (tmp_path / CONFIG).write_text(json.dumps({"base_model_name_or_path": trained}))
+    if record is not None:
+        (tmp_path / "training_config.json").write_text(record)
+    if outcome == "refused":
+        with pytest.raises(ValueError, match=f"was trained from {trained}, not from"):
+            lora.check_base(tmp_path, here)
+    else:
+        lora.check_base(tmp_path, here)
+    assert ("says it was trained from" in capsys.readouterr().err) == (outcome == "note")
 
 
 @pytest.fixture
