@@ -2,8 +2,8 @@
 
     account = connect(region)                     # who and where; AWS_PROFILE and the like mean what they always mean
     with explained("read s3://bucket/key"): ...   # whatever boto3 raises becomes an AwsError that says what to do
-    checks = []                                   # a table of what was looked at before money is spent
-    role = checked(checks, "role", lambda: find_role(account, name), otherwise=assumed_role(account, name))
+    checks, role = check_account(account, ...)    # a table of what was looked at before money is spent
+    found = checked(checks, "weights", lambda: find_weights(...), otherwise=...)
     refuse_failed(checks)
 
 Nothing that is printed or raised shows a key or a token: `hidden` takes them out of texts, `redacted` out of requests.
@@ -296,11 +296,18 @@ def refuse_failed(checks: Sequence[Check]) -> None:
         raise ValueError(f"nothing is started, changed or billed: {'; '.join(failed)}")
 
 
-def identity_check(account: Account) -> Check:
+def check_account(account: Account, role: str, bucket: str | None, instance_type: str) -> tuple[list[Check], str]:
+    """The checks that every start begins with, and the role's ARN."""
+    where, name = f"region {account.region}", bucket_name(account, bucket)
+    checks = [Check("ok", "identity", f"account {account.number}, {where}")]
     if account.is_offline:
-        where = f"no credentials, so nothing on AWS is checked; region {account.region}"
-        return Check("warning", "identity", where)
-    return Check("ok", "identity", f"account {account.number}, region {account.region}")
+        checks = [Check("warning", "identity", f"no credentials, so nothing on AWS is checked; {where}")]
+    partition = account.session.get_partition_for_region(account.region)
+    assumed = role if role.startswith("arn:") else f"arn:{partition}:iam::{account.owner}:role/{role}"
+    arn = checked(checks, "role", lambda: find_role(account, role), assumed)
+    checked(checks, "bucket", lambda: check_bucket(account, name, bucket is None), name)
+    checked(checks, "instance type", lambda: check_instance(instance_type), instance_type)
+    return checks, arn
 
 
 def check_instance(instance_type: str) -> str:
@@ -319,12 +326,6 @@ def find_role(account: Account, role: str) -> str:
         return role
     with explained(f"look at the role {role} (--role names another)"):
         return account.client("iam").get_role(RoleName=role)["Role"]["Arn"]
-
-
-def assumed_role(account: Account, role: str) -> str:
-    """The ARN that a role most probably has, where it may not be looked at."""
-    partition = account.session.get_partition_for_region(account.region)
-    return role if role.startswith("arn:") else f"arn:{partition}:iam::{account.owner}:role/{role}"
 
 
 # Costs
@@ -486,10 +487,8 @@ def hub_commit(name: str, has_token: bool) -> str:
 
     try:
         found = model_info(name, timeout=10)
-    except errors.GatedRepoError:
-        raise ValueError(f"{name} is gated: ask for access on its page on the Hub, then --weights upload") from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ValueError(f"no model {name} on the Hub that you can see; check the name, or log in") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:  # a gated one is among these
+        raise ValueError(f"the Hub shows no {name} to you ({one_line(error)}); check the name, or log in") from None
     except (errors.HTTPError, errors.OfflineModeIsEnabled, OSError) as error:
         raise AwsError(f"the Hub cannot be asked for {name} ({one_line(error)})", "Unavailable") from None
     if (found.gated or found.private) and not has_token:

@@ -339,11 +339,9 @@ def plan_start(
     account: Account, wanted: Serving, adapters: Sequence[Adapter], bucket: str | None, weights: str, dry_run: bool
 ) -> Plan:
     """Make an endpoint, from the first step on. The role of `wanted` may be a name; its weights are found here."""
-    checks, name = [aws.identity_check(account)], aws.bucket_name(account, bucket)
-    home, assumed = f"s3://{name}/{aws.PREFIX}", aws.assumed_role(account, wanted.role)
-    role = checked(checks, "role", lambda: aws.find_role(account, wanted.role), assumed)
-    checked(checks, "bucket", lambda: aws.check_bucket(account, name, bucket is None), name)
-    checked(checks, "instance type", lambda: aws.check_instance(wanted.instance_type), "")
+    checks, role = aws.check_account(account, wanted.role, bucket, wanted.instance_type)
+    name = aws.bucket_name(account, bucket)
+    home = f"s3://{name}/{aws.PREFIX}"
     checked(checks, "machine image", lambda: machine_image(wanted.image), "")
     model = hub_id(wanted.base_model) or wanted.base_model
     newest = Weights(model, f"{model}@main", model)  # where the Hub cannot be asked
@@ -376,9 +374,8 @@ def plan_change(
     account: Account, now: Serving, adapters: Sequence[Adapter], removed: Sequence[str], bucket: str
 ) -> Plan:
     """Add, swap and remove adapters of an endpoint that serves."""
-    checks, endpoint = [aws.identity_check(account)], now.endpoint
-    hourly = aws.price(account.region, now.instance_type)
-    checks.append(Check("ok", "base", f"{now.base_model} serves on {endpoint} for {rate(hourly)}, as before"))
+    endpoint, hourly = now.endpoint, aws.price(account.region, now.instance_type)
+    checks = [Check("ok", "base", f"{now.base_model} serves on {endpoint} for {rate(hourly)}, as before")]
     check_adapters(checks, adapters, now.base_weights, now.max_rank)
     steps, uploads = [], []
     for name in removed:

@@ -24,7 +24,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import aws
@@ -86,21 +86,17 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a request for a training job is made of. Addresses are s3://, times seconds."""
+    """What a request for a training job is made of: the flags, and s3:// addresses that follow from what is sent."""
 
     name: str
-    role: str
-    image: str
-    instance_type: str
     region: str
+    role: str
+    settings: Settings
+    home: str
     source: str
     data: str
-    output: str
     checkpoints: str
-    max_runtime_s: int
     weights: str = ""
-    spot: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def train(settings: Settings, training: Training) -> None:
         return
     aws.refuse_failed(plan.checks)
     if not settings.yes:
-        aws.confirm(f"start {plan.job.name} on {plan.job.instance_type}, {plan.cost}?")
+        aws.confirm(f"start {plan.job.name} on {settings.instance_type}, {plan.cost}?")
     if settings.bucket is None:
         aws.make_bucket(account, aws.bucket_name(account, None))
     for uri, content in plan.uploads.items():
@@ -231,18 +227,12 @@ def check_landing(settings: Settings) -> None:
 
 def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
     """The job that the flags describe, and everything that can be checked before it is billed."""
-    name, checks, bucket = job_name(), [aws.identity_check(account)], aws.bucket_name(account, settings.bucket)
-    home = f"s3://{bucket}/{aws.PREFIX}"
-    assumed = aws.assumed_role(account, settings.role)
-    role = checked(checks, "role", lambda: aws.find_role(account, settings.role), assumed)
-    checked(checks, "bucket", lambda: aws.check_bucket(account, bucket, settings.bucket is None), bucket)
-    checked(checks, "instance type", lambda: aws.check_instance(settings.instance_type), settings.instance_type)
+    checks, role = aws.check_account(account, settings.role, settings.bucket, settings.instance_type)
+    home = f"s3://{aws.bucket_name(account, settings.bucket)}/{aws.PREFIX}"
     fetched = Weights(training.model, "", f"the container fetches {training.model}")
     weights = checked(checks, "weights", lambda: job_weights(settings, training.model, home) or fetched, fetched)
-    environment = {"TOKENIZERS_PARALLELISM": "false"}
     if arn := settings.hf_token_secret:
         checked(checks, "token", lambda: check_secret(account, arn), arn)
-        environment["HF_TOKEN_SECRET_ARN"] = arn
     cost = most_it_costs(account.region, settings)
     checks += [Check("ok", "rows", rows_line(training)), Check("ok", "cost", cost)]
 
@@ -251,21 +241,17 @@ def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
     source, data = f"{home}/source/{aws.short_hash(packed)}", f"{home}/data/{aws.short_hash(*rows.values())}"
     # Another folder of checkpoints for other rows, flags or sources, and in it one for each job.
     alike = f"{home}/checkpoints/{aws.short_hash(source.encode(), data.encode(), weights.prefix.encode())}"
-    resumes = settings.resume and not account.is_offline
+    name, resumes = job_name(), settings.resume and not account.is_offline
     job = TrainingJob(
         name=name,
-        role=role,
-        image=settings.image or aws.image_uri(account.region, *IMAGE),
-        instance_type=settings.instance_type,
         region=account.region,
+        role=role,
+        settings=settings,
+        home=home,
         source=f"{source}/sourcedir.tar.gz",
         data=f"{data}/",
-        output=f"{home}/output",
         checkpoints=earlier_checkpoints(account, alike) if resumes else f"{alike}/{name}",
-        max_runtime_s=settings.max_runtime,
         weights=weights.prefix,
-        spot=settings.spot,
-        environment=environment,
     )
     uploads = {f"{job.data}{one}": content for one, content in rows.items()} | {job.source: packed}
     return Plan(job, checks, cost, uploads, weights)
@@ -273,6 +259,7 @@ def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
 
 def training_request(job: TrainingJob) -> dict:
     """The body of CreateTrainingJob. Hyperparameters are JSON strings, as the container's toolkit decodes them."""
+    settings = job.settings
     entry = {
         "sagemaker_program": "sagemaker_entry.py",
         "sagemaker_submit_directory": job.source,
@@ -280,25 +267,27 @@ def training_request(job: TrainingJob) -> dict:
         "sagemaker_job_name": job.name,
         "sagemaker_container_log_level": 20,
     }
-    channels = [_channel("training", job.data)]
-    if job.weights:
-        channels.append(_channel("model", job.weights))
+    image = settings.image or aws.image_uri(job.region, *IMAGE)
     request = {
         "TrainingJobName": job.name,
         "RoleArn": job.role,
-        "AlgorithmSpecification": {"TrainingImage": job.image, "TrainingInputMode": "File"},
+        "AlgorithmSpecification": {"TrainingImage": image, "TrainingInputMode": "File"},
         "HyperParameters": {name: json.dumps(value) for name, value in entry.items()},
-        "InputDataConfig": channels,
-        "OutputDataConfig": {"S3OutputPath": job.output, "CompressionType": "GZIP"},
-        "ResourceConfig": {"InstanceType": job.instance_type, "InstanceCount": 1, "VolumeSizeInGB": VOLUME_GB},
-        "StoppingCondition": {"MaxRuntimeInSeconds": job.max_runtime_s},
+        "InputDataConfig": [_channel("training", job.data)],
+        "OutputDataConfig": {"S3OutputPath": f"{job.home}/output", "CompressionType": "GZIP"},
+        "ResourceConfig": {"InstanceType": settings.instance_type, "InstanceCount": 1, "VolumeSizeInGB": VOLUME_GB},
+        "StoppingCondition": {"MaxRuntimeInSeconds": settings.max_runtime},
         "CheckpointConfig": {"S3Uri": job.checkpoints, "LocalPath": "/opt/ml/checkpoints"},
-        "Environment": dict(job.environment),
+        "Environment": {"TOKENIZERS_PARALLELISM": "false"},
         "Tags": aws.TAGS,
     }
-    if job.spot:
+    if job.weights:
+        request["InputDataConfig"].append(_channel("model", job.weights))
+    if settings.hf_token_secret:
+        request["Environment"]["HF_TOKEN_SECRET_ARN"] = settings.hf_token_secret
+    if settings.spot:
         request["EnableManagedSpotTraining"] = True
-        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = job.max_runtime_s + SPOT_WAIT_S
+        request["StoppingCondition"]["MaxWaitTimeInSeconds"] = settings.max_runtime + SPOT_WAIT_S
     return request
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
@@ -36,14 +35,12 @@ class JobError(Exception):
 def run_training(fake, job):
     """Run one job to its end, whatever happens; nothing of it is left but what it put into S3 and the logs."""
     try:
-        if job.plan.get("capacity_error"):
-            raise JobError("CapacityError: Unable to provision requested ML compute capacity.")
         interruptible = "interrupt_at" in job.plan
         while True:
             with tempfile.TemporaryDirectory(prefix="sagemaker-", ignore_cleanup_errors=True) as root:
                 ended = Container(fake, job, Path(root).resolve()).run(interruptible)
             if ended:
-                job.end("Stopped" if ended == "MaxRuntimeExceeded" or job.stop.is_set() else "Completed", ended)
+                job.end("Stopped" if ended == "MaxRuntimeExceeded" else "Completed", ended)
                 return
             job.move("Interrupted", "Training job interrupted")
             interruptible = False
@@ -111,8 +108,6 @@ class Container:
             self.s3.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder).as_posix()}")
 
     def upload_model(self):
-        if spoil := self.job.plan.get("spoil"):
-            spoil(self.ml / "model")
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as tar:
             for path in sorted((self.ml / "model").iterdir()):
@@ -167,8 +162,6 @@ class Container:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        ended = threading.Event()
-        threading.Thread(target=self.stop_when_asked, args=(process, ended), daemon=True).start()
         why = None
         for line in process.stdout:
             self.say(line.rstrip("\n"))
@@ -176,15 +169,7 @@ class Container:
             if hit and not why:
                 why = hit
                 process.terminate()
-        code = process.wait()
-        ended.set()
-        return why or ("Stopped" if self.job.stop.is_set() else None), code
-
-    def stop_when_asked(self, process, ended):
-        while not ended.wait(0.1):
-            if self.job.stop.is_set():
-                process.terminate()
-                return
+        return why, process.wait()
 
     def say(self, line):
         """Send a line to the container's own CloudWatch stream, which its first line makes."""

@@ -100,7 +100,6 @@ class Job:
     secondary: str = "Starting"
     transitions: list = field(default_factory=list)
     result: dict = field(default_factory=dict)  # times and a reason, as DescribeTrainingJob names them
-    stop: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
 
     @property
@@ -177,7 +176,6 @@ class Fake:
     def __exit__(self, kind, error, trace):
         for job in self.jobs.values():
             if job.thread:
-                job.stop.set()
                 job.thread.join(30)
         self.server.shutdown()
         self.server.server_close()
@@ -306,9 +304,7 @@ class Fake:
         job = self.find(self.jobs, body["TrainingJobName"])
         if job.status != "InProgress":
             raise RefusalError(f"The request was rejected because the training job is in status {job.status}.")
-        job.status = "Stopping"
-        job.move("Stopping", "Stopping the training job")
-        job.stop.set()
+        job.end("Stopped", "Stopped")
 
     def list_training_jobs(self, body):
         newest = list(self.jobs)[::-1]

@@ -137,8 +137,11 @@ def test_what_may_not_be_looked_at_is_a_warning_and_what_is_wrong_a_failure(caps
 def test_the_role_is_found_by_name_or_taken_as_an_arn():
     account, stubber = stubbed("iam")
     arn = "arn:aws:iam::123456789012:role/service-role/mine"
-    assert aws.find_role(account, arn) == aws.assumed_role(account, arn) == arn
-    assert aws.assumed_role(replace(account, region="cn-north-1"), "x") == "arn:aws-cn:iam::123456789012:role/x"
+    assert aws.find_role(account, arn) == arn
+    offline = replace(account, region="cn-north-1", number=None)
+    assert aws.check_account(offline, "x", None, "ml.g5.xlarge")[1] == "arn:aws-cn:iam::000000000000:role/x"
+    checks, role = aws.check_account(offline, arn, "mine", "ml.m5.large")
+    assert [check.status for check in checks] == ["warning", "ok", "warning", "failed"] and role == arn
     role = {"Path": "/service-role/", "RoleName": "mine", "RoleId": "A" * 16, "Arn": arn, "CreateDate": 0}
     with stubber:
         stubber.add_response("get_role", {"Role": role}, {"RoleName": "mine"})

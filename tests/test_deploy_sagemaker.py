@@ -1,7 +1,9 @@
 """deploy_sagemaker.py, test_endpoint.py and delete_endpoint.py against the stand-in of fake_sagemaker.py."""
 
+import functools
 import importlib.util
 import json
+import math
 import re
 import sys
 import tarfile
@@ -12,15 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from botocore.loaders import create_loader
-from fake_lmi import LMI
 from fake_sagemaker import BUCKET, Fake, problems, stubbed
 from safetensors.numpy import save_file
 
 import aws
 import command_line
+import llama
 import predictions
 import sagemaker_endpoint
 from model_files import folder_hash
+from task import TASKS
 
 ROOT = Path(__file__).parent.parent
 FAST = ("--poll-seconds", "0.001")
@@ -327,64 +330,55 @@ def test_what_may_not_be_deleted_is_named_with_its_cost(fake, deploy, delete, mo
 # Asking an endpoint
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_folder, tmp_path_factory):
-    """Two adapters of the tiny model, each with the answers that it gives here."""
-    import peft
-    import torch
+class Serving:
+    """Of the ids that are asked for, every other one is twice as probable; what a model would answer needs no model."""
 
-    from fine_tune_model import PROBES
-    from llama import load_llama
-    from logprobs_confidence import label_scorer
-    from task import TASKS
+    def load(self, *_):
+        pass
 
-    task, named = TASKS["sentiment"], []
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        folder = tmp_path_factory.mktemp("adapters") / name
-        base = load_llama(str(tiny_folder), device="cpu", dtype="float32")
-        settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-        peft.get_peft_model(base.model, settings).save_pretrained(folder)
-        scorer = label_scorer(load_llama(str(tiny_folder), str(folder), "cpu", "float32"), task)
-        answers = [scorer.explain(text) for text in PROBES]
-        record = {"base_model": str(tiny_folder), "base_weights": base.identity["weights"], "task": task.settings()}
-        record["probes"] = [{key: a[key] for key in ("text", "probabilities", "label_mass")} for a in answers]
-        (folder / "training_config.json").write_text(json.dumps(record))
-        named.append(f"{name}={folder}")
-    return named
+    def invoke(self, component, body):
+        ids = body["logprob_token_ids"]
+        listed = {f"token_id:{one}": math.log((1 + number % 2) / (2 * len(ids))) for number, one in enumerate(ids)}
+        return 200, {"choices": [{"text": "", "logprobs": {"top_logprobs": [listed]}}]}
 
 
-def test_an_endpoint_answers_as_the_adapter_did_here(fake, deploy, command, trained, tiny_folder, tmp_path):
-    fake.serving = LMI()
-    done = deploy("--model", tiny_folder, "--adapter", *trained, "--max-length", "512", "--yes")
-    assert done.code == 0, done.err
+def test_an_endpoint_is_asked_and_compared_with_what_was_recorded(
+    fake, deploy, command, model, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(llama, "load_reader", functools.cache(llama.load_reader))
 
     def ask(*argv):
-        return command(asking, "demo", *argv)
+        return command(asking, "demo", *argv, "--tokenizer", "default")
 
-    done = ask("--adapter", "one")
-    assert done.code == 0 and "sagemaker:demo/one answers as its record: 3 texts" in done.out, done.out + done.err
+    fake.serving = Serving()
+    assert deploy("--model", model, "--adapter", adapter("a"), "--yes").code == 0
+    bare = ask("--adapter", "a", "--json")
+    answers = [json.loads(line) for line in bare.out.splitlines()]
+    assert bare.code == 0 and len(answers) == 3 and "has no recorded answers" in bare.err
+    assert all(answer["difference"] is answer["recorded"] is None for answer in answers)
+
+    named, record = adapter("b"), tmp_path / "b" / "training_config.json"
+    probes = [{name: answer[name] for name in ("text", "probabilities", "label_mass")} for answer in answers]
+    content = json.loads(record.read_text()) | {"probes": probes, "task": TASKS["sentiment"].settings()}
+    record.write_text(json.dumps(content))
+    assert deploy("--adapter", named).code == 0
+    done = ask("--adapter", "b")
+    assert done.code == 0 and "sagemaker:demo/b answers as its record: 3 texts, largest difference 0.0000" in done.out
     assert done.out.count("prediction:") == 3 and done.out.count("label mass") == 3 and "recorded" in done.out
-    rows = ask("--adapter", "two", "--json")
-    answers = [json.loads(line) for line in rows.out.splitlines()]
-    assert rows.code == 0 and len(answers) == 3 and "answers as its record" in rows.err
-    assert all(answer["difference"] < 1e-3 and answer["endpoint"] == "sagemaker:demo/two" for answer in answers)
-    texts = ask("--adapter", "one", "--text", "Not bad", "Awful.")
+    probes[0]["probabilities"] = {"negative": 0.1, "positive": 0.9}
+    record.write_text(json.dumps(content))
+    assert deploy("--adapter", named).code == 0
+    done = ask("--adapter", "b")
+    assert done.code == 1 and "differs from its record by up to 0." in done.out and "precision" in done.out
+    texts = ask("--adapter", "b", "--text", "Not bad", "Awful.")
     assert texts.code == 0 and texts.out.count("prediction:") == 2 and "recorded" not in texts.out
-    base = ask()
-    assert base.code == 0 and base.out.count("prediction:") == 3 and "has no recorded answers" in base.out
 
     file = tmp_path / "recorded.jsonl"
     common = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "0"}
-    rows = [
-        predictions.scored(str(i), a["text"], None, a["probabilities"], a["label_mass"], **common)
-        for i, a in enumerate(answers)
-    ]
+    rows = [predictions.scored(a["text"], a["text"], None, a["probabilities"], 1.0, **common) for a in answers]
     file.write_bytes(b"".join(map(predictions.to_line, rows)))
-    same = ask("--adapter", "two", "--recorded", file, "--limit", "2")
-    assert same.code == 0 and f"answers as {file}: 2 texts" in same.out
-    other = ask("--adapter", "one", "--recorded", file)
-    assert other.code == 1 and "differs from" in other.out and "precision" in other.out
+    same = ask("--recorded", file, "--limit", "2")
+    assert same.code == 0 and f"sagemaker:demo answers as {file}: 2 texts" in same.out
     assert "there is no component demo-adapter-nobody" in ask("--adapter", "nobody").err
     assert "was made with task 'sentiment'" in ask("--recorded", file, "--task", "sentiment-yes-no").err
     assert "give one of them" in ask("--recorded", "x", "--text", "y").err

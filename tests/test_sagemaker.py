@@ -7,7 +7,6 @@ as a user runs them. What only AWS can show (permissions, images, GPUs, vLLM its
 import json
 import re
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -165,46 +164,3 @@ def test_a_time_limit_is_gone_on_from_with_a_task_and_groups_of_one_s_own(fake, 
     for name in ("train", "validation", "task", "before"):
         assert configs[0][name] == pytest.approx(configs[1][name], abs=1e-5) if name == "before" else configs[0][name]
     assert configs[0]["best"]["log_loss"] == pytest.approx(configs[1]["best"]["log_loss"], abs=1e-4)
-
-
-def test_what_ends_a_job_is_one_line_and_leaves_nothing_behind(fake, plan, command, train, tmp_path):
-    plan["capacity_error"] = True
-    assert "AWS has none free" in train(tmp_path / "out", code=2).stderr
-    del plan["capacity_error"]
-
-    def spoil(folder):
-        path = folder / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\x80\x3f")
-
-    plan["spoil"] = spoil
-    done = train(tmp_path / "out", code=2)
-    assert "is refused" in done.stderr and "not those that were trained" in done.stderr
-    assert not (tmp_path / "out").exists() and (tmp_path / ".out.part").is_dir()
-    del plan["spoil"]
-    done = train(tmp_path / "out", "--learning-rate", "1e30", code=2)
-    assert re.search(r"failed: AlgorithmError: error: the gradient of step \d+ is not finite", done.stderr)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_job_that_was_left_is_come_back_to_or_stopped(fake, command, train, tmp_path):
-    train(tmp_path / "out", "--detach")
-    name = last_job(fake).name
-    command("fine_tune_model.py", "--attach", name, "--output-dir", tmp_path / "out", *FAST)
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    train(tmp_path / "left", "--detach", "--epochs", "40", "--patience", "0")
-    job = last_job(fake)
-    while not any(" 4 of " in event for event in log_of(fake, job)):
-        time.sleep(0.1)
-    done = command("fine_tune_model.py", "--stop", job.name, *FAST)
-    assert job.status == "Stopped" and "billed" in done.stdout
-    assert "stopped at step" in job.plan["seen"][0]["output"]  # with a checkpoint written
-
-
-def log_of(fake, job):
-    streams = fake.client("logs").describe_log_streams(logGroupName="/aws/sagemaker/TrainingJobs")["logStreams"]
-    for stream in streams:
-        if stream["logStreamName"].startswith(job.name):
-            asked = {"logGroupName": "/aws/sagemaker/TrainingJobs", "logStreamName": stream["logStreamName"]}
-            events = fake.client("logs").get_log_events(**asked, startFromHead=True)["events"]
-            return [event["message"] for event in events]
-    return []

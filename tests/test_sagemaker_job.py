@@ -30,20 +30,18 @@ ROOT = Path(__file__).parent.parent
 TOKEN = "hf_" + "DoNotShowThisTokenAnywhere" + "12345678"
 SECRET = "arn:aws:secretsmanager:us-east-1:123456789012:secret:hf-Ab12"
 HOME = "s3://sagemaker-us-east-1-123456789012/calibrated-confidence"
+SETTINGS = sagemaker_job.settings_from_arguments(fine_tune_model.parse_arguments(["--sagemaker"]))
 JOB = TrainingJob(
     name="calibrated-confidence-20261126-101500-7f3a",
-    role="arn:aws:iam::123456789012:role/SageMakerExecutionRole",
-    image=aws.image_uri("us-east-1", *sagemaker_job.IMAGE),
-    instance_type="ml.g6e.2xlarge",
     region="us-east-1",
+    role="arn:aws:iam::123456789012:role/SageMakerExecutionRole",
+    settings=SETTINGS,
+    home=HOME,
     source=f"{HOME}/source/7f3a/sourcedir.tar.gz",
     data=f"{HOME}/data/7f3a/",
-    output=f"{HOME}/output",
     checkpoints=f"{HOME}/checkpoints/7f3a/one",
-    max_runtime_s=7200,
-    environment={"TOKENIZERS_PARALLELISM": "false"},
 )
-SPOT = replace(JOB, spot=True, weights=f"{HOME}/weights/a-1/", environment={"HF_TOKEN_SECRET_ARN": SECRET})
+SPOT = replace(JOB, settings=replace(SETTINGS, spot=True, hf_token_secret=SECRET), weights=f"{HOME}/weights/a-1/")
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +287,7 @@ def test_attach_and_stop_of_a_job_that_is_not_there_say_so(fake, main):
 
 def test_stop_ends_a_job_and_says_what_it_cost(fake, main):
     job = start_by_hand(fake)
-    job.stop.set = lambda: (job.result.update(BillableTimeInSeconds=1800), job.end("Stopped", "Stopped"))
+    job.result["BillableTimeInSeconds"] = 1800
     for _ in range(2):  # again: nothing to do
         done = main("--stop", job.name, "--poll-seconds", "0.01")
         assert done.code == 0 and "billed 1,800 s of ml.g6e.2xlarge: about $1.40 (us-east-1" in done.out
