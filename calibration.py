@@ -39,6 +39,7 @@ from tables import text_key
 
 SMALLEST = 1e-6  # confidences are clipped to [SMALLEST, 1 - SMALLEST] before their logit is taken
 LARGEST = 1e9  # no fitted parameter and no count comes near
+RARE = 10  # rows of a label below which a report says so
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
 PER_LABEL_ROWS = 50  # with three labels or more: a predicted label with fewer rows shares the calibrator of all
 FORMAT = "calibrated-confidence calibrator, version 1"
@@ -426,6 +427,12 @@ def scores_of(rows: Sequence[predictions.Prediction]) -> Scores:
     return Scores(labels, probabilities, truth, confidence, correct)
 
 
+def rare_labels(scores: Scores) -> dict[str, int]:
+    """The labels with fewer rows than RARE, and how many: whatever is guaranteed says next to nothing about them."""
+    counts = np.bincount(scores.truth, minlength=len(scores.labels)).tolist()
+    return {label: count for label, count in zip(scores.labels, counts, strict=True) if count < RARE}
+
+
 def recipes(n: int, method: str = "auto") -> list[Recipe]:
     """The candidates for n labels: few parameters for few labels, steps only from a thousand on.
 
@@ -453,6 +460,11 @@ def choose(
     n = len(scores.correct)
     if n < LEAST_ROWS:
         raise ValueError(f"{n} labelled rows; a calibrator needs at least {LEAST_ROWS}")
+    if len(present := set(scores.truth.tolist())) == 1:
+        raise ValueError(
+            f"all {n} labelled rows are {scores.labels[present.pop()]!r}; rows of every label are needed, for these say "
+            "nothing of the others"
+        )
     check_both_outcomes(scores.correct)
     found, problem = {}, ""
     for recipe in recipes(n, method):

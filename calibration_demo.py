@@ -24,8 +24,10 @@ import argparse
 import csv
 import json
 import os
+import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +44,7 @@ import plotting
 import predictions
 import tables
 import text_report
-from command_line import printable
+from command_line import one_line, printable
 
 if TYPE_CHECKING:
     from calibration import FittedCalibrator, Recipe, Scores
@@ -178,12 +180,15 @@ def calibration_study(
 
     ValueError when the test rows are another model's, or when one of them was fitted on.
     """
-    from calibration import choose
+    from calibration import choose, rare_labels
 
     try:
         recipe, candidates = choose(fit.scores, fit.groups, method, range(seed, seed + 5))
     except ValueError as error:
         raise ValueError(f"{fit.source}: {error}") from None
+    for label, count in rare_labels(fit.scores).items():
+        said = f"{count} rows of {label!r}; what is guaranteed says next to nothing about that label"
+        print(f"note: {fit.source} has {said}", file=sys.stderr)
     fitted = fit_calibrator(fit, recipe, candidates[recipe], target_accuracy, delta, seed)
     near_duplicates = 0
     if test is not None:
@@ -395,32 +400,50 @@ def draw_figures(study: CalibrationStudy, report: Mapping, folder: Path) -> None
     correct, chosen, where = study.test.scores.correct, report["chosen"], caption_words(study)
     raw, calibrated = study.confidences.values()
     model, tested = printable(report["model"]), printable(Path(study.test.source).name)
-    plotting.raw_confidence_histogram(folder / "raw_confidence_histogram.png", raw, correct, model=model, source=tested)
-    plotting.reliability_diagrams(
-        folder / "reliability_by_method.png",
-        panels_by_method(study, report),
-        what="raw and the calibrated confidence",
-        where=f"{where}; raw: nothing fitted",
-        height=3.8,
-    )
-    plotting.business_reliability(
-        folder / "business_reliability.png",
-        [label_counts.reliability_curve([c], correct, name) for name, c in (("raw", raw), (chosen, calibrated))],
-        [[band["n"] for band in bands] for bands in report["buckets"].values()],
-        decisions.BUCKETS,
-        lowest=min(raw.min(), calibrated.min()),
-        where=where,
-    )
+    with missing_at_most():
+        plotting.raw_confidence_histogram(
+            folder / "raw_confidence_histogram.png", raw, correct, model=model, source=tested
+        )
+    with missing_at_most():
+        plotting.reliability_diagrams(
+            folder / "reliability_by_method.png",
+            panels_by_method(study, report),
+            what="raw and the calibrated confidence",
+            where=f"{where}; raw: nothing fitted",
+            height=3.8,
+        )
+    with missing_at_most():
+        plotting.business_reliability(
+            folder / "business_reliability.png",
+            [label_counts.reliability_curve([c], correct, name) for name, c in (("raw", raw), (chosen, calibrated))],
+            [[band["n"] for band in bands] for bands in report["buckets"].values()],
+            decisions.BUCKETS,
+            lowest=min(raw.min(), calibrated.min()),
+            where=where,
+        )
     gates = report["gates"]
-    plotting.accuracy_threshold(folder / "accuracy_threshold.png", gates, where=f"{where}; calibrated: {chosen}")
+    with missing_at_most():
+        plotting.accuracy_threshold(folder / "accuracy_threshold.png", gates, where=f"{where}; calibrated: {chosen}")
     risks = {"raw": metrics.risk_coverage(raw, correct), chosen: metrics.risk_coverage(calibrated, correct)}
     about = (
         f"{where}; raw: nothing fitted. Area: under the curve, lower is better. A calibrator of the confidence cannot "
         "move this curve; knowing which label was predicted can."
     )
-    plotting.risk_coverage(folder / "risk_coverage.png", risks, about=about)
-    draw_costs(study, report, folder)
-    draw_label_counts(study, folder)
+    with missing_at_most():
+        plotting.risk_coverage(folder / "risk_coverage.png", risks, about=about)
+    with missing_at_most():
+        draw_costs(study, report, folder)
+    with missing_at_most():
+        draw_label_counts(study, folder)
+
+
+@contextmanager
+def missing_at_most() -> Iterator[None]:
+    """A figure that cannot be drawn of these rows costs that figure, not the report."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError) as error:
+        print(f"note: a figure is missing: {one_line(error)}", file=sys.stderr)
 
 
 def draw_costs(study: CalibrationStudy, report: Mapping, folder: Path) -> None:

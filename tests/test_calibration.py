@@ -34,6 +34,7 @@ from calibration import (
     Scores,
     choose,
     cross_fit,
+    rare_labels,
     recipes,
     scores_of,
 )
@@ -381,6 +382,16 @@ def test_few_labels_get_few_parameters():
 def scores_from(probabilities, truth, labels=("no", "yes")):
     predicted = probabilities.argmax(axis=1)
     return Scores(labels, probabilities, truth, probabilities.max(axis=1), predicted == truth)
+
+
+def test_rows_of_one_label_are_refused_and_rare_labels_are_named():
+    probabilities, truth = drawn(100)
+    with pytest.raises(ValueError, match=r"all 100 labelled rows are 'yes'; rows of every label are needed"):
+        choose(scores_from(probabilities, np.ones(100, dtype=int)), np.arange(100))
+    truth = np.ones(100, dtype=int)
+    truth[:3] = 0
+    assert rare_labels(scores_from(probabilities, truth)) == {"no": 3}
+    assert rare_labels(scores_from(probabilities, np.arange(100) % 2)) == {}
 
 
 def test_the_lowest_mean_log_loss_wins_not_the_lowest_ece_nor_the_first_seed(monkeypatch):
