@@ -460,11 +460,10 @@ def choose(
     n = len(scores.correct)
     if n < LEAST_ROWS:
         raise ValueError(f"{n} labelled rows; a calibrator needs at least {LEAST_ROWS}")
-    if len(present := set(scores.truth.tolist())) == 1:
-        raise ValueError(
-            f"all {n} labelled rows are {scores.labels[present.pop()]!r}; rows of every label are needed, for these say "
-            "nothing of the others"
-        )
+    present = {scores.labels[k] for k in scores.truth.tolist()}
+    if len(present) == 1:
+        problem = f"all {n} labelled rows are {present.pop()!r}"
+        raise ValueError(f"{problem}; rows of every label are needed, for these say nothing of the others")
     check_both_outcomes(scores.correct)
     found, problem = {}, ""
     for recipe in recipes(n, method):
