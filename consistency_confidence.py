@@ -30,7 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,63 +51,10 @@ from prompts import RenderedPrompt
 from scoring import SavedRows
 from tables import Example
 from task import TASKS, Task, read_task
+from voting import Sampling
 
 ROWS_PER_WINDOW = {"cpu": 256, "mps": 512, "cuda": 1024}
 ROWS_TOGETHER = 32  # of a window, asked together in rounds until all have answers enough
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn and how many; ValueError for what cannot be."""
-
-    samples: int = 10
-    temperature: float = 1.0
-    adaptive: bool = False
-    paraphrase: bool = False
-    max_tokens: int = 10
-    choice: bool = False
-    first_token: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise ValueError(f"{self.samples} samples: the vote share of one is no confidence; ask at least twice")
-        if not 0 < self.temperature <= 100:
-            raise ValueError(
-                f"the temperature is {self.temperature:g}; at 0 all answers are the same and agree about nothing, "
-                "so it must be above 0 (and at most 100)"
-            )
-        if self.max_tokens < 1:
-            raise ValueError(f"an answer of {self.max_tokens} tokens names no label")
-
-    def wordings(self, task: Task) -> tuple[Task, ...]:
-        """The task in each wording that is asked."""
-        if not self.paraphrase:
-            return (task,)
-        if not task.paraphrases:
-            raise ValueError(f"task {task.name!r} has one wording only; give it paraphrases = [...], other templates")
-        return tuple(task.wordings())
-
-    def fingerprint(self, identity: Mapping, task: Task, sent: Mapping, truncate: bool = False) -> str:
-        """Of a model's predictions; `sent` is what it is really given of these settings."""
-        templates = [wording.template for wording in self.wordings(task)]
-        settings = asdict(self) | {"wordings": templates, "sent": sent, "parser": voting.PARSER}
-        if truncate:
-            settings["truncate"] = True
-        return predictions.fingerprint(**identity, task=task.settings(), method="consistency", settings=settings)
-
-    def next_numbers(self, answers: Sequence[str], task: Task) -> range:
-        """The numbers of the answers to ask for next; none when there are enough."""
-        return voting.next_numbers(answers, task, self.samples, self.adaptive)
-
-    def seed_of(self, row: Example | Prediction, number: int) -> int:
-        """Of a row's answer."""
-        return voting.answer_seed(self.seed, row.id, row.text, number)
-
-    def options(self, task: Task) -> dict:
-        """What is asked of a server, as keyword arguments of `Endpoint.sample`."""
-        choice = [word for words in task.labels.values() for word in words] if self.choice else ()
-        return {"temperature": self.temperature, "max_tokens": self.max_tokens, "choice": choice}
 
 
 # A model and a task, joined

@@ -1,5 +1,6 @@
-"""Answers become votes: reading an answer, counting, when to stop asking, and what a vote share says.
+"""Answers become votes: how they are asked for and read, when there are enough, and what a vote share says.
 
+    Sampling(samples=10, adaptive=True)                  # how many, at which temperature, in which wordings
     parse_answer("It isn't really positive.", task)      # None; "Positive!" is "positive"
     count_votes(answers, task)                           # ({"negative": 1, "positive": 8}, 1 unparsed)
     next_numbers(answers, task, most, adaptive)          # the answers to ask for next
@@ -15,18 +16,83 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 import predictions
 from command_line import columns
 from predictions import Prediction
+from tables import Example
 from task import Task
 
 SAFE = 0.95  # asking adaptively ends when the leader is this sure to be the majority
 FIRST = 4  # answers that the first round asks for: the fewest that can be this sure
 PARSER = 1  # raised when `parse_answer` changes, so that fingerprints differ
 NO_ANSWERS = "stores no answers; only those of consistency_confidence.py can be recounted"
+
+
+# How answers are asked for
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn and how many; ValueError for what cannot be."""
+
+    samples: int = 10
+    temperature: float = 1.0
+    adaptive: bool = False
+    paraphrase: bool = False
+    max_tokens: int = 10
+    choice: bool = False
+    first_token: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"{self.samples} samples: the vote share of one is no confidence; ask at least twice")
+        if not 0 < self.temperature <= 100:
+            raise ValueError(
+                f"the temperature is {self.temperature:g}; at 0 all answers are the same and agree about nothing, "
+                "so it must be above 0 (and at most 100)"
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"an answer of {self.max_tokens} tokens names no label")
+
+    def wordings(self, task: Task) -> tuple[Task, ...]:
+        """The task in each wording that is asked."""
+        if not self.paraphrase:
+            return (task,)
+        if not task.paraphrases:
+            raise ValueError(f"task {task.name!r} has one wording only; give it paraphrases = [...], other templates")
+        return tuple(task.wordings())
+
+    def fingerprint(self, identity: Mapping, task: Task, sent: Mapping, truncate: bool = False) -> str:
+        """The fingerprint of the predictions; `sent` is what the model is really given of these settings."""
+        templates = [wording.template for wording in self.wordings(task)]
+        settings = asdict(self) | {"wordings": templates, "sent": sent, "parser": PARSER}
+        if truncate:
+            settings["truncate"] = True
+        return predictions.fingerprint(**identity, task=task.settings(), method="consistency", settings=settings)
+
+    def next_numbers(self, answers: Sequence[str], task: Task) -> range:
+        """The numbers of the answers to ask for next; none when there are enough."""
+        return next_numbers(answers, task, self.samples, self.adaptive)
+
+    def seed_of(self, row: Example | Prediction, number: int) -> int:
+        """The seed of a row's answer."""
+        return answer_seed(self.seed, row.id, row.text, number)
+
+    def options(self, task: Task) -> dict:
+        """What is asked of a server, as keyword arguments of `Endpoint.sample`."""
+        choice = [word for words in task.labels.values() for word in words] if self.choice else ()
+        return {"temperature": self.temperature, "max_tokens": self.max_tokens, "choice": choice}
+
+
+def answer_seed(seed: int, id: str, text: str, number: int) -> int:
+    """The same for the same id and text, whatever is around. 31 bits, which all servers take."""
+    key = f"{seed}\0{id}\0{text}\0{number}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
 
 
 # From an answer to a label
@@ -207,12 +273,6 @@ def calls_needed(answers: Sequence[str], task: Task) -> int:
 
 
 # Draws from a known distribution
-
-
-def answer_seed(seed: int, id: str, text: str, number: int) -> int:
-    """Of one answer: the same for the same id and text, whatever is around. 31 bits, which all servers take."""
-    key = f"{seed}\0{id}\0{text}\0{number}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
 
 
 def first_token_draws(masses: np.ndarray, seed: int, n: int) -> np.ndarray:

@@ -11,11 +11,12 @@ import main as tour
 import pooling
 import predictions
 import record_predictions as record
-from consistency_confidence import Sampling, answer_sampler
+from consistency_confidence import answer_sampler
 from logprobs_confidence import label_scorer
 from record_predictions import RECORDINGS
 from tables import read_examples
 from task import TASKS
+from voting import Sampling
 
 TABLES = [name for name, recording in RECORDINGS.items() if "--output" in recording.arguments]
 SHOWN = [name for name, recording in RECORDINGS.items() if recording.prints]
