@@ -47,7 +47,7 @@ def choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Path
     if (trained.get("base_weights"), trained.get("task")) != (weights, task):
         return None
     check_adapter(ADAPTER_FOLDER)
-    print(f"using the fine-adapted adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
+    print(f"using the fine-tuned adapter {ADAPTER_FOLDER.name}/ (--adapter none: the base model)", file=sys.stderr)
     return ADAPTER_FOLDER
 
 
