@@ -189,6 +189,7 @@ def compare_methods(
     if fit_pairs is None:
         judged = JudgedRows(cross_fitted(features, truth, by_group, seed), truth, by_group)
         return MethodComparison(judged, judged, calls, "out-of-fold")
+    fit_pairs = scored_by_both(fit_pairs)
     fit_rows = [pair.logprobs for pair in fit_pairs]
     related = tables.check_disjoint(fit_rows, rows, "--calibrate-on", "the measured file", groups)
     fit_features, fit_truth = pooling.features_of(fit_pairs), pooling.true_labels(fit_pairs)
@@ -364,8 +365,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, con
     args = parser.parse_args(argv)
     if bool(args.logprobs) != bool(args.consistency):
         parser.error("--logprobs and --consistency go together: two files of the same rows")
-    if args.logprobs and (args.text or args.input):
-        parser.error("give texts, a table, or two predictions files")
     if args.figure and not (args.figure.endswith(".png") and not args.text):
         parser.error(f"--figure {args.figure}: a file name that ends in .png, with a table or two predictions files")
     if args.logprobs:
@@ -379,7 +378,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, con
     return args, consistency.sampling_from_arguments(parser, args)[0]
 
 
-def job_from_arguments(args: argparse.Namespace, task: Task) -> scoring.Job:
+def combined_job_from_arguments(args: argparse.Namespace, task: Task) -> scoring.Job:
     """What the flags ask for; no file that is read may be written."""
     outputs = [args.output] if args.output else []
     outputs += member_files(args.output) if args.input else []
@@ -433,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, sampling = parse_arguments(argv)
     task, seconds = read_task(args.task), {}
     fit_pairs = read_fit_pairs(*args.calibrate_on) if args.calibrate_on else None
-    job = job_from_arguments(args, task)
+    job = combined_job_from_arguments(args, task)
     if args.logprobs:
         pairs = read_pairs(args.logprobs, args.consistency)
         combination, one = pooling.combination_of(pairs, fit_pairs), scored_by_both(pairs)[0]

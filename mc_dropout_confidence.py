@@ -105,15 +105,15 @@ class DropoutScorer:
             plain, plain_mass = self.run_once([ids])
         if not (np.isfinite(probabilities).all() and np.isfinite(plain).all()):
             raise ValueError(NO_LABEL)
-        mean = answer(labels, probabilities[:, 0].mean(axis=0), mass[:, 0].mean())
+        mean = summary(labels, probabilities[:, 0].mean(axis=0), mass[:, 0].mean())
         epistemic, aleatoric = decompose(probabilities)
         return {
             "text": text,
             "prompt": self.method_1.prompt.render(shown),
             "model": llama.name,
             "model_path": str(llama.path),
-            "passes": [answer(labels, *of_pass) for of_pass in zip(probabilities[:, 0], mass[:, 0], strict=True)],
-            "without_dropout": answer(labels, plain[0], plain_mass[0]),
+            "passes": [summary(labels, *of_pass) for of_pass in zip(probabilities[:, 0], mass[:, 0], strict=True)],
+            "without_dropout": summary(labels, plain[0], plain_mass[0]),
             **mean,
             "total_probability": mean["confidence"] * mean["label_mass"],
             "epistemic": float(epistemic[0]),
@@ -175,7 +175,7 @@ def check_dropout(llama: Llama) -> None:
         raise ValueError(f"the adapter is a variant of LoRA, as DoRA, whose dropout cannot be drawn; {TRAIN_ONE}")
 
 
-def answer(labels: Sequence[str], probabilities: np.ndarray, label_mass: float) -> dict:
+def summary(labels: Sequence[str], probabilities: np.ndarray, label_mass: float) -> dict:
     """What one distribution [labels] says."""
     by_label = dict(zip(labels, probabilities.tolist(), strict=True))
     prediction = max(by_label, key=by_label.__getitem__)

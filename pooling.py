@@ -167,9 +167,12 @@ def combination_for(
     Raises ValueError when those are another model's, task's or method's.
     """
     known = {"method": "combined", **dict(zip(METHODS, fingerprints, strict=True))}
-    if not fit_pairs:
+    if fit_pairs is None:
         fingerprint = predictions.fingerprint(**known, rule=GEOMETRIC_MEAN)
         return Combination(unfitted_pool(n_labels), GEOMETRIC_MEAN, fingerprint)
+    fit_pairs = scored_by_both(fit_pairs)
+    if not fit_pairs:
+        raise ValueError("no labelled row was scored by both methods")
     theirs = tuple(row.fingerprint for row in fit_pairs[0])
     if theirs != fingerprints:
         raise ValueError(

@@ -380,7 +380,7 @@ def member_is_fit_on(files, folder):
 
 BAD = {
     "one of two files": (lambda f, d: f.join[:2], "--logprobs and --consistency go together"),
-    "texts and files": (lambda f, d: ("a text", *f.join), "give texts, a table, or two predictions files"),
+    "texts and files": (lambda f, d: ("a text", *f.join), "two predictions files are joined without a model; a text"),
     "a figure that is no png": (lambda f, d: (*f.join, "--figure", "x.pdf"), "--figure x.pdf: a file name that ends"),
     "a limit of files": (lambda f, d: (*f.join, "--limit", "5"), "two predictions files are .+; --limit has no part"),
     "a calibrator and no output": (lambda f, d: (*f.join, "--calibrator", "x"), "--calibrator adds to the rows of"),
