@@ -33,7 +33,7 @@ from lora import check_adapter, check_base, choose_adapter, with_adapter
 from model_files import folder_hash, loading, locate
 from prompts import SLOT, RenderedPrompt, rendered_chat
 from tables import check_text
-from tensors import inference, inverse_cdf, log_softmax, map_cache
+from tensors import choose_device, choose_dtype, inference, inverse_cdf, last_and_mean, log_softmax, map_cache
 
 # Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
 TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
@@ -43,7 +43,7 @@ SAMPLED = {"cpu": (32, 1 << 16), "mps": (64, 1 << 16), "cuda": (256, 1 << 17)}
 
 @dataclass(frozen=True)
 class AnsweredBatch:
-    """Rows that ran together: their numbers, log-probabilities [batch, answers], last hidden states [batch, hidden]."""
+    """Rows that ran together: their numbers, log-probabilities [batch, answers], hidden states [batch, ..., hidden]."""
 
     rows: list[int]
     log_probs: np.ndarray
@@ -236,6 +236,47 @@ class Llama:
                 hidden = self._last_of(tails, seen[0]).float().cpu().numpy() if with_hidden else None
                 found = AnsweredBatch(batch, log_probs.cpu().double().numpy(), hidden)
             yield found
+
+    def hidden_states(
+        self,
+        rows: Sequence[Sequence[int]],
+        spans: Sequence[tuple[int, int]],
+        layers: Sequence[int],
+        answers: Sequence[int] = (),
+        batch_size: int | None = None,
+        skip: Collection[int] = (),
+    ) -> Iterator[AnsweredBatch]:
+        """States of layers (0: the embeddings) for each prompt, batch by batch: `hidden` [batch, layers, 2, hidden].
+
+        Of each layer the state at the last token, and the mean over the tokens start to end - 1 of the row's span.
+        `answers` are single tokens; without any, no vocabulary head is computed. `skip` as in `answer_batches`.
+        """
+        with inference():  # no more is shared than what comes before every span: its tokens must run to be seen
+            prefix, cache = self.shared_prefix([row[: start + 1] for row, (start, _) in zip(rows, spans, strict=True)])
+        shared = len(prefix)
+        for batch in self.batches([len(row) - shared for row in rows], batch_size, self._length_matters):
+            if all(i in skip for i in batch):
+                continue
+            tails = [list(rows[i][shared:]) for i in batch]
+            inner = [(spans[i][0] - shared, spans[i][1] - shared) for i in batch]
+            with inference():
+                log_probs, hidden = self._states(tails, inner, cache, layers, answers)
+                found = AnsweredBatch(batch, log_probs.cpu().double().numpy(), hidden.cpu().numpy())
+            yield found
+
+    def _states(self, tails: list[list[int]], spans: list[tuple[int, int]], cache, layers, answers) -> tuple:
+        """(log-probabilities [tails, answers], states [tails, layers, 2, hidden]) of tails after a shared cache."""
+        import torch
+
+        ids, ends = self._padded(tails)
+        kept, inverse = torch.unique(ends, return_inverse=True)
+        each = torch.arange(len(tails), device=ids.device)
+        output = self._output(ids, cache, kept if answers else None, output_hidden_states=True)
+        log_probs = torch.empty(len(tails), 0)
+        if answers:
+            log_probs = log_softmax(output.logits[each, inverse])[:, list(answers)]
+        states = [last_and_mean(output.hidden_states[layer], ends, spans) for layer in layers]
+        return log_probs, torch.stack(states, dim=1)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -482,24 +523,42 @@ class Llama:
         """
         import torch
 
-        ends = [len(row) - 1 for row in rows]
-        width = max(ends) + 1
-        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
-        kept, inverse = torch.unique(torch.tensor(ends, device=ids.device), return_inverse=True)
+        ids, ends = self._padded(rows)
+        kept, inverse = torch.unique(ends, return_inverse=True)
         logits, cache = self._logits(ids, cache, kept, keep_cache)
         return log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse]), cache
 
+    def _padded(self, rows: list[list[int]]) -> tuple:
+        """Rows padded on the right by their own last token, ids [rows, width], and where each ends [rows]."""
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
+        return ids, torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+
     def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
         """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
-        options = {"use_cache": keep_cache or cache is not None}
+        output = self._output(ids, cache, positions, keep_cache)
+        return output.logits, getattr(output, "past_key_values", None)
+
+    def _output(self, ids, cache, positions=None, keep_cache: bool = False, **wanted: bool):
+        """What one pass over ids [rows, width] gives, logits at `positions` only, without positions none at all."""
+        options = {"use_cache": keep_cache or cache is not None} | wanted
         if cache is not None:
             # A forward pass grows the cache that it is given: a view of one row for all, which only growing copies.
             options["past_key_values"] = map_cache(cache, lambda x: x.expand(len(ids), -1, -1, -1))
+        if positions is None:
+            return self._causal.base_model(input_ids=ids, **options)
         if self._head_selects:
-            output = self.model(input_ids=ids, logits_to_keep=positions, **options)
-            return output.logits, getattr(output, "past_key_values", None)
+            return self.model(input_ids=ids, logits_to_keep=positions, **options)
         output = self.model(input_ids=ids, **options)
-        return output.logits[:, positions], getattr(output, "past_key_values", None)
+        output.logits = output.logits[:, positions]
+        return output
+
+    @property
+    def _causal(self):
+        """The network of transformers itself, which an adapter wraps."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @cached_property
     def _head_selects(self) -> bool:
@@ -509,8 +568,7 @@ class Llama:
     @cached_property
     def _parameters(self) -> set[str]:
         """What the model's forward pass takes."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return set(inspect.signature(base.forward).parameters)
+        return set(inspect.signature(self._causal.forward).parameters)
 
     def _continuation(self, tails: list[list[int]], cache, grown, answer: Sequence[int]):
         """Log-probability of an answer's tokens after its first, given rows of one length; float32 tensor [rows]."""
@@ -612,30 +670,6 @@ def _check_causal(network: object) -> None:
         logits = network.eval()(input_ids=torch.tensor([[0, 1], [0, 2]], device=network.device)).logits[:, 0].float()
     if not torch.allclose(logits[0], logits[1], rtol=0.05, atol=0.05):
         raise ValueError("it is not a causal language model (a decoder): its tokens see what follows them")
-
-
-def choose_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.partition(":")[0], False):
-        there = ", ".join(name for name, is_there in available.items() if is_there)
-        raise ValueError(f"no device {device!r} here; there is {there}")
-    return "cpu" if device.startswith("cpu:") else device  # accelerate numbers CPUs, of which torch has one
-
-
-def choose_dtype(dtype: str, device: str) -> str:
-    import torch
-
-    if dtype != "auto":
-        return dtype
-    if device == "cpu":
-        return "float32"
-    if device == "mps":
-        return "bfloat16" if torch.backends.mps.is_macos_or_newer(14, 0) else "float16"
-    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 def _quantization(precision: str, device: str) -> object:

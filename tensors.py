@@ -1,4 +1,4 @@
-"""Small pieces of torch that the model side shares: softmax, drawing a token, caches changed, memory that ran out."""
+"""Small pieces of torch that the model side shares: the device, softmax, means, drawing a token, caches, memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,30 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+
+def choose_device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0], False):
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ValueError(f"no device {device!r} here; there is {there}")
+    return "cpu" if device.startswith("cpu:") else device  # accelerate numbers CPUs, of which torch has one
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    if device == "cpu":
+        return "float32"
+    if device == "mps":
+        return "bfloat16" if torch.backends.mps.is_macos_or_newer(14, 0) else "float16"
+    return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
 def map_cache(cache: object, change: Callable) -> object:
@@ -22,6 +46,18 @@ def log_softmax(logits):
     """In float32, from raw logits. Over 49,152 tokens torch's own log_softmax on a CPU is wrong by 1e-5."""
     logits = logits.float()
     return logits - logits.logsumexp(dim=-1, keepdim=True)
+
+
+def last_and_mean(states, ends, spans: Sequence[tuple[int, int]]):
+    """Of states [rows, width, hidden] those at `ends` and the mean of each row's span; float32 [rows, 2, hidden]."""
+    import torch
+
+    states, place = states.float(), torch.arange(states.shape[1], device=states.device)
+    first, end = torch.tensor(spans, device=states.device).T[:, :, None]
+    inside = ((place >= first) & (place < end)).float()
+    share = inside / inside.sum(dim=1, keepdim=True)  # of each token in its row's mean
+    last = states[torch.arange(len(states), device=states.device), ends]
+    return torch.stack([last, (share[:, None] @ states)[:, 0]], dim=1)
 
 
 def inverse_cdf(log_probs, temperature: float, rows: Sequence[int], points: Sequence[float]) -> list[int]:
