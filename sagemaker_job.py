@@ -236,11 +236,12 @@ def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
     cost = most_it_costs(account.region, settings)
     checks += [Check("ok", "rows", rows_line(training)), Check("ok", "cost", cost)]
 
-    rows = row_files(training)
-    packed = aws.archive(source_files(Path(__file__).parent, training, weights))
+    rows, files = row_files(training), source_files(Path(__file__).parent, training, weights)
+    packed = aws.archive(files)
     source, data = f"{home}/source/{aws.short_hash(packed)}", f"{home}/data/{aws.short_hash(*rows.values())}"
-    # Another folder of checkpoints for other rows, flags or sources, and in it one for each job.
-    alike = f"{home}/checkpoints/{aws.short_hash(source.encode(), data.encode(), weights.prefix.encode())}"
+    # Another folder of checkpoints for other rows, flags or weights, and in it one for each job.
+    decisive = [data.encode(), weights.prefix.encode(), files["arguments.json"], files.get("task.toml", b"")]
+    alike = f"{home}/checkpoints/{aws.short_hash(*decisive)}"
     name, resumes = job_name(), settings.resume and not account.is_offline
     job = TrainingJob(
         name=name,
@@ -472,8 +473,9 @@ def print_logs(account: Account, name: str, tokens: dict[str, str]) -> None:
             for stream in sorted(one["logStreamName"] for one in streams):
                 tokens[stream] = _print_stream(client, group | {"logStreamName": stream}, tokens.get(stream))
     except AwsError as error:
-        if not error.is_gone:
-            print(f"note: {error}; the status still is", file=sys.stderr)
+        if not error.is_gone and "told" not in tokens:
+            tokens["told"] = str(error)  # once is enough
+            print(f"note: {error}; the status still is read", file=sys.stderr)
 
 
 def _print_stream(client: object, stream: dict, token: str | None) -> str:

@@ -29,17 +29,7 @@ import aws  # noqa: E402
 import command_line  # noqa: E402
 import sagemaker_endpoint  # noqa: E402
 from aws import Account, AwsError  # noqa: E402
-from sagemaker_endpoint import (  # noqa: E402
-    IMAGE,
-    MAX_LENGTH,
-    MAX_RANK,
-    Plan,
-    Serving,
-    deletion,
-    endpoint_rank,
-    rate,
-    read_adapter,
-)
+from sagemaker_endpoint import MAX_LENGTH, MAX_RANK, Plan, Serving, deletion, rate  # noqa: E402
 
 ANY_TIME = ("endpoint", "adapter", "remove", "bucket", "region", "dry_run", "yes", "max_wait", "poll_seconds")
 
@@ -48,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     check_arguments(parser, args)
-    adapters = [read_adapter(args.endpoint, text) for text in args.adapter]
+    adapters = [sagemaker_endpoint.read_adapter(args.endpoint, text) for text in args.adapter]
     account = aws.connect(args.region, args.dry_run)
     bucket = aws.bucket_name(account, args.bucket)
     now = None if account.is_offline else sagemaker_endpoint.running(account, args.endpoint)
@@ -58,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = Serving(
             endpoint=args.endpoint,
             role=args.role,
-            image=args.image or aws.image_uri(account.region, *IMAGE),
+            image=args.image or aws.image_uri(account.region, *sagemaker_endpoint.IMAGE),
             instance_type=args.instance_type,
             base_model=args.model,
-            max_rank=endpoint_rank(args.max_rank, adapters),
+            max_rank=sagemaker_endpoint.endpoint_rank(args.max_rank, adapters),
             max_length=args.max_length,
         )
         plan = sagemaker_endpoint.plan_start(account, wanted, adapters, args.bucket, args.weights, args.dry_run)
@@ -77,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if plan.weights and not args.yes:
         aws.confirm(f"Start {args.endpoint} for {rate(plan.hourly)}, until it is deleted?")
     try:
-        if args.bucket is None:
+        if args.bucket is None and plan.steps:
             aws.make_bucket(account, bucket)
         carry_out(account, plan, bucket, args.max_wait, args.poll_seconds)
     except KeyboardInterrupt:
