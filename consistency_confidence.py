@@ -476,7 +476,6 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     add("--paraphrase", action="store_true", help="ask in the task's several wordings, in turn")
     add("--max-tokens", type=int, default=10, metavar="N", help="of an answer (default: 10)")
     add("--choice", action="store_true", help="have the server force an answer word (vLLM); hides all other answers")
-    add("--seed", type=command_line.natural, default=0, metavar="N", help="of the sampling (default: 0)")
 
 
 def sampling_from_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[Sampling, list[int]]:

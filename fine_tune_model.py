@@ -312,7 +312,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, metavar="N", help="steps that a kill can lose (default: 25)")
     add("--early-stopping", choices=["log_loss", "ece"], help="which the best has least of (default: log_loss)")
     add("--patience", type=natural, metavar="N", help="validations without a better (default: 5; 0: any)")
-    add("--seed", type=natural, metavar="N", help="of weights, order and dropout (default: 0)")
     sagemaker_job.add_arguments(parser)
     parser.set_defaults(adapter="none", **asdict(TrainingSettings()) | {"alpha": None})
     args = parser.parse_args(argv)

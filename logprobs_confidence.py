@@ -500,8 +500,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = read_task(args.task)
-    raw = Path(args.output).with_suffix(".raw.jsonl") if args.debias else args.output  # the model's own answers
-    job = scoring.job_from_arguments(args, task, outputs=[raw, args.output])
+    job = scoring.job_from_arguments(args, task, more_outputs=[".raw.jsonl"] if args.debias else [])
+    raw = job.output.with_suffix(".raw.jsonl") if args.debias else job.output  # the model's own answers
     with ExitStack() as stack:
         if args.endpoint:
             server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))

@@ -276,7 +276,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     scoring.add_arguments(parser)
     add("--passes", type=int, default=PASSES, metavar="N", help=f"draws of the dropout (default: {PASSES})")
-    add("--seed", type=command_line.natural, default=0, metavar="N", help="of the draws (default: 0)")
     tables.add_groups_argument(parser)
     add_model_arguments(parser)
     args = parser.parse_args(argv)

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+import exports
 import predictions
 from command_line import natural, progress
 from predictions import RETRY, Prediction
-from tables import Example, Table, add_table_arguments, column_arguments
+from tables import Example, Table, add_table_arguments, column_arguments, open_table
 from task import Task, add_task_argument, check_examples
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Job:
     as_json: bool
     table: Table | None
     total: int
-    output: Path | None
+    output: Path | None  # the predictions file
+    export: Path | None  # the same as a table with the user's own columns, made at the end
     overwrite: bool
     calibrator: FittedCalibrator | None
     threshold: float | None
@@ -103,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_table_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
     add("--json", action="store_true", help="print each explanation as one JSON object a line")
-    add("--output", metavar="FILE", help="the predictions file to write or to continue (.jsonl)")
+    add("--output", metavar="FILE", help="predictions file to write or continue: .jsonl; .csv .parquet .xlsx beside it")
     add("--overwrite", action="store_true", help="replace an output made with other settings or input")
     add("--calibrator", metavar="FILE", help="add calibrated confidence and decision; calibration_demo.py makes one")
     add(
@@ -136,25 +138,36 @@ def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.N
         parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
 
 
-def job_from_arguments(args: argparse.Namespace, task: Task, outputs: Sequence[str | Path] | None = None) -> Job:
+def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Sequence[str] = ()) -> Job:
     """What the flags ask for; everything that can be wrong without a model is told here, before one is loaded.
 
-    `outputs` are all files that will be written, by default the one of --output.
+    `more_outputs` are the suffixes of files that will be written beside the predictions file, as ".raw.jsonl".
     """
-    table, total = None, 0
+    table, total, output, export = None, 0, None, None
     if args.input:
-        for path in outputs or [args.output]:
+        output = exports.resumable_path(args.output)
+        export = Path(args.output) if Path(args.output) != output else None
+        for path in (output, args.output, *(output.with_suffix(suffix) for suffix in more_outputs)):
             for source in (args.input, args.calibrator):
                 predictions.check_output(path, source)
-        table = Table(args.input, column_arguments(args))
+        table = open_table(args.input, **column_arguments(args), text_template=task.text_template)
         total = check_examples(table, task, args.input)
+        if args.limit:
+            _warn_of_order(table, args.limit)
     calibrator = None
     if args.calibrator:
         from calibration import load_calibrator  # late: scikit-learn takes a second
 
         calibrator = load_calibrator(args.calibrator)
-    output = Path(args.output) if args.output else None
-    return Job(args.text, args.json, table, total, output, args.overwrite, calibrator, args.threshold)
+    return Job(args.text, args.json, table, total, output, export, args.overwrite, calibrator, args.threshold)
+
+
+def _warn_of_order(table: Table, limit: int) -> None:
+    """Say so when the first rows of a table all have one label: it may be sorted, and they are no sample of it."""
+    labels = {example.label for example in table}
+    if limit >= 20 and len(labels) == 1 and None not in labels:
+        advice = f"of a table sorted by label --sample {limit} takes rows from everywhere"
+        print(f"note: the first {limit:,} rows are all {labels.pop()!r}; {advice}", file=sys.stderr)
 
 
 # Texts
@@ -344,13 +357,15 @@ def write_derived(
             predictions.replace(path, rows)
 
 
-def finish_table(job: Job, report_text: str, path: str | Path | None = None) -> None:
-    """Print the report on a finished predictions file, apply the job's calibrator to it, and say what that did."""
+def finish_table(job: Job, report_text: str) -> None:
+    """Print the report on a finished predictions file, apply the job's calibrator to it, and make the export."""
     print(report_text)
     if job.calibrator:
         from calibration import calibrate_file
 
-        print(calibrate_file(path or job.output, job.calibrator, job.threshold))
+        print(calibrate_file(job.output, job.calibrator, job.threshold))
+    if job.export:
+        print(f"{job.export}: {exports.write_export(job.output, job.export, job.table):,} rows")
 
 
 def report(path: str | Path) -> str:

@@ -64,6 +64,10 @@ class Table:
     def __iter__(self) -> Iterator[Example]:
         return read_examples(self.source, **self.columns)
 
+    def with_columns(self) -> Iterator[tuple[Example, Mapping[str, object]]]:
+        """Each example with the whole row that it was read from."""
+        return examples_with_columns(self.source, **self.columns)
+
 
 def open_table(source: str, **columns: object) -> Table:
     """A table whose encoding and delimiter are found out once, and told on stderr where they are not the usual ones."""
@@ -78,7 +82,15 @@ def open_table(source: str, **columns: object) -> Table:
 # Examples
 
 
-def read_examples(
+def read_examples(source: str, **columns: object) -> Iterator[Example]:
+    """Yield the rows of a table, one at a time, in its order; `columns` are those of `examples_with_columns`.
+
+    Raises ValueError with file and line.
+    """
+    return (example for example, _ in examples_with_columns(source, **columns))
+
+
+def examples_with_columns(
     source: str,
     text_column: str | Sequence[str] | None = None,
     label_column: str | None = None,
@@ -93,8 +105,8 @@ def read_examples(
     quoted: bool | None = None,
     skip_bad_rows: bool = False,
     text_template: str | None = None,
-) -> Iterator[Example]:
-    """Yield the rows of a table, one at a time, in its order.
+) -> Iterator[tuple[Example, Mapping[str, object]]]:
+    """Yield each row of a table as an example and as it is, one at a time, in the table's order.
 
     Columns default to `text` (required), `label` and `id` (used when there, in any case); ids default to the row
     number, also for `id_column=""`. Several text columns are joined by a blank line; `text_template` with their names
@@ -110,7 +122,7 @@ def read_examples(
         example = columns.example(number, where, row)
         if label_map and example.label in label_map:
             example = Example(example.id, example.text, label_map[example.label])
-        yield example
+        yield example, row
     if not number:
         raise ValueError(f"{source} has no rows")
 
@@ -460,6 +472,21 @@ def duplicate_groups(texts: Sequence[str], threshold: float = 0.6, width: int = 
     return first[number].tolist()
 
 
+def joined_groups(*groupings: Sequence[object]) -> list[int]:
+    """Numbers of groups that join all these groupings of the same rows: two that share a group of any are in one."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n = len(groupings[0])
+    ends = []
+    for grouping in groupings:
+        first: dict[object, int] = {}
+        ends += [(number, first.setdefault(group, number)) for number, group in enumerate(grouping)]
+    rows, columns = np.array(ends, dtype=int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(ends)), (rows, columns)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].tolist()
+
+
 def text_key(text: str) -> str:
     """Twelve hex digits that know a text again, whatever its case and spaces, without saying what it was."""
     return hashlib.sha256(" ".join(text.casefold().split()).encode(errors="surrogatepass")).hexdigest()[:12]
@@ -555,8 +582,8 @@ def add_column_arguments(group: argparse._ActionsContainer) -> None:
     add("--encoding", metavar="NAME", help="of a text file, as windows-1252 (default: found out)")
     add("--skip-bad-rows", action="store_true", help="leave out rows that are broken in the file, and say which")
     add("--limit", type=int, metavar="N", help="use only the first N rows")
-    add("--sample", type=natural, metavar="N", help="use N rows drawn at random, by --sample-seed")
-    add("--sample-seed", type=natural, default=0, metavar="N", help="of --sample (default: 0)")
+    add("--sample", type=natural, metavar="N", help="use N rows drawn at random, by --seed")
+    add("--seed", type=natural, default=0, metavar="N", help="of whatever is drawn at random (default: 0)")
 
 
 def column_arguments(args: argparse.Namespace) -> dict[str, object]:
@@ -582,7 +609,7 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         "label_map": label_map,
         "limit": args.limit,
         "sample": args.sample,
-        "seed": args.sample_seed,
+        "seed": args.seed,
         "delimiter": delimiter,
         "encoding": args.encoding,
         "skip_bad_rows": args.skip_bad_rows,

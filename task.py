@@ -17,6 +17,9 @@ models of real size). Your own is a TOML file, `--task tickets.toml`:
     text = "I was charged twice."
     label = "billing"
 
+A template may name columns of a table instead, "Title: {title}\\nBody: {body}\\nTeam:"; the text is then what stands
+from the first to the last of them.
+
 Optional: instruction = "..." (stands first), format = "chat" (the model's chat template; default "completion"),
 scoring = "sequence" (whole answers, for labels that are not single tokens; default "first-token"), paraphrases = [...]
 (other templates for the same question, for `consistency_confidence.py --paraphrase`).
@@ -28,6 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import tomllib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +62,7 @@ class Task:
     format: str = "completion"
     scoring: str = "first-token"
     paraphrases: tuple[str, ...] = ()  # other templates for the same question; only `wordings` uses them
+    text_template: str | None = None  # columns in braces that make up a text; a template that names columns sets it
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -140,7 +145,7 @@ class Task:
         The paraphrases are other questions: whoever asks them adds their settings.
         """
         settings = asdict(self) | {"labels": list(self.labels.items())}
-        del settings["paraphrases"]
+        del settings["paraphrases"], settings["text_template"]  # what a text is, is not part of the question
         return json.loads(json.dumps(settings))
 
     @classmethod
@@ -201,11 +206,22 @@ def read_task(name: str) -> Task:
         table = tomllib.loads(Path(name).read_text(encoding="utf-8-sig"))
         if isinstance(labels := table.get("labels"), dict):  # a single word may stand without its brackets
             table["labels"] = {label: [words] if isinstance(words, str) else words for label, words in labels.items()}
+        if isinstance(template := table.get("template"), str) and "{text}" not in template:
+            table["template"], table["text_template"] = _split_template(template)
         if isinstance(examples := table.get("examples"), list):
             table["examples"] = [_text_and_label(example) for example in examples]
     except (ValueError, RecursionError) as error:  # of TOML or of UTF-8 too
         raise ValueError(f"{name}: {error}") from None
     return validated(Task, table, f"{name} (see the top of task.py for an example)")
+
+
+def _split_template(template: str) -> tuple[str, str | None]:
+    """A template with columns in braces as one with {text} in their place, and what makes up the text."""
+    named = list(re.finditer(r"\{[^{}]+\}", template))
+    if not named:
+        return template, None
+    start, end = named[0].start(), named[-1].end()
+    return template[:start] + "{text}" + template[end:], template[start:end]
 
 
 def _text_and_label(example: object) -> tuple[str, str]:

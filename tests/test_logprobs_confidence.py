@@ -29,6 +29,7 @@ import command_line
 import llama
 import logprobs_confidence
 import predictions
+from llama import AnsweredBatch
 from logprobs_confidence import Classifier, get_confidence, label_scorer, main
 from prompts import SLOT
 from task import TASKS, Example, Task, read_task
@@ -169,7 +170,7 @@ def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folde
     assert classifier.predict([]) == []
     with pytest.raises(ValueError, match="a list of texts"):
         classifier.predict("A film")
-    with pytest.raises(ValueError, match="not a calibrator"):
+    with pytest.raises(ValueError, match="is not JSON"):
         write_csv(tmp_path / "c.json", [])
         Classifier(model=str(tiny_folder), adapter="none", calibrator=tmp_path / "c.json")
 
@@ -305,11 +306,16 @@ def test_a_raw_prompt_is_read_as_it_stands(call, tokenizer):
     assert (code, out) == (2, "") and "Unicode" in err and err.count("\n") == 1
 
 
+def one_row_of(log_probs):
+    """In the place of `Llama.answer_batches`: the first of these log-probabilities for the answers of one row."""
+    return lambda rows, answers, *_, **__: [AnsweredBatch([0], log_probs[:, : len(answers)], None)]
+
+
 def test_of_two_equal_labels_the_one_listed_first_is_predicted(tiny_llama, monkeypatch):
     # A model that finds all 49,152 tokens equally probable; four of them spell each label.
     uniform = np.full((1, 49152), -np.log(49152))
     monkeypatch.setattr(tiny_llama, "next_token_log_probs", lambda ids: uniform[0])
-    monkeypatch.setattr(tiny_llama, "answer_log_probs", lambda rows, answers, *_: uniform[:, : len(answers)])
+    monkeypatch.setattr(tiny_llama, "answer_batches", one_row_of(uniform))
     for first, second in (("negative", "positive"), ("positive", "negative")):
         scorer = label_scorer(tiny_llama, replace(SENTIMENT, labels={first: (first,), second: (second,)}))
         row, record = scorer.explain("x"), scorer.score_together([Example("1", "x", None)])[0]
@@ -325,7 +331,7 @@ def test_a_model_that_names_no_label_gives_no_number(value, tiny_llama, monkeypa
     # Half precision can overflow to NaN; an answer made of it would look like any other.
     scorer = label_scorer(tiny_llama, SENTIMENT)
     nothing = np.full((1, len(tiny_llama.tokenizer)), value)
-    monkeypatch.setattr(tiny_llama, "answer_log_probs", lambda rows, answers, *_: nothing[:, : len(answers)])
+    monkeypatch.setattr(tiny_llama, "answer_batches", one_row_of(nothing))
     row = scorer.score_together([Example("1", "x", "positive")])[0]
     assert row.prediction is row.confidence is row.label_mass is None and "no label any probability" in row.error
     monkeypatch.setattr(tiny_llama, "next_token_log_probs", lambda ids: nothing[0])
@@ -440,6 +446,35 @@ def test_a_row_that_cannot_be_scored_has_an_error_and_truncate_shortens_the_text
     )
 
 
+def test_an_output_of_another_suffix_is_an_export_of_the_predictions_file_beside_it(call, tmp_path):
+    table = write_csv(tmp_path / "t.csv", [(*row, "mine") for row in texts(6)], ("id", "text", "label", "owner"))
+    code, out, err = call("--input", table, "--output", tmp_path / "result.csv")
+    assert code == 0 and f"{tmp_path / 'result.csv'}: 6 rows" in out
+    rows = records(tmp_path / "result.jsonl")
+    with open(tmp_path / "result.csv", encoding="utf-8", newline="") as file:
+        exported = list(csv.DictReader(file))
+    assert [(row["id"], row["owner"], float(row["p_positive"])) for row in exported] == [
+        (row["id"], "mine", row["probabilities"]["positive"]) for row in rows
+    ]
+    # The same command makes the export again and scores nothing; another suffix than the four is refused at once.
+    (tmp_path / "result.csv").unlink()
+    assert call("--input", table, "--output", tmp_path / "result.csv")[2] == ""
+    assert (tmp_path / "result.csv").exists()
+    code, _, err = call("--input", table, "--output", tmp_path / "result.json")
+    assert code == 2 and ".jsonl" in err and ".xlsx" in err
+
+
+def test_rows_of_one_label_at_the_top_of_a_table_are_noted(call, tmp_path):
+    table = write_csv(
+        tmp_path / "t.csv", [(str(n), f"text {n}", "positive" if n < 25 else "negative") for n in range(50)]
+    )
+    _, _, err = call("--input", table, "--output", tmp_path / "p.jsonl", "--limit", 20)
+    assert "the first 20 rows are all 'positive'" in err and "--sample 20" in err
+    code, out, err = call("--input", table, "--output", tmp_path / "s.jsonl", "--sample", 20, "--seed", 1)
+    assert code == 0 and "n = 20 labelled" in out and "note:" not in err
+    assert {row["label"] for row in records(tmp_path / "s.jsonl")} == {"positive", "negative"}
+
+
 def test_a_larger_limit_continues_the_run_and_a_smaller_one_is_another_input(call, tmp_path):
     table, output = write_csv(tmp_path / "t.csv", texts(12)), tmp_path / "p.jsonl"
     old = b""
@@ -462,7 +497,6 @@ def test_repeating_a_finished_command_changes_nothing_and_other_settings_are_ref
     for other in (
         ["--truncate"],
         ["--task", "sentiment-yes-no"],
-        ["--label-map", "positive=negative"],
         ["--dtype", "bfloat16"],
     ):
         code, out, err = call("--input", table, "--output", output, *other)
@@ -475,10 +509,10 @@ def test_repeating_a_finished_command_changes_nothing_and_other_settings_are_ref
 def test_a_file_that_is_not_ours_is_never_written_to(call, tmp_path):
     table = write_csv(tmp_path / "t.csv", texts(2))
     for content in (b"id,text\n1,mine\n", b"one line and no end", b'{"id": 1, "mine": true}'):
-        (tmp_path / "mine").write_bytes(content)
-        code, _, err = call("--input", table, "--output", tmp_path / "mine")
+        (tmp_path / "mine.jsonl").write_bytes(content)
+        code, _, err = call("--input", table, "--output", tmp_path / "mine.jsonl")
         assert code == 2 and err.count("\n") == 1 and "not a prediction" in err
-        assert (tmp_path / "mine").read_bytes() == content
+        assert (tmp_path / "mine.jsonl").read_bytes() == content
 
 
 def test_a_second_run_on_the_same_output_is_refused(call, tmp_path):
@@ -689,7 +723,7 @@ BAD_COMMANDS = {
     "--text-column words --input good.csv --output new.jsonl": "no column 'words'",
     "--input good.csv --output folder.csv": "is a folder",
     "--input good.csv --output nowhere/new.jsonl": "does not exist",
-    "--input good.csv --output /dev/full": "not a regular file",
+    "--input good.csv --output /dev/full": "must end in .jsonl",
     "--input good.csv --output good.csv": "both input and output",
     "text --model ./nowhere": "no such model folder: ./nowhere",
 } | {f"--input {name} --output new.jsonl": named for name, named in TABLE_ERRORS.items()}

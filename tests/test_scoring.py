@@ -202,7 +202,7 @@ def test_what_one_calibrator_adds_is_all_that_is_added_to_an_explanation(capsys)
 
     method = ServerThatIsDown()
     method.explain = lambda text: dict(explanation)
-    job = scoring.Job(["x"], True, None, 0, None, False, AlwaysSixty(), 0.5)
+    job = scoring.Job(["x"], True, None, 0, None, None, False, AlwaysSixty(), 0.5)
     scoring.explain_texts(job, method, print)
     added = {"calibrated_confidence": 0.6, "decision": "automate"}
     assert json.loads(capsys.readouterr().out) == explanation | added

@@ -443,6 +443,14 @@ def test_a_task_file_is_read_as_written(tmp_path):
     assert list(task.labels) == ["billing", "technical", "praise"]
 
 
+def test_a_template_may_name_columns_which_then_make_up_the_text(tmp_path):
+    columns = TICKETS.replace("Ticket: {text}", "Title: {title}\\nBody: {body}")
+    (tmp_path / "t.toml").write_text("\ufeff" + columns, encoding="utf-8")  # a byte-order mark is no content
+    task = read_task(str(tmp_path / "t.toml"))
+    assert (task.template, task.text_template) == ("Title: {text}\nTeam:", "{title}\nBody: {body}")
+    assert "text_template" not in task.settings()
+
+
 BROKEN_TASKS = {
     "syntax": (TICKETS.replace('name = "', "name = "), "line 2"),
     "unknown key": ('surprise = "x"\n' + TICKETS, "surprise"),

@@ -1,0 +1,114 @@
+"""exports.py and scripts/export.py: a scored table opens again in pandas and openpyxl as what was predicted."""
+
+import math
+
+import openpyxl
+import pandas
+import pytest
+
+import export
+import exports
+from predictions import failed, scored, to_line
+from tables import open_table
+
+COMMON = {"method": "logprobs", "model": "tiny", "task": "sentiment", "fingerprint": "3f9c2a71"}
+TEXTS = [
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-5",
+    '@x "quoted"',
+    "two\nlines, \u0645\u0631\u062d\u0628\u0627 \U0001f3ac",
+    "plain",
+]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """The user's table: with a column that has one of our names, and one of numbers."""
+    frame = pandas.DataFrame({"nr": range(10, 16), "text": TEXTS, "label": "positive", "confidence": "high"})
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    return tmp_path / "mine.csv"
+
+
+@pytest.fixture
+def predicted(tmp_path):
+    """Its predictions: one failed, all others calibrated."""
+    rows = []
+    for number, text in enumerate(TEXTS):
+        p = {"negative": 0.1 + number / 20, "positive": 0.9 - number / 20}
+        extras = {"calibrated_confidence": 0.5 + number / 100, "decision": "review"}
+        rows.append(scored(str(10 + number), text, "positive", p, 0.75, **COMMON, extras=extras))
+    rows[2] = failed("12", TEXTS[2], "positive", "the text is empty", **COMMON)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"".join(map(to_line, rows)))
+    return path
+
+
+OURS = ["prediction", "model_confidence", "label_mass", "p_negative", "p_positive", "calibrated_confidence", "decision"]
+
+
+def read_again(path):
+    if path.suffix == ".csv":
+        return pandas.read_csv(path)
+    return pandas.read_parquet(path) if path.suffix == ".parquet" else pandas.read_excel(path)
+
+
+@pytest.mark.parametrize("suffix", exports.SUFFIXES)
+def test_an_export_opened_again_is_the_predictions_file_beside_the_user_s_columns(suffix, table, predicted, tmp_path):
+    output = tmp_path / f"result{suffix}"
+    assert exports.write_export(predicted, output, open_table(str(table), id_column="nr")) == 6
+    frame = read_again(output)
+    assert list(frame) == ["nr", "text", "label", "confidence", *OURS, "error"]
+    for number, row in frame.iterrows():
+        text = row["text"]
+        if suffix == ".csv" and TEXTS[number][0] in "=+@":  # -5 is a number
+            assert text == "'" + TEXTS[number]
+        else:
+            assert str(text) == TEXTS[number]
+        if number == 2:
+            assert row["error"] == "the text is empty" and math.isnan(row["model_confidence"])
+            continue
+        assert row["prediction"] == "positive" and str(row["nr"]) == str(10 + number)
+        assert row["p_negative"] == pytest.approx(0.1 + number / 20, abs=1e-15)
+        assert row["model_confidence"] == row["p_positive"] and row["label_mass"] == 0.75
+        assert (row["calibrated_confidence"], row["decision"]) == (0.5 + number / 100, "review")
+    assert sorted(tmp_path.iterdir()) == sorted([table, predicted, output])
+
+
+def test_no_cell_of_a_sheet_is_a_formula(table, predicted, tmp_path):
+    exports.write_export(predicted, tmp_path / "r.xlsx", open_table(str(table), id_column="nr"))
+    cells = [cell for row in openpyxl.load_workbook(tmp_path / "r.xlsx").active.iter_rows() for cell in row]
+    assert "=1+1" in [cell.value for cell in cells] and not [cell for cell in cells if cell.data_type == "f"]
+
+
+def test_rows_are_joined_by_id_in_the_table_s_order_and_foreign_tables_are_refused(table, predicted, tmp_path):
+    frame = pandas.read_csv(table)
+    shuffled = pandas.concat([frame.iloc[::-1], pandas.DataFrame({"nr": [99], "text": ["new"], "label": [None]})])
+    shuffled.to_csv(tmp_path / "shuffled.csv", index=False)
+    exports.write_export(predicted, tmp_path / "r.csv", open_table(str(tmp_path / "shuffled.csv"), id_column="nr"))
+    again = pandas.read_csv(tmp_path / "r.csv")
+    assert again["nr"].tolist() == [15, 14, 13, 12, 11, 10, 99] and again["p_negative"].isna().tolist()[-1]
+    assert again["p_negative"].iloc[0] == pytest.approx(0.35)
+    with pytest.raises(ValueError, match="another text"):
+        frame.assign(text=frame["text"] + "!").to_csv(tmp_path / "other.csv", index=False)
+        exports.write_export(predicted, tmp_path / "x.csv", open_table(str(tmp_path / "other.csv"), id_column="nr"))
+    with pytest.raises(ValueError, match=r"5 rows of .* are not in"):
+        frame.head(1).to_csv(tmp_path / "short.csv", index=False)
+        exports.write_export(predicted, tmp_path / "x.csv", open_table(str(tmp_path / "short.csv"), id_column="nr"))
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_the_script_exports_with_and_without_a_table(table, predicted, tmp_path, capsys):
+    export.main([str(predicted), "--output", str(tmp_path / "a.csv")])
+    assert list(pandas.read_csv(tmp_path / "a.csv"))[:4] == ["id", "text", "label", "prediction"]
+    export.main([str(predicted), "--output", str(tmp_path / "b.xlsx"), "--table", str(table), "--id-column", "nr"])
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'a.csv'}: 6 rows", f"{tmp_path / 'b.xlsx'}: 6 rows"]
+    with pytest.raises(SystemExit):
+        export.main([str(predicted), "--output", str(tmp_path / "c.json")])
+
+
+def test_the_file_behind_an_output_is_told_by_its_suffix():
+    assert [exports.resumable_path(f"a/b{s}").name for s in (".jsonl", ".csv", ".parquet", ".xlsx")] == ["b.jsonl"] * 4
+    for wrong in ("a.json", "a", "a.tsv"):
+        with pytest.raises(ValueError, match=r"must end in \.jsonl"):
+            exports.resumable_path(wrong)
