@@ -57,6 +57,7 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
     Our functions raise ValueError or OSError for what a user can put right, and Python its own errors for what is too
     deep or too large; anything else is a bug and keeps its traceback. Whatever is printed is made safe for a terminal.
     """
+    os.environ.pop("MPLBACKEND", None)  # inherited from a notebook it would end every script; figures need no backend
     with redirect_stdout(PrintableStream(sys.stdout, "\n\t")), redirect_stderr(PrintableStream(sys.stderr, "\n\t\r")):
         try:
             try:

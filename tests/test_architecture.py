@@ -29,6 +29,7 @@ ROWS = [
         "task",
         "voting",
         "pooling",
+        "exports",
         "plotting",
         *MODEL_SIDE,
         *CLOUD,

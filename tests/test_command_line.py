@@ -61,6 +61,13 @@ def test_whatever_a_script_prints_is_made_safe_for_the_terminal(capsys):
     assert (said.out, said.err) == ("label \\x1b]0;owned\\x07 caf\u00e9\n\tnext\n", "a file \\x1b[2J\r\n")
 
 
+def test_a_backend_inherited_from_a_notebook_ends_no_report(run, tmp_path):
+    command = ["calibration_metrics.py", "data/predictions/base_test.jsonl", "--figure", tmp_path / "f.png"]
+    for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):
+        done = run(*command, env={"MPLBACKEND": backend})
+        assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "f.png").exists()
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch):
     seconds = iter([0.0, 4.0, 12.0, 13.0, 24.0])
     monkeypatch.setattr(command_line.time, "monotonic", lambda: next(seconds))
