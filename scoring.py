@@ -363,7 +363,8 @@ def finish_table(job: Job, report_text: str) -> None:
     if job.calibrator:
         from calibration import calibrate_file
 
-        print(calibrate_file(job.output, job.calibrator, job.threshold))
+        with predictions.open_output(job.output):  # locked: a run that continued the file now would lose its rows
+            print(calibrate_file(job.output, job.calibrator, job.threshold))
     if job.export:
         print(f"{job.export}: {exports.write_export(job.output, job.export, job.table):,} rows")
 
