@@ -23,6 +23,9 @@ from the first to the last of them.
 Optional: instruction = "..." (stands first), format = "chat" (the model's chat template; default "completion"),
 scoring = "sequence" (whole answers, for labels that are not single tokens; default "first-token"), paraphrases = [...]
 (other templates for the same question, for `consistency_confidence.py --paraphrase`).
+Of answers in another language than English, Method 2 counts those that are an answer word and no more than harmless
+words ("Sentiment: ..."). To count whole sentences, name what denies in that language, denials = ["nicht", "kein"], or
+phrases that may stand around an answer word, frames = ["der Text klingt"].
 Nothing here imports torch.
 """
 
@@ -62,6 +65,8 @@ class Task:
     format: str = "completion"
     scoring: str = "first-token"
     paraphrases: tuple[str, ...] = ()  # other templates for the same question; only `wordings` uses them
+    denials: tuple[str, ...] = ()  # words that deny in the language of the answers; only Method 2 reads these
+    frames: tuple[str, ...] = ()  # phrases that may stand around an answer word; the same
     text_template: str | None = None  # columns in braces that make up a text; a template that names columns sets it
 
     def __post_init__(self) -> None:
@@ -90,6 +95,9 @@ class Task:
         for _, label in self.examples:
             if label not in self.labels:
                 yield f"an example has the label {label!r}, the task has {list(self.labels)}"
+        for word in self.denials:
+            if len(word.split()) != 1 or self.label_of(word):
+                yield f"each of denials is one word and no answer word, not {word!r}"
         for label, of_label in self.labels.items():
             for word in of_label:
                 if self.label_of(word) != label:
@@ -142,10 +150,12 @@ class Task:
     def settings(self) -> dict:
         """What defines the question, as JSON would give it back; labels as pairs, because their order counts.
 
-        The paraphrases are other questions: whoever asks them adds their settings.
+        The paraphrases are other questions: whoever asks them adds their settings. So does Method 2 with how it reads
+        answers, by `denials` and `frames`.
         """
         settings = asdict(self) | {"labels": list(self.labels.items())}
-        del settings["paraphrases"], settings["text_template"]  # what a text is, is not part of the question
+        del settings["paraphrases"], settings["denials"], settings["frames"]
+        del settings["text_template"]  # what a text is, is not part of the question
         return json.loads(json.dumps(settings))
 
     @classmethod
@@ -231,7 +241,33 @@ def _text_and_label(example: object) -> tuple[str, str]:
     raise ValueError("each of examples needs a text and a label, both strings")
 
 
+def to_toml(task: Task) -> str:
+    """A task file's content, which `read_task` reads back as the same task. JSON's strings are TOML's, but for DEL."""
+
+    def quoted(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+    template = task.template
+    if task.text_template is not None:
+        template = template.replace("{text}", task.text_template)
+    lines = [f"name = {quoted(task.name)}", f"template = {quoted(template)}"]
+    for field in ("instruction", "format", "scoring", "paraphrases"):
+        value = getattr(task, field)
+        if value != Task.__dataclass_fields__[field].default:
+            lines.append(f"{field} = {quoted(value)}")
+    lines.append("\n[labels]")
+    lines += [f"{quoted(label)} = {quoted(words)}" for label, words in task.labels.items()]
+    for text, label in task.examples:
+        lines.append(f"\n[[examples]]\ntext = {quoted(text)}\nlabel = {quoted(label)}")
+    return "\n".join(lines) + "\n"
+
+
 # Answers: the token sequences that count for a label
+
+NOT_ONE_TOKEN = (
+    'choose words that are one token, or set scoring = "sequence" in the task, which scores whole answers and takes '
+    "longer, by a pass for each spelling of an answer"
+)
 
 
 @dataclass(frozen=True)
@@ -248,32 +284,79 @@ def find_answers(task: Task, tokenizer: object, rendered: str) -> list[Answer]:
 
     first-token: all single tokens of the vocabulary that spell an answer word, in any case, with or without space.
     sequence: the words as written and capitalised, as the tokenizer splits them after the prompt.
-    Raises ValueError when a label has no usable answer in this place.
+    Raises ValueError that names all labels without a usable answer in this place, each with what would help.
     """
-    in_context = {word: _ids_after(tokenizer, rendered, task.answer(rendered, word)) for word in _spellings(task)}
+    in_context, problems = {}, {}
+    for word in _spellings(task):
+        try:
+            in_context[word] = _ids_after(tokenizer, rendered, task.answer(rendered, word))
+        except ValueError as error:
+            problems[str(error)] = None
     if task.scoring == "sequence":
-        found = {ids: Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()}
-        for word, ids in in_context.items():
-            if found[ids].label != task.label_of(word):
-                raise ValueError(
-                    f"task {task.name!r}: this tokenizer reads {word!r} and {found[ids].text!r} as the same"
-                )
-        return list(found.values())
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    answers = [
-        Answer(label, (i,), text)
-        for i, text in enumerate(_vocabulary(tokenizer))
-        if i not in special and (label := task.label_of(text)) is not None
-    ]
-    singles = {answer.ids for answer in answers}
-    for label, words in task.labels.items():
-        if in_context[words[0]] not in singles:
-            pieces = " + ".join(repr(tokenizer.decode([i])) for i in in_context[words[0]])
-            raise ValueError(
-                f"task {task.name!r}: the answer {words[0]!r} of label {label!r} is not one token here but {pieces}; "
-                'set scoring = "sequence" in the task, or choose another word'
-            )
+        answers = [Answer(task.label_of(word), ids, task.answer(rendered, word)) for word, ids in in_context.items()]
+        found = {answer.ids: answer for answer in answers}
+        for answer in answers:
+            if found[answer.ids].label != answer.label:
+                other = found[answer.ids].text
+                problems[f"this tokenizer reads {answer.text.strip()!r} and {other!r} as the same"] = None
+        answers = list(found.values())
+    else:
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        answers = [
+            Answer(label, (i,), text)
+            for i, text in enumerate(_vocabulary(tokenizer))
+            if i not in special and (label := task.label_of(text)) is not None
+        ]
+        if bad := _not_one_token(task, tokenizer, rendered, in_context, {answer.ids for answer in answers}):
+            problems[f"answers that are not one token here: {'; '.join([*bad, NOT_ONE_TOKEN])}"] = None
+    if problems:
+        raise ValueError(f"task {task.name!r}: {'; '.join(problems)}")
     return answers
+
+
+def _not_one_token(
+    task: Task, tokenizer: object, rendered: str, in_context: Mapping[str, tuple[int, ...]], singles: set[tuple]
+) -> list[str]:
+    """What to say of each label whose first answer word is not one of the single tokens `singles`, with a cure."""
+    said = []
+    for label, words in task.labels.items():
+        ids = in_context.get(words[0])
+        if ids is None or ids in singles:
+            continue
+        pieces = " + ".join(repr(tokenizer.decode([i])) for i in ids)
+        cure = ""
+        if word := one_token_word(task, label, tokenizer, rendered):
+            cure = f" ({word!r} is one token)"
+        elif is_one_token(tokenizer, rendered + "\n", words[0]):
+            cure = " (one token after a template that ends with a newline)"
+        said.append(f"{words[0]!r} of label {label!r} is {pieces}{cure}")
+    return said
+
+
+def one_token_word(task: Task, label: str, tokenizer: object, rendered: str) -> str | None:
+    """A word for a label that is one token after this prompt, of those that it suggests itself; None if there is none.
+
+    They are its other answer words, its name with underscores as spaces, the same in lower case or capitalised, and
+    the words these are made of, unless another label is called by them too.
+    """
+    names = [name.replace("_", " ").strip() for name in (*task.labels[label], label)]
+    forms = [form for name in names for form in (name.lower(), name.capitalize())]
+    parts = {part for name in names for part in re.split(r"[\W_]+", name) if len(part) > 2}
+    others = [name.casefold() for other in task.labels if other != label for name in (other, *task.labels[other])]
+    taken = {part for name in others for part in (name, *re.split(r"[\W_]+", name))}
+    for word in dict.fromkeys([*names, *forms, *sorted(parts, key=lambda part: (-len(part), part))]):
+        if word and word.casefold() not in taken and is_one_token(tokenizer, rendered, task.answer(rendered, word)):
+            return word
+    return None
+
+
+def is_one_token(tokenizer: object, rendered: str, answer: str) -> bool:
+    """Whether an answer is a single ordinary token after this prompt."""
+    try:
+        ids = _ids_after(tokenizer, rendered, answer)
+    except ValueError:
+        return False
+    return len(ids) == 1 and ids[0] not in tokenizer.all_special_ids and tokenizer.decode(ids).strip() == answer.strip()
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from task import (
@@ -27,6 +27,7 @@ from task import (
     label_probabilities,
     listed_probabilities,
     read_task,
+    to_toml,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -124,6 +125,22 @@ def test_a_label_that_is_not_one_token_is_refused_and_sequence_scoring_is_named(
     shouted = Task("t", {"n": ("NEGATIVE",), "p": ("POSITIVE",)}, "{text}\nSentiment:")
     with pytest.raises(ValueError, match='scoring = "sequence"'):  # " POS" alone must not stand for " POSITIVE"
         find_answers(shouted, tokenizer, "x\nSentiment:")
+
+
+def test_all_answers_that_are_not_one_token_are_named_at_once_each_with_what_would_help(tokenizer):
+    words = {"ABBR": ("ABBR",), "card_payment": ("card_payment",), "fine": ("fine",), "other_card": ("OTHER",)}
+    task = Task("t", words | {"7": ("7",), "HUM": ("HUM", "human")}, "{text}\nType:")
+    with pytest.raises(ValueError) as caught:
+        find_answers(task, tokenizer, "x\nType:")
+    message = str(caught.value)
+    assert "'ABBR' of label 'ABBR' is ' AB' + 'BR';" in message  # nothing helps here but another word
+    assert "'card_payment' of label 'card_payment' is ' card' + '_' + 'payment' ('payment' is one token);" in message
+    assert "'OTHER' of label 'other_card' is ' OTHER'" not in message and "'fine' of label" not in message
+    assert "'7' of label '7' is ' ' + '7' (one token after a template that ends with a newline);" in message
+    assert "'HUM' of label 'HUM' is ' H' + 'UM' ('human' is one token);" in message
+    assert 'scoring = "sequence"' in message and "\n" not in message
+    cured = {"card": ("payment",), "HUM": ("human",), "7": ("7",)}
+    find_answers(Task("t", cured, "{text}\nType:\n"), tokenizer, "x\nType:\n")
 
 
 def test_sequence_answers_are_the_ids_that_follow_the_prompt_as_written_and_capitalised(tokenizer):
@@ -449,6 +466,30 @@ def test_a_template_may_name_columns_which_then_make_up_the_text(tmp_path):
     task = read_task(str(tmp_path / "t.toml"))
     assert (task.template, task.text_template) == ("Title: {text}\nTeam:", "{title}\nBody: {body}")
     assert "text_template" not in task.settings()
+
+
+STRINGS = st.text(st.characters(codec="utf-8", exclude_characters="{}"))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.dictionaries(STRINGS.filter(str.strip), st.lists(STRINGS.filter(str.strip), min_size=1), min_size=2),
+    STRINGS,
+    st.lists(st.tuples(STRINGS, st.integers(0))),
+    st.sampled_from([None, "{title}", "{title}\n\x7f{body}"]),
+    st.booleans(),
+)
+def test_a_task_is_read_back_as_it_was_written(tmp_path_factory, labels, string, examples, columns, is_plain):
+    given_examples = tuple((text, [*labels][number % len(labels)]) for text, number in examples)
+    words = {label: tuple(words) for label, words in labels.items()}
+    more = {} if is_plain else {"format": "chat", "scoring": "sequence", "paraphrases": ("{text} other:",)}
+    try:
+        task = Task(string, words, f"{string}{{text}}\t:", string, given_examples, text_template=columns, **more)
+    except ValueError:
+        assume(False)  # labels that share a word, and the like
+    path = tmp_path_factory.mktemp("task") / "t.toml"
+    path.write_bytes(to_toml(task).encode())
+    assert read_task(str(path)) == task and [*read_task(str(path)).labels] == [*labels]
 
 
 BROKEN_TASKS = {
