@@ -10,6 +10,7 @@ the next endpoint needs them again. Exit code: 0, or 1 when something that costs
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +25,7 @@ from sagemaker_endpoint import delete_all, deletion, describe_endpoint, endpoint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("endpoint", metavar="ENDPOINT", help="its name, as given to deploy_sagemaker.py")
-    add("--region", metavar="NAME", help="default: that of your AWS settings")
-    wait = "give up on what is not gone after this, as 30m or 1800 (default: 30m)"
-    add("--max-wait", type=aws.duration, default="30m", metavar="TIME", help=wait)
-    pause = f"between two looks (default: {aws.POLL_S:g})"
-    add("--poll-seconds", type=float, default=aws.POLL_S, metavar="S", help=pause)
-    add("--dry-run", action="store_true", help="print what would be deleted; deletes nothing")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     name, account = endpoint_name(args.endpoint), aws.connect(args.region)
     refuse_others(account, name)
     found = remaining(account, name)
@@ -53,6 +45,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {command_line.printable(f'{error}; {still_there(account, name)}: {again}')}", file=sys.stderr)
         sys.exit(1)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_line.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("endpoint", metavar="ENDPOINT", help="its name, as given to deploy_sagemaker.py")
+    add("--region", metavar="NAME", help="default: that of your AWS settings")
+    wait = "give up on what is not gone after this, as 30m or 1800 (default: 30m)"
+    add("--max-wait", type=aws.duration, default="30m", metavar="TIME", help=wait)
+    pause = f"between two looks (default: {aws.POLL_S:g})"
+    add("--poll-seconds", type=float, default=aws.POLL_S, metavar="S", help=pause)
+    add("--dry-run", action="store_true", help="print what would be deleted; deletes nothing")
+    return parser.parse_args(argv)
 
 
 def refuse_others(account: Account, name: str) -> None:

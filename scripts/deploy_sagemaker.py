@@ -35,9 +35,7 @@ ANY_TIME = ("endpoint", "adapter", "remove", "bucket", "region", "dry_run", "yes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    check_arguments(parser, args)
+    parser, args = parse_arguments(argv)
     adapters = [sagemaker_endpoint.read_adapter(args.endpoint, text) for text in args.adapter]
     account = aws.connect(args.region, args.dry_run)
     bucket = aws.bucket_name(account, args.bucket)
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_end(account, args.endpoint, plan)
 
 
-def make_parser() -> command_line.ArgumentParser:
+def parse_arguments(argv: Sequence[str] | None) -> tuple[command_line.ArgumentParser, argparse.Namespace]:
     parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
     add("endpoint", metavar="ENDPOINT", help="its name: letters, digits and inner hyphens, 39 at most")
@@ -95,7 +93,9 @@ def make_parser() -> command_line.ArgumentParser:
     wait = "give up on what is not ready after this, as 30m or 1800 (default: 30m)"
     add("--max-wait", type=aws.duration, default="30m", metavar="TIME", help=wait)
     aws.add_arguments(add)
-    return parser
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return parser, args
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
