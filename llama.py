@@ -598,11 +598,13 @@ def load_llama(
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
     task: dict | None = None,
+    check: Callable[[Llama], None] = lambda reader: None,
 ) -> Llama:
     """Load `default`, `llama`, a Hub id or a folder, with its tokenizer and optionally a LoRA adapter.
 
     `adapter` is a folder, None, or "auto": the shipped fine-tuned folder, if it was trained from these weights for the
-    task with these settings (`Task.settings()`). Raises ValueError or OSError in one line that says what to do.
+    task with these settings (`Task.settings()`). `check` sees the tokenizer, as `load_reader` gives it, before the
+    weights are read. Raises ValueError or OSError in one line that says what to do.
     """
     device = choose_device(device)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else choose_dtype(dtype, device)
@@ -621,6 +623,8 @@ def load_llama(
     options: dict = {"local_files_only": True, "trust_remote_code": False}
     with loading(f"the model in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    check(Llama(None, tokenizer, name, path, {}))
+    with loading(f"the model in {path}"):
         network, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=torch.bfloat16 if quantization else getattr(torch, precision),

@@ -239,6 +239,11 @@ def read_head(llama: Llama, fingerprint: str) -> ConfidenceHead:
     return head
 
 
+def check_answers(task: Task, reader: Llama) -> None:
+    """ValueError when the task's answers do not work with a tokenizer, told before its model's weights are read."""
+    find_answers(task, reader.tokenizer, reader.task_prompt(task).render("text"))
+
+
 def verdict(by_label: Mapping[str, float], label_mass: float, shared_mass: float | None = None) -> dict:
     """What the probabilities over the labels say; they are shares of `shared_mass`, by default the label mass."""
     prediction = max(by_label, key=by_label.__getitem__)
@@ -464,7 +469,7 @@ def debiased_rows(raw: Path, labels: Sequence[str], fingerprint: str) -> Iterato
             total, count = total + [row.probabilities[label] for label in labels], count + 1
     for row in predictions.iterate(raw):
         if row.error is not None:
-            yield replace(row, fingerprint=fingerprint)
+            yield replace(row, fingerprint=fingerprint, extras={})
             continue
         p = debias(np.array([[row.probabilities[label] for label in labels]]), total / count)[0]
         common = {"method": row.method, "model": row.model, "task": row.task, "fingerprint": fingerprint}
@@ -507,7 +512,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))
             scorer = remote_label_scorer(server, task)
         else:
-            llama = load_llama(**model_arguments(args), task=task.settings())
+            check = (lambda reader: None) if args.raw_prompt else partial(check_answers, task)
+            llama = load_llama(**model_arguments(args), task=task.settings(), check=check)
             if args.raw_prompt:
                 show_next_tokens(args.text, llama, args.json)
                 return
@@ -520,9 +526,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         scoring.score_table(scorer, job.table, job.total, raw, job.overwrite)
     if args.debias:
         print(scoring.report(raw))
-        identities = map(task.identify, job.table)
-        rows = debiased_rows(raw, list(task.labels), fingerprint)
-        scoring.write_derived(job.output, identities, rows, job.total, fingerprint, job.overwrite)
+        rows = partial(debiased_rows, raw, list(task.labels), fingerprint)
+        scoring.write_derived(job.output, rows, fingerprint, job.overwrite)
     scoring.finish_table(job, scoring.report(job.output))
 
 

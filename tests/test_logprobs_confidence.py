@@ -399,6 +399,15 @@ def test_a_task_of_our_own_scores_a_table_as_the_raw_logits_say(toml, call, tiny
         assert row["prediction"] == max(totals, key=totals.get)
 
 
+def test_answers_that_do_not_work_are_told_before_the_weights_are_read(call, tiny_folder, tmp_path):
+    broken = shutil.copytree(tiny_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    toml = THREE_LABELS.replace('["billing"]', '["billing matters"]').replace('["praise"]', '["praise_us"]')
+    (tmp_path / "tickets.toml").write_text(toml, encoding="utf-8")
+    code, _, err = call("--model", broken, "--task", tmp_path / "tickets.toml", "I was charged twice.")
+    assert code == 2 and "'billing matters' of label 'billing'" in err and "'praise_us' of label 'praise'" in err
+
+
 def test_batch_size_order_and_company_change_no_result(tiny_llama, single_thread):
     scorer = label_scorer(tiny_llama, SENTIMENT)
     examples = [Example(*row) for row in texts(30)]
