@@ -11,8 +11,8 @@
 
 It works for every model that answers, also for those that hide their probabilities. Answers are sampled at
 temperature 1 from the whole distribution. One is read by its answer words, whatever its case and punctuation; "not
-positive" is not positive, and what names no label, or several, is `unparsed` and stays in the denominator of the vote
-share, which records call `agreement`:
+positive" is not positive, a thought is no answer, and what names no label, or several, is `unparsed` and stays in the
+denominator of the vote share, which records call `agreement`:
 
     agreement = confidence x label_mass,   confidence = votes / parsed answers,   label_mass = parsed / all answers
 
@@ -41,6 +41,7 @@ import endpoint
 import predictions
 import scoring
 import voting
+from answers import parser_of
 from command_line import printable
 from endpoint import Endpoint, PassingError, Prompt
 from llama import Llama, default_llama, load_llama, model_arguments
@@ -400,6 +401,8 @@ def print_explanation(row: Mapping) -> None:
         label, p = max(row["first_token"].items(), key=lambda pair: pair[1])
         shares = ", ".join(f"{100 * share:.1f} % of {n:,}" for n, share in row["agreement_by_draws"].items())
         print(f"\n  {label} in {shares} draws; its probability is {100 * p:.2f} %")
+    if note := voting.thoughts_note([answer["answer"] for answer in row["answers"]]):
+        print(f"\n  {note}")
     n, interval = sum(row["votes"].values()) + row["unparsed"], ""
     if row["agreement_low"] is not None:
         interval = f"; 95 % Jeffreys interval {100 * row['agreement_low']:.1f} to {100 * row['agreement_high']:.1f} %"
@@ -424,6 +427,8 @@ def report(path: str | Path) -> str:
             f"  mean vote share {shares.mean():.3f}, unanimous in {np.mean(shares == 1):.1%} of the rows; "
             f"{unparsed / n:.1%} of {n:,} answers unparsed; {calls:,} calls, {calls / len(rows):.1f} a row"
         )
+        if note := voting.thoughts_note([answer for row in rows for answer in row.extras.get("answers", ())]):
+            lines.append(f"  warning: {note}")
         if len(rows) >= 20 and all(len(set(row.extras.get("answers", ()))) == 1 for row in rows):
             lines.append("  warning: no row has two different answers; does this model really sample?")
     return "\n".join(lines)
@@ -444,7 +449,7 @@ def recount(job: scoring.Job, task: Task, samples: int | None, adaptive: bool) -
         raise ValueError(f"{source} answers task {rows[0].task!r}, not {task.name!r}; name it with --task")
     if not any("answers" in row.extras for row in rows):
         raise ValueError(f"{source} {voting.NO_ANSWERS}")
-    settings = {"samples": samples, "adaptive": adaptive, "parser": voting.PARSER}
+    settings = {"samples": samples, "adaptive": adaptive, **parser_of(task)}
     fingerprint = predictions.fingerprint(recounted=origin, task=task.settings(), settings=settings)
     if job.calibrator:
         job.calibrator.check(fingerprint, rows[0].model, task.name, list(task.labels))

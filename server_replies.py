@@ -1,7 +1,7 @@
 """What a server says: its replies in OpenAI's and Anthropic's layouts, and what its failures mean.
 
-    reply = read_reply(content, secret)                # JSON, or PassingError
-    listed_tokens(reply, model)                        # [(token, log-probability)], most probable first
+    reply = read_reply(content, secret)                # JSON of a whole answer, or an error
+    listed_tokens(reply, model, gave_before=False)     # [(token, log-probability)], most probable first
     completion_answer(reply), chat_answer(reply), claude_answer(reply)
     status_failure(StatusError(503, "busy"), ...)      # whose failure it is: an exception to raise
 
@@ -16,9 +16,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from answers import without_thought
 from aws import hidden
 
 NO_LOGPROBS = "{} gives no log-probabilities; use Method 2, consistency_confidence.py"
+# Why an answer ended, in the words of OpenAI, Anthropic, Google, Mistral, Cohere and Hugging Face: of itself, or where
+# --max-tokens or the model's context cut it. With any other reason there is no answer, or half of one.
+WHOLE = {"", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete"}
+WHOLE |= {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"}
+# Reasons that lie in the text or in the model, so that they do not pass.
+LASTING = re.compile(
+    r"filter|refus|safety|policy|recitation|prohibited|block|sensitive|moderat|toxic|tool|function", re.I
+)
 NOT_COMPUTED = -9999.0  # what vLLM writes where it has no log-probability
 CONTINUE = "nothing is lost, repeat the command to continue"
 # A refused value is the user's to correct; any other 400 that names an optional parameter is a rejection of it.
@@ -41,16 +50,37 @@ class StatusError(Exception):
 
 
 def read_reply(content: str | bytes, secret: str) -> dict:
-    """A reply as JSON; PassingError for one that is none, as a page of HTML, and for one that says only an error."""
+    """A reply as JSON, with a whole answer in it, or all of one that --max-tokens allows.
+
+    Raises PassingError for what is no JSON, as a page of HTML, and what `check_whole` raises.
+    """
     try:
         reply = json.loads(content)
         if not isinstance(reply, dict):
             raise ValueError
     except (ValueError, RecursionError):  # what json makes of a page of HTML, or of half a reply
         raise PassingError("the server's reply is not JSON; is this the URL of an API?") from None
-    if reply.get("error") and not (reply.get("choices") or reply.get("content")):  # some gateways' status is 200
-        raise PassingError(f"the server says: {shown(own_words(reply), secret)}")
+    choices = reply.get("choices")
+    check_whole(reply, "" if choices else "stop_reason", secret)  # vLLM's choices too have a stop_reason: a stop string
+    if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
+        check_whole(choices[0], "finish_reason", secret)
     return reply
+
+
+def check_whole(part: Mapping, reason_name: str, secret: str) -> None:
+    """Refuse a reply, or its choice, that carries an error or ended for another reason than an answer does.
+
+    Gateways fail so with status 200, even in the middle of an answer. What will not pass is a ValueError, as a filter's
+    verdict; all else is a PassingError.
+    """
+    if error := part.get("error"):
+        code = error.get("code") if isinstance(error, Mapping) else None
+        kind = ValueError if str(code) in ("400", "403", "413", "422") or LASTING.search(str(code)) else PassingError
+        raise kind(f"the server says: {shown(own_words(part), secret)}")
+    reason = part.get(reason_name) or ""
+    if str(reason).casefold() not in WHOLE:
+        kind = ValueError if LASTING.search(str(reason)) else PassingError
+        raise kind(f"the server ended the answer with {reason_name} {shown(str(reason), secret)!r}")
 
 
 def first_choice(reply: Mapping) -> Mapping:
@@ -61,46 +91,102 @@ def first_choice(reply: Mapping) -> Mapping:
 
 
 def completion_answer(reply: Mapping) -> str:
-    return text_of(first_choice(reply), "text").partition("\n")[0]  # also where `stop` was rejected
+    """The first line, also where `stop` was rejected; what follows a thought, or all of a thought that has no end."""
+    text = text_of(first_choice(reply).get("text"), "text")
+    answer = without_thought(text)
+    if answer is None:
+        return text
+    return (answer if answer == text else answer.lstrip()).partition("\n")[0]
 
 
 def chat_answer(reply: Mapping) -> str:
     message = first_choice(reply).get("message")
     if not isinstance(message, Mapping):
         raise PassingError("the reply has no message")
-    return text_of(message, "content")  # a refusal stands elsewhere, and its "No" is no answer
+    answer = text_of(message.get("content"), "content")  # a refusal stands elsewhere, and its "No" is no answer
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return answer if answer.strip() else unclosed(thought, answer)
 
 
 def claude_answer(reply: Mapping) -> str:
-    blocks = reply.get("content")
-    if not isinstance(blocks, list):
+    content = reply.get("content")
+    if content is None:
         raise PassingError("the reply has no content")
-    return "".join(text_of(block, "text") for block in blocks if isinstance(block, Mapping))
+    answer = text_of(content, "content")
+    blocks = content if isinstance(content, list) else []
+    thoughts = [block["thinking"] for block in blocks if isinstance(block, Mapping) and block.get("thinking")]
+    return answer if answer.strip() or not thoughts else unclosed(thoughts[0], answer)
 
 
-def text_of(part: Mapping, name: str) -> str:
-    """A field of a reply; empty if it is null or no text."""
-    value = part.get(name)
-    return value if isinstance(value, str) else ""
+def unclosed(thought: object, answer: str) -> str:
+    """A thought to which the server found no end and so no answer, as a model writes it; `answer` without a thought."""
+    return f"<think>{thought}" if isinstance(thought, str) and thought else answer
 
 
-def listed_tokens(reply: Mapping, model: str) -> list[tuple[str, float]]:
-    """(token, log-probability) of the first position, most probable first; ValueError if there is none."""
-    logprobs, without = first_choice(reply).get("logprobs"), NO_LOGPROBS.format(model)
+def text_of(content: object, name: str) -> str:
+    """A field of a reply as text: of a list of parts those that are text, joined; empty if it is null."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return checked_text(content, name)
+    texts = []
+    for part in content:
+        if not isinstance(part, Mapping):
+            texts.append(checked_text(part, name))
+        elif part.get("type", "text") in ("text", "output_text"):  # others are thoughts, refusals, images
+            texts.append(checked_text(part.get("text"), name))
+    return "".join(texts)
+
+
+def checked_text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise PassingError(f"the reply's {name} is of type {kind}, neither text nor a list of parts with text")
+    return value
+
+
+def listed_tokens(reply: Mapping, model: str, gave_before: bool = False) -> list[tuple[str, float]]:
+    """(token, log-probability) of the first position, most probable first.
+
+    Raises ValueError if there is none, PassingError where the server `gave_before` what is now missing, or where the
+    probabilities are none.
+    """
+    choice = first_choice(reply)
     try:
-        if logprobs.get("content"):  # a chat's layout
-            pairs = [(entry["token"], entry["logprob"]) for entry in logprobs["content"][0]["top_logprobs"]]
-        else:
-            pairs = list(logprobs["top_logprobs"][0].items())
-        tokens = [(token, float(value)) for token, value in pairs if not value <= NOT_COMPUTED]
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):
-        raise ValueError(without) from None
-    if not tokens or not all(isinstance(token, str) for token, _ in tokens):
-        raise ValueError(without)
+        tokens = first_position(choice.get("logprobs"))
+        if not tokens or not all(isinstance(token, str) for token, _ in tokens):
+            raise ValueError
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError):  # null, or another layout
+        if gave_before:
+            raise PassingError(f"the reply has no log-probabilities, which {model} gave before") from None
+        raise ValueError(NO_LOGPROBS.format(model)) from None
     total = math.fsum(math.exp(min(value, 1.0)) for _, value in tokens)
     if not total <= 1.001:  # also when one of them is NaN
         raise PassingError(f"the listed probabilities sum to {total:.3f}")
     return sorted(tokens, key=lambda pair: -pair[1])
+
+
+def first_position(logprobs: Mapping) -> list[tuple[str, float]]:
+    """The tokens of either layout. Whatever a wrong layout makes Python raise is left to the caller.
+
+    A chat lists the sampled token first and again at its rank: what is the same in all it says counts once, and two
+    tokens of the same text with different probabilities are two. Completions keep one of them for each text, the last
+    written; what they say of the sampled token itself may be more.
+    """
+    if logprobs.get("content"):
+        different = {}
+        for entry in logprobs["content"][0]["top_logprobs"]:
+            pair = entry["token"], float(entry["logprob"])
+            different[pair, str(entry.get("bytes")), entry.get("id")] = pair
+        pairs = list(different.values())
+    else:
+        listed = dict(logprobs["top_logprobs"][0].items())
+        if logprobs.get("tokens") and logprobs.get("token_logprobs"):
+            sampled, value = logprobs["tokens"][0], logprobs["token_logprobs"][0]
+            if sampled in listed and value is not None:
+                listed[sampled] = max(listed[sampled], value)
+        pairs = [(token, float(value)) for token, value in listed.items()]
+    return [(token, value) for token, value in pairs if not value <= NOT_COMPUTED]
 
 
 def own_words(body: object) -> str:

@@ -1,7 +1,6 @@
-"""Answers become votes: how they are asked for and read, when there are enough, and what a vote share says.
+"""Answers become votes: how they are asked for, when there are enough, and what a vote share says.
 
     Sampling(samples=10, adaptive=True)                  # how many, at which temperature, in which wordings
-    parse_answer("It isn't really positive.", task)      # None; "Positive!" is "positive"
     count_votes(answers, task)                           # ({"negative": 1, "positive": 8}, 1 unparsed)
     next_numbers(answers, task, most, adaptive)          # the answers to ask for next
     record(identity, votes, unparsed, ...)               # the row of a predictions file
@@ -13,14 +12,14 @@ A vote share is a mean of draws. `first_token_draws` draws from a known distribu
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 import predictions
+from answers import is_cut_thought, parse_answer, parser_of
 from command_line import columns
 from predictions import Prediction
 from tables import Example
@@ -28,7 +27,6 @@ from task import Task
 
 SAFE = 0.95  # asking adaptively ends when the leader is this sure to be the majority
 FIRST = 4  # answers that the first round asks for: the fewest that can be this sure
-PARSER = 1  # raised when `parse_answer` changes, so that fingerprints differ
 NO_ANSWERS = "stores no answers; only those of consistency_confidence.py can be recounted"
 
 
@@ -70,7 +68,7 @@ class Sampling:
     def fingerprint(self, identity: Mapping, task: Task, sent: Mapping, truncate: bool = False) -> str:
         """The fingerprint of the predictions; `sent` is what the model is really given of these settings."""
         templates = [wording.template for wording in self.wordings(task)]
-        settings = asdict(self) | {"wordings": templates, "sent": sent, "parser": PARSER}
+        settings = asdict(self) | {"wordings": templates, "sent": sent, **parser_of(task)}
         if truncate:
             settings["truncate"] = True
         return predictions.fingerprint(**identity, task=task.settings(), method="consistency", settings=settings)
@@ -95,73 +93,6 @@ def answer_seed(seed: int, id: str, text: str, number: int) -> int:
     return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
 
 
-# From an answer to a label
-
-NEGATION = re.compile(
-    r"not|no|non|never|neither|nor|none|nothing|nobody|without|hardly|barely|cannot|\w+n['\u2019]t"
-    r"|(?:is|are|was|were|do|does|did|has|have|had|could|would|should|ca|wo)nt"
-)
-WORD = re.compile(r"[^\W_]+(?:['\u2019_][^\W_]+)*[+#]*")  # also "c++"
-CLAUSE_END = re.compile(r"[.,;:!()/|\n\u2014\u2026]|\b(?:but|yet)\b")
-OUTER = " \t\r\n.,;:!*\"'`()[]"
-
-
-def parse_answer(answer: str, task: Task) -> str | None:
-    """The one label that an answer names by its answer words, or None.
-
-    Case and punctuation do not count. A word after a negation in its clause does not name its label ("not positive",
-    "it isn't really positive"), and an answer word that is a negation itself answers only at the end of a clause: "No."
-    and not "No idea". An answer that denies something else is None, unless its first clause is an answer word and no
-    more ("No, it is not."). An answer that names two labels is None.
-    """
-    if label := task.label_of(answer) or task.label_of(answer.strip(OUTER)):
-        return label
-    clauses = [WORD.findall(clause) for clause in CLAUSE_END.split(answer.casefold())]
-    clauses = [words for words in clauses if words]
-    named, denies_else = set(), False
-    for words in clauses:
-        named_here, denies_else_here = read_clause(words, task)
-        named |= named_here
-        denies_else |= denies_else_here
-    if len(named) != 1:
-        return None
-    if denies_else and not task.label_of(" ".join(clauses[0])):
-        return None
-    return named.pop()
-
-
-def read_clause(words: Sequence[str], task: Task) -> tuple[set[str], bool]:
-    """The labels that a clause names, and whether it denies something that is no answer word."""
-    phrases = list(_phrases(words, task))
-    answers: dict[int, str] = {}  # by their place in the clause
-    negations = []
-    for place, (phrase, label) in enumerate(phrases):
-        is_negation = NEGATION.fullmatch(phrase) is not None
-        is_last = place == len(phrases) - 1
-        if label is not None and (is_last or not is_negation):
-            answers[place] = label
-        elif is_negation:
-            negations.append(place)
-    if not negations:
-        return set(answers.values()), False
-    named = {label for place, label in answers.items() if place < negations[0]}
-    return named, negations[-1] > max(answers, default=-1)
-
-
-def _phrases(words: Sequence[str], task: Task) -> Iterator[tuple[str, str | None]]:
-    """The words of a clause with their label, those that spell an answer word (the longest that fits) as one."""
-    longest = max(len(WORD.findall(word)) for words in task.labels.values() for word in words)
-    at = 0
-    while at < len(words):
-        for size in range(min(longest, len(words) - at), 0, -1):
-            phrase = " ".join(words[at : at + size])
-            label = task.label_of(phrase)
-            if label:
-                break
-        yield phrase, label
-        at += size
-
-
 # Votes
 
 
@@ -169,6 +100,12 @@ def count_votes(answers: Sequence[str], task: Task) -> tuple[dict[str, int], int
     """(votes of each label, unparsed answers)."""
     counts = Counter(parse_answer(answer, task) for answer in answers)
     return {label: counts[label] for label in task.labels}, counts[None]
+
+
+def thoughts_note(answers: Sequence[str]) -> str:
+    """What to say of answers that end inside a thought; empty without any."""
+    cut = sum(map(is_cut_thought, answers))
+    return f"{cut:,} of {len(answers):,} answers end inside a thought; --max-tokens gives them more room" if cut else ""
 
 
 def decided(votes: Sequence[int], left: int) -> bool:
@@ -239,7 +176,8 @@ def record(
     extras = counted | extras
     if not parsed:
         shown = f", as {extras['answers'][0][:40]!r}" if extras.get("answers") else ""
-        error = f"none of {unparsed} answers names a label{shown}"
+        note = thoughts_note(extras.get("answers", ()))
+        error = f"none of {unparsed} answers names a label{shown}" + (f"; {note}" if note else "")
         return predictions.failed(*identity, error, **common, extras=extras)
     by_label = {label: count / parsed for label, count in votes.items()}
     return predictions.scored(*identity, by_label, parsed / n, **common, extras=extras)

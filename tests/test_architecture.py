@@ -28,6 +28,7 @@ ROWS = [
         "table_formats",
         "task",
         "voting",
+        "answers",
         "pooling",
         "exports",
         "plotting",

@@ -1,23 +1,22 @@
-"""voting.py: from an answer to a label, from votes to a record, when asking may stop, and how far a vote share is off.
+"""voting.py: from votes to a record, when asking may stop, and how far a vote share is off.
 
 Truth comes from counting by hand, from scipy, from exact sums over all courses a vote can take, and from simulation.
 """
 
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta
 
 import predictions
-from task import TASKS, Task
+from task import TASKS
 from voting import (
     answer_seed,
     converge,
@@ -27,83 +26,14 @@ from voting import (
     first_token_draws,
     jeffreys_interval,
     next_numbers,
-    parse_answer,
     record,
     recounted,
 )
 
 DATA = Path(__file__).parent / "data"
 VECTORS = json.loads((DATA / "reference_vectors.json").read_text(encoding="utf-8"))["consistency"]
-SENTIMENT, YES_NO = TASKS["sentiment"], TASKS["sentiment-yes-no"]
-GRADES = Task(
-    name="grades",
-    labels={
-        "very positive": ("very positive", "excellent", "good as gold"),
-        "positive": ("positive", "good"),
-        "negative": ("negative", "not good"),
-    },
-    template="Text: {text}\nGrade:",
-)
+SENTIMENT = TASKS["sentiment"]
 COMMON = {"method": "consistency", "model": "m", "task": "sentiment", "fingerprint": "f"}
-
-
-# From an answer to a label
-
-
-# tests/data/answers.json: task -> label or "unparsed" -> answers that must be read so
-ANSWERS = json.loads((DATA / "answers.json").read_text(encoding="utf-8"))
-BY_NAME = {task.name: task for task in (SENTIMENT, YES_NO, GRADES)}
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_an_answer_is_read_by_its_answer_words(name):
-    for label, answers in ANSWERS[name].items():
-        found = {answer: parse_answer(answer, BY_NAME[name]) or "unparsed" for answer in answers}
-        assert found == dict.fromkeys(answers, label)
-
-
-PIECES = ["positive", "Negative", "yes", "no", "very", "good", "not", "isn't", "nor", "but", " ", ", ", ".", "\n", "-"]
-SAID = st.one_of(st.text(max_size=40), st.lists(st.sampled_from([*PIECES, "\u2019t", '"', "\u0130", "\ud800"])))
-
-
-@pytest.mark.parametrize("task", BY_NAME.values(), ids=BY_NAME)
-@settings(max_examples=200, deadline=None)
-@given(said=SAID)
-@example(said="\u017fentiment: po\u017fitive")  # a letter that folds to s
-@example(said="not")
-def test_whatever_is_said_the_label_is_one_of_the_task_s_and_an_answer_word_was_said(task, said):
-    said = said if isinstance(said, str) else "".join(said)
-    label = parse_answer(said, task)
-    folded = " ".join(re.findall(r"\w+", said.casefold()))
-    if label is not None:
-        assert any(word in folded for word in task.labels[label])
-        assert parse_answer(said.upper().lower(), task) == parse_answer(said.lower(), task)
-
-
-OUTSIDE = st.text(" \t\n.,;:!*\"'`()[]", max_size=6)
-CASES = st.sampled_from([str.lower, str.upper, str.title, str.swapcase])
-
-
-@settings(max_examples=100, deadline=None)
-@given(OUTSIDE, OUTSIDE, CASES, st.sampled_from([*BY_NAME]), st.data())
-def test_case_and_outer_punctuation_never_change_an_answer_word(before, after, case, name, data):
-    labels = BY_NAME[name].labels
-    label = data.draw(st.sampled_from([*labels]))
-    word = data.draw(st.sampled_from(labels[label]))
-    assert parse_answer(before + case(word) + after, BY_NAME[name]) == label
-
-
-NEGATIONS = (
-    "not no non never neither nor none nothing nobody without hardly barely cannot doesn't wasn\u2019t ISN'T isnt cant"
-)
-
-
-@pytest.mark.parametrize("negation", NEGATIONS.split())
-def test_every_negation_denies_what_follows_it_in_its_clause(negation):
-    for said in (f"{negation} positive", f"It is {negation} at all a positive text", f"{negation.upper()} POSITIVE!"):
-        assert parse_answer(said, SENTIMENT) is None
-    assert parse_answer(f"positive, {negation} negative", SENTIMENT) == "positive"
-    assert parse_answer(f"{negation} that, positive", SENTIMENT) is None
 
 
 # Votes
