@@ -52,7 +52,7 @@ class ExplainedText:
 
     def record(self) -> dict:
         """What is shown, as it stands in a report."""
-        shared = self.label_mass_high if self.missing else self.label_mass
+        shared = self.label_mass_high or self.label_mass  # what a server does not list counts too
         tokens = self.top_tokens[:SHOWN_TOKENS]
         return {
             "tokens": [{"token": t.token, "probability": math.exp(t.logprob), "label": t.label} for t in tokens],

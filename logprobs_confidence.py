@@ -29,7 +29,9 @@ The way of one text, as code:
     10. print_explanation
 
 A server lists only its most probable tokens, so the label mass is an interval there: `label_mass` is what is listed,
-`label_mass_high` adds all that is not. A label that is not listed is `missing` and counts with the most it can have.
+`label_mass_high` adds all that is not, the remainder. It counts against the prediction, whose confidence is the least
+that it can be; a row is an error where the remainder could change the prediction. A label that is not listed is
+`missing` and counts with the most it can have.
 """
 
 from __future__ import annotations
@@ -312,7 +314,7 @@ class RemoteLabelScorer:
             "model_path": None,
             "top_tokens": tokens[:TOP_TOKENS],
             "answer_tokens": answer_tokens,
-            **verdict(by_label, mass, extras.get("label_mass_high") if extras.get("missing") else None),
+            **verdict(by_label, mass, extras["label_mass_high"]),
             **extras,
             "fingerprint": self.fingerprint,
         }
@@ -348,6 +350,8 @@ def remote_label_scorer(server: Endpoint, task: Task) -> RemoteLabelScorer:
         ids = tuple(answer.ids[0] for answer in find_answers(task, server.reader.tokenizer, rendered))
     server.probe(lambda: server.first_token(ask("A text."), ids))
     settings = {"sent": server.sent(temperature=1.0), "listed": "ids" if server.by_id else server.top_tokens}
+    if not server.by_id:
+        settings["not listed"] = "counts against the prediction"
     known = {**server.identity, "task": task.settings(), "method": "logprobs"}
     fingerprint = predictions.fingerprint(**known, settings=settings)
     debiased = predictions.fingerprint(**known, settings=settings | DEBIASED)
@@ -415,7 +419,7 @@ def print_token_table(tokens: Sequence[Mapping], rows: int = 12) -> None:
 def print_answer_sums(row: Mapping) -> None:
     """Per label: its probability, as the sum it is; then the label mass."""
     width = max(map(len, [*row["probabilities"], "label mass"])) + 3
-    shared = row["label_mass_high" if row.get("missing") else "label_mass"]  # what the probabilities are shares of
+    shared = row.get("label_mass_high", row["label_mass"])  # what the probabilities are shares of
     for label, entries in row["answer_tokens"].items():
         name = f"{f'P({label})':{width}}"
         if label in row.get("missing", ()):
@@ -423,8 +427,12 @@ def print_answer_sums(row: Mapping) -> None:
             continue
         total = 100 * row["probabilities"][label] * shared
         parts = [f'{100 * e["probability"]:.2f} "{printable(e["token"])}"' for e in entries[:4]]
-        rest = f" + {len(entries) - 4} more" if len(entries) > 4 else ""
-        print(f"  {name} {total:6.2f} %  = {' + '.join(parts)}{rest}")
+        if len(entries) > 4:
+            parts.append(f"{len(entries) - 4} more")
+        not_listed = total - 100 * sum(entry["probability"] for entry in entries)
+        if "label_mass_high" in row and not_listed >= 0.005:
+            parts.append(f"{not_listed:.2f} not listed")
+        print(f"  {name} {total:6.2f} %  = {' + '.join(parts)}")
     high = row.get("label_mass_high", row["label_mass"])
     more = f", up to {100 * high:.2f} % with what is not listed" if high > row["label_mass"] else ""
     print(f"  {'label mass':{width}} {100 * row['label_mass']:6.2f} %  of the distribution names a label{more}")

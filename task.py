@@ -423,32 +423,51 @@ def listed_probabilities(
 ) -> tuple[dict[str, float], float, dict]:
     """P over the labels, label mass and extras from the few next tokens that a server lists, [(text, log-probability)].
 
-    What is not listed, the remainder 1 - sum P(listed), may belong to any label, so label mass is an interval, from the
-    listed mass (`label_mass`) to that and the remainder (`label_mass_high`). A label of which no token is listed is
-    `missing`, and counts with all of the remainder, the most it can have: the confidence is then a lower bound.
-    `complete`: every answer of every label is listed. Raises ValueError when the list does not decide.
+    What is not listed, the remainder R = 1 - sum P(listed), may be other spellings of any label. So label mass is an
+    interval, from the listed mass M (`label_mass`) to M + R (`label_mass_high`), and the prediction, the label with the
+    largest listed sum L, is certain only where no other label could have as much: L > L(other) + R. Then
+
+        P(prediction) = L / (M + R), the least that it can be,   P(other) = (L(other) + its part of R) / (M + R)
+
+    with all of R in equal parts for the labels of which no token is listed (`missing`), or else for all but the
+    prediction. `complete`: every answer of every label is listed, and R = 0. Raises ValueError when the list does not
+    decide.
     """
     known = dict.fromkeys(task.labels, 0.0)
     for text, logprob in tokens:
         if label := task.label_of(text):
             known[label] += math.exp(logprob)
     mass, listed = sum(known.values()), math.fsum(math.exp(logprob) for _, logprob in tokens)
-    if complete:
-        remainder, missing = 0.0, []
-    else:  # a remainder of nothing is rounding: the unlisted have at most what the last of the list has
-        remainder = max(1 - listed, 0.0) or math.exp(min(logprob for _, logprob in tokens))
-        missing = [label for label in known if not known[label]]
     if mass == 0:
         raise ValueError(f"none of the {len(tokens)} tokens listed names a label; they hold {listed:.1%} of the mass")
-    if missing and remainder >= max(known.values()):
-        raise ValueError(
-            f"{' and '.join(missing)} not among the {len(tokens)} tokens listed, and the {remainder:.1%} that is not "
-            "listed could be it; --top-tokens lists more"
-        )
-    extras = {"label_mass_high": min(mass + remainder, 1.0)} | ({"missing": missing} if missing else {})
-    values = known | {label: remainder / len(missing) for label in missing}
+    prediction = max(known, key=known.__getitem__)
+    missing = [] if complete else [label for label, p in known.items() if p == 0]
+    remainder = 0.0 if complete else max(1 - listed, 0.0)
+    if missing and remainder == 0:  # rounding: a token that is not listed has at most what the last of the list has
+        remainder = math.exp(min(logprob for _, logprob in tokens))
+    _check_decided(known, prediction, missing, remainder, len(tokens))
+    sharing = missing or [label for label in known if label != prediction]
+    values = {label: p + (remainder / len(sharing) if label in sharing else 0.0) for label, p in known.items()}
     total = sum(values.values())
+    extras = {"label_mass_high": min(mass + remainder, 1.0)} | ({"missing": missing} if missing else {})
     return {label: value / total for label, value in values.items()}, min(mass, 1.0), extras
+
+
+def _check_decided(
+    known: Mapping[str, float], prediction: str, missing: Sequence[str], remainder: float, n_tokens: int
+) -> None:
+    """ValueError where another label could have as much as the prediction, if all that is not listed were its own."""
+    rivals = [label for label, p in known.items() if label != prediction and p + remainder >= known[prediction]]
+    if not remainder or not rivals:  # of a complete list a tie goes to the label listed first
+        return
+    could_be = [label for label in missing if label in rivals]
+    if could_be:
+        what = f"{' and '.join(could_be)} not among the {n_tokens} tokens listed, and the {remainder:.1%} that is not "
+        what += "listed could be it"
+    else:
+        sums = " and ".join(f"{label} {known[label]:.1%}" for label in (prediction, *rivals))
+        what = f"the {n_tokens} tokens listed give {sums}, and the {remainder:.1%} that is not listed could be either's"
+    raise ValueError(f"{what}; --top-tokens lists more")
 
 
 def debias(probabilities: np.ndarray, mean_probabilities: np.ndarray) -> np.ndarray:

@@ -335,7 +335,8 @@ def listing(**probabilities):
 def test_listed_tokens_of_all_labels_sum_and_what_is_not_listed_widens_the_label_mass():
     tokens = listing(yes=0.4, _Yes=0.15, YES_=0.05, _no=0.2, well=0.1)
     probabilities, mass, extras = listed_probabilities(tokens, ANSWER)
-    assert probabilities == pytest.approx({"a": 0.75, "b": 0.25}, abs=1e-12) and list(probabilities) == ["a", "b"]
+    # 0.6 and 0.2 are listed; the 0.1 that is not may all be other spellings of "no".
+    assert probabilities == pytest.approx({"a": 2 / 3, "b": 1 / 3}, abs=1e-12) and list(probabilities) == ["a", "b"]
     assert mass == pytest.approx(0.8, abs=1e-12)
     assert list(extras) == ["label_mass_high"] and extras["label_mass_high"] == pytest.approx(0.9, abs=1e-12)
 
@@ -344,7 +345,8 @@ def test_other_marks_are_other_tokens_and_count_for_no_label():
     tokens = [*listing(yes=0.5, no=0.1), ("yes!", math.log(0.1)), ("'no", math.log(0.1)), ("ye", math.log(0.1))]
     tokens += [("\u0120yes", math.log(0.05))]  # a tokenizer's own mark for a space, which a server should not show
     probabilities, mass, _ = listed_probabilities(tokens, ANSWER)
-    assert probabilities["a"] == pytest.approx(5 / 6, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
+    # "yes" 0.5 and "no" 0.1 of 0.85 listed, and 0.15 that is not
+    assert probabilities["a"] == pytest.approx(0.5 / 0.75, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
 
 
 def test_a_label_that_is_not_listed_has_the_most_it_can_have_so_the_confidence_is_a_lower_bound():
@@ -371,8 +373,49 @@ def test_where_what_is_not_listed_could_be_the_winner_there_is_no_answer():
         listed_probabilities([("yes", math.log(0.25))], OF_THREE)
     with pytest.raises(ValueError, match=r"^b not among"):
         listed_probabilities([("yes", math.log(0.5))], ANSWER)  # a tie is no answer
-    # With every label listed the larger sum is the answer, however much is not listed.
-    assert listed_probabilities(listing(yes=0.02, no=0.01), ANSWER)[0]["a"] == pytest.approx(2 / 3, abs=1e-12)
+    with pytest.raises(
+        ValueError,
+        match=r"^the 2 tokens listed give a 36.0% and b 33.0%, and the 31.0% that is not listed could be either's; --",
+    ):
+        listed_probabilities(listing(yes=0.36, no=0.33), ANSWER)
+    with pytest.raises(ValueError, match=r"^the 4 tokens listed give a 40.0% and b 35.0%, and the 10.0% that"):
+        listed_probabilities(listing(yes=0.4, no=0.35, maybe=0.1, well=0.05), OF_THREE)
+    with pytest.raises(ValueError, match=r"^c not among the 3 tokens listed, and the 30.0% "):
+        listed_probabilities(listing(yes=0.3, no=0.1, well=0.3), OF_THREE)
+    assert listed_probabilities(listing(yes=0.36, no=0.33), ANSWER, complete=True)[0]["a"] == pytest.approx(36 / 69)
+    tie = listed_probabilities(listing(yes=0.5, no=0.5), ANSWER, complete=True)[0]
+    assert tie == {"a": 0.5, "b": 0.5}
+
+
+@settings(deadline=None, max_examples=200)
+@given(seed=st.integers(0, 2**32), n_listed=st.integers(1, 12))
+def test_the_prediction_and_the_bound_hold_whatever_a_whole_distribution_hides_behind_its_list(seed, n_listed):
+    random = np.random.default_rng(seed)
+    spellings = ["yes", " yes", "Yes", "sure", "no", " no", "NO", "maybe", "Maybe ", "well", "hm", "x"]
+    whole = dict(zip(spellings, random.dirichlet([0.3] * len(spellings)) + 1e-12, strict=True))
+    truth = dict.fromkeys(OF_THREE.labels, 0.0)
+    for text, p in whole.items():
+        if label := OF_THREE.label_of(text):
+            truth[label] += p
+    listed = sorted(((text, math.log(p)) for text, p in whole.items()), key=lambda pair: -pair[1])[:n_listed]
+    try:
+        probabilities, mass, extras = listed_probabilities(listed, OF_THREE)
+    except ValueError as error:
+        assert "listed" in str(error)
+        return
+    true_mass = sum(truth.values())
+    prediction = max(probabilities, key=probabilities.__getitem__)
+    assert prediction == max(truth, key=truth.__getitem__)
+    assert probabilities[prediction] <= truth[prediction] / true_mass + 1e-9
+    assert mass <= true_mass + 1e-9 and true_mass <= extras["label_mass_high"] + 1e-9
+    assert probabilities[prediction] * extras["label_mass_high"] <= truth[prediction] + 1e-9
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-12)
+
+
+def test_with_all_labels_listed_the_remainder_counts_for_all_but_the_prediction():
+    probabilities, mass, extras = listed_probabilities(listing(no=0.5, yes=0.2, maybe=0.1, well=0.1), OF_THREE)
+    assert probabilities == pytest.approx({"a": 0.25 / 0.9, "b": 0.5 / 0.9, "c": 0.15 / 0.9}, abs=1e-12)
+    assert mass == pytest.approx(0.8) and extras == {"label_mass_high": pytest.approx(0.9)}
 
 
 @pytest.mark.parametrize("complete", [False, True])
