@@ -23,6 +23,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,7 @@ from task import Task, read_task
 
 TARGETS = (0.8, 0.9, 0.95)  # accuracies that the comparison asks a guarantee for
 DELTA = 0.05
+MEMBER_SUFFIXES = (".logprobs.jsonl", ".consistency.jsonl")
 OF_FILES = {"logprobs", "consistency", "calibrate_on", "groups", "figure", "output", "overwrite", "seed"}
 OF_FILES |= {"calibrator", "threshold"}  # the flags that have a part in joining two files
 
@@ -107,18 +109,13 @@ def combined_scorer(
 
 def member_files(output: str | Path) -> tuple[Path, Path]:
     """Where the predictions of each method are kept, beside the combined ones."""
-    return Path(output).with_suffix(".logprobs.jsonl"), Path(output).with_suffix(".consistency.jsonl")
+    logprobs, consistency = (Path(output).with_suffix(suffix) for suffix in MEMBER_SUFFIXES)
+    return logprobs, consistency
 
 
 def write_combined(path: Path, pairs: Sequence[Pair], combination: Combination, overwrite: bool = False) -> None:
     """Write the combined file, if it is not there; a row that failed is combined anew once its method has answered."""
-    rows = list(combine(pairs, combination))
-    identities = [(row.id, row.text, row.label) for row in rows]
-    scoring.write_derived(path, identities, rows, len(rows), combination.fingerprint, overwrite)
-    before = predictions.read(path)  # its other rows keep what a calibrator has added
-    after = [new if new.error != old.error else old for new, old in zip(rows, before, strict=True)]
-    if after != before:
-        predictions.replace(path, after)
+    scoring.write_derived(path, partial(combine, pairs, combination), combination.fingerprint, overwrite)
 
 
 # All methods on the same rows
@@ -385,7 +382,7 @@ def combined_job_from_arguments(args: argparse.Namespace, task: Task) -> scoring
     for path in outputs:
         for source in (args.logprobs, args.consistency, args.calibrator, *(args.calibrate_on or ())):
             predictions.check_output(path, source)
-    return scoring.job_from_arguments(args, task, outputs)
+    return scoring.job_from_arguments(args, task, MEMBER_SUFFIXES)
 
 
 def methods_from_arguments(

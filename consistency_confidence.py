@@ -458,8 +458,7 @@ def recount(job: scoring.Job, task: Task, samples: int | None, adaptive: bool) -
         if row.fingerprint != origin:
             raise ValueError(f"row {row.id!r} is of another run than the first; recount one run at a time")
         counted.append(voting.recounted(row, task, samples, adaptive, fingerprint))
-    identities = map(task.identify, job.table)
-    scoring.write_derived(job.output, identities, counted, len(counted), fingerprint, job.overwrite)
+    scoring.write_derived(job.output, partial(iter, counted), fingerprint, job.overwrite)
     changed = sum(a.prediction != b.prediction for a, b in zip(rows, counted, strict=True))
     before, after = (sum(len(row.extras.get("answers", ())) for row in of) for of in (rows, counted))
     return (

@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from dataclasses import replace as replace_field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,6 +102,11 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
 CALIBRATED = ("calibrated_confidence", "decision", "fitted_on")  # extras that a calibrator adds
 RETRY = "retry"  # the extra of a row that failed for a passing reason
+
+
+def uncalibrated(row: Prediction) -> Prediction:
+    """The record without what a calibrator has added."""
+    return replace_field(row, extras={name: value for name, value in row.extras.items() if name not in CALIBRATED})
 
 
 def fingerprint(**settings: object) -> str:

@@ -17,7 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -144,9 +144,10 @@ def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Seque
     `more_outputs` are the suffixes of files that will be written beside the predictions file, as ".raw.jsonl".
     """
     table, total, output, export = None, 0, None, None
-    if args.input:
+    if args.output:
         output = exports.resumable_path(args.output)
         export = Path(args.output) if Path(args.output) != output else None
+    if args.input:
         for path in (output, args.output, *(output.with_suffix(suffix) for suffix in more_outputs)):
             for source in (args.input, args.calibrator):
                 predictions.check_output(path, source)
@@ -340,21 +341,23 @@ def by_windows(
 
 
 def write_derived(
-    path: str | Path,
-    identities: Iterable[tuple[str, str, str | None]],
-    rows: Iterable[Prediction],
-    total: int,
-    fingerprint: str,
-    overwrite: bool = False,
+    path: str | Path, rows: Callable[[], Iterable[Prediction]], fingerprint: str, overwrite: bool = False
 ) -> None:
-    """Write `total` rows that were computed from other predictions, at once; a file that holds them already stays.
+    """Write rows that were computed from other predictions, at once; those that the file holds already stay.
 
-    `identities` are the rows' (id, text, label). ValueError for a file with other settings, unless `overwrite`.
+    So they keep what a calibrator has added, and a row that has been answered since takes its error's place. `rows()`
+    gives them anew. ValueError for a file with other settings, unless `overwrite`.
     """
+
+    def merged() -> Iterator[Prediction]:
+        for new, old in zip_longest(rows(), predictions.iterate(path)):
+            yield old if old is not None and predictions.uncalibrated(old) == new else new
+
     with predictions.open_output(path) as file:
-        finished = predictions.resume(file, identities, fingerprint, overwrite)
-        if finished.rows < total or finished.relabelled:
-            predictions.replace(path, rows)
+        identities = ((row.id, row.text, row.label) for row in rows())
+        predictions.resume(file, identities, fingerprint, overwrite)
+        if any(after != before for after, before in zip_longest(merged(), predictions.iterate(path))):
+            predictions.replace(path, merged())
 
 
 def finish_table(job: Job, report_text: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -172,10 +172,9 @@ def test_rows_are_saved_every_few_seconds_and_those_of_other_settings_are_not_ta
 
 def test_derived_rows_are_written_once_and_only_over_a_file_of_theirs(tmp_path):
     rows, path = [answered(example(n)) for n in range(3)], tmp_path / "p.jsonl"
-    identities = [(row.id, row.text, row.label) for row in rows]
 
     def derive(fingerprint="3f9c2a71", **options):
-        scoring.write_derived(path, iter(identities), iter(rows), 3, fingerprint, **options)
+        scoring.write_derived(path, lambda: iter(rows), fingerprint, **options)
 
     derive()
     assert predictions.read(path) == rows
@@ -188,6 +187,12 @@ def test_derived_rows_are_written_once_and_only_over_a_file_of_theirs(tmp_path):
     path.write_bytes(to_line(rows[0]))  # as left by another program: finished by the same command
     derive()
     assert predictions.read(path) == rows
+    # What a calibrator has added stays, and a row that has been answered since takes its error's place.
+    calibrated = [replace(row, extras={"calibrated_confidence": 0.6, "decision": "review"}) for row in rows]
+    lost = failed("r1", "text 1", "positive", "the server is down", **COMMON)
+    predictions.replace(path, [calibrated[0], lost, calibrated[2]])
+    derive()
+    assert predictions.read(path) == [calibrated[0], rows[1], calibrated[2]]
 
 
 def test_what_one_calibrator_adds_is_all_that_is_added_to_an_explanation(capsys):
