@@ -19,6 +19,7 @@ import traceback
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import urlopen
 
 import boto3
 import botocore.session
@@ -158,9 +159,10 @@ class Fake:
         self.moto.start()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        host, port = self.moto.get_host_and_port()
+        moto = "http://{}:{}".format(*self.moto.get_host_and_port())
+        urlopen(f"{moto}/moto-api/reset", data=b"").close()  # what moto keeps is the process's, not the server's
         self.env = {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": moto,
             "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{self.server.server_port}",
             "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": f"http://127.0.0.1:{self.server.server_port}",
             "AWS_ACCESS_KEY_ID": "testing",

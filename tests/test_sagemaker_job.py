@@ -47,6 +47,7 @@ SPOT = replace(JOB, settings=replace(SETTINGS, spot=True, hf_token_secret=SECRET
 @pytest.fixture(scope="module")
 def stand():
     with Fake() as fake:
+        fake.role()
         yield fake
 
 
@@ -61,8 +62,6 @@ def fake(stand, monkeypatch):
     stand.requests.clear()
     stand.injected.clear()
     stand.jobs.clear()
-    if not stand.client("iam").list_roles()["Roles"]:
-        stand.role()
     return stand
 
 
