@@ -18,13 +18,12 @@ README, ALL = PAGES[ROOT / "README.md"], "\n".join(PAGES.values())
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.M | re.S)
 PLAIN = [text for language, text in BLOCKS if not language]
 SHELL = "\n".join(PLAIN + re.findall(r"^```sh\n(.*?)^```$", CARD.read_text(encoding="utf-8"), re.M | re.S))
-PYTHON = re.compile(r"^(?:\$ )?(?:python|accelerate launch) (\S+\.py)\b(.*)$", re.M)
-COMMANDS = [(script, shlex.split(rest, comments=True)) for script, rest in PYTHON.findall(SHELL.replace("\\\n", " "))]
-COMMANDS += [  # those in the running text and in tables
-    (script, shlex.split(rest)) for script, rest in re.findall(r"`python (\S+\.py)\b([^`]*)`", ALL)
-]
+FOUND = re.findall(r"^(?:\$ )?(?:python|accelerate launch) (\S+\.py)\b(.*)$", SHELL.replace("\\\n", " "), re.M)
+FOUND += re.findall(r"`python (\S+\.py)\b([^`]*)`", ALL)  # in the running text and in tables
+COMMANDS = [(script, shlex.split(rest, comments=True)) for script, rest in FOUND]
 FROM_PYTHON = re.findall(r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", README, re.M | re.S)  # code, what it prints
 
+LLAMA = "Llama 3.1 8B, percent (the article's recording)"
 BASE_CALIBRATOR = "--target-accuracy 0.8"
 TUNED_CALIBRATOR = (
     "--calibrate-on data/predictions/tuned_calibration.jsonl --test-on data/predictions/tuned_test.jsonl "
@@ -75,7 +74,7 @@ def test_there_are_commands_and_every_script_and_make_target_that_is_named_is_th
     scripts = {path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"))}
     named = set(re.findall(r"\b((?:scripts/|tests/)?\w+\.py)\b", ALL))
     assert len(COMMANDS) > 60 and scripts <= named
-    assert {name for name in named if not ((ROOT / name).is_file() or (ROOT / "scripts" / name).is_file())} == set()
+    assert all((ROOT / name).is_file() or (ROOT / "scripts" / name).is_file() for name in named)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"`make ([a-z-]+)`", ALL))
     assert targets >= {"demo", "test"} and all(f"\n{target}:" in makefile for target in targets)
@@ -174,13 +173,10 @@ def test_blocks_of_output_hold_lines_that_are_printed(printed):
 
 
 @pytest.mark.study
-def test_the_methods_are_what_the_recordings_of_both_give(tmp_path):
+def test_the_methods_are_what_the_recordings_of_both_give(run, tmp_path):
     shown = [text for text in PLAIN if "3 geometric mean" in text]
     (command,) = [a for s, a in COMMANDS if s == "combined_confidence.py" and "--calibrate-on" in a]
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.chdir(ROOT):
-        module("combined_confidence.py").main([*command[:-1], str(tmp_path / "both.jsonl")])
-    lines = text.getvalue().splitlines()
+    lines = run("combined_confidence.py", *command[:-1], tmp_path / "both.jsonl").stdout.splitlines()
     assert len(shown) == 2 and all(line in lines for block in shown for line in block.splitlines())
     (gain,) = [line.partition(": ")[2] for line in lines if line.startswith("Gain in log loss of the stack")]
     assert gain in README
@@ -211,10 +207,6 @@ def span(value, sign=""):
     return f"{middle} [{low}, {high}]"
 
 
-def right(measured):
-    return span([measured[name] for name in ("accuracy", "accuracy_low", "accuracy_high")])
-
-
 @pytest.mark.study
 def test_base_against_fine_tuned_is_what_the_comparison_reports(printed):
     report, both = printed["comparison"][1], ("base", "fine-tuned")
@@ -235,8 +227,9 @@ def test_base_against_fine_tuned_is_what_the_comparison_reports(printed):
         assert guarantee["base"]["threshold"]["value"] is None
         measured = guarantee["fine-tuned"]["measured"]
         share = f"{100 * measured['share']:.1f}"
+        right = span([measured[name] for name in ("accuracy", "accuracy_low", "accuracy_high")])
         target = f"automated with {100 * guarantee['target']:.0f} % guaranteed, and what is right"
-        expected.append([target, "nothing", f"{share} %, {right(measured)}", f"+{share} points"])
+        expected.append([target, "nothing", f"{share} %, {right}", f"+{share} points"])
     cost = [f"${dollars[model][0]:,.0f}" for model in both]
     less, low, high = (f"-${-value:,.0f}" for value in dollars["difference"])
     expected.append(["dollars for 1,000 texts ($5 a review, $25 an error)", *cost, f"{less} [{low}, {high}]"])
@@ -252,11 +245,10 @@ def tour():
 
 
 def test_six_texts_are_those_of_the_recorded_tour(tour):
-    expected = []
-    for row in tour.values():
+    shown = table("text", "prediction", "confidence", "label mass")
+    for (text, row), cells in zip(tour.items(), shown, strict=True):
         shares = (f"{100 * row[key]:.1f} %" for key in ("confidence", "label_mass"))
-        expected.append([row["text"], row["prediction"], *shares])
-    assert table("text", "prediction", "confidence", "label mass") == expected
+        assert cells == [text, row["prediction"], *shares]
 
 
 def first_tokens(pairs):
@@ -278,14 +270,14 @@ def test_first_tokens_are_those_of_the_recorded_tour(tour):
 
 def test_what_the_article_recorded_is_quoted_as_recorded():
     text = (ROOT / "tests/data/article_token_tables.json").read_text(encoding="utf-8")
-    recorded = json.loads(text)["first_token_tables"]
-    by_text = {entry["text"]: entry for entry in recorded}
-    shown = table("text", "first tokens of Llama 3.1 8B, percent (the article's recording)", "sums")
+    recorded = {entry["text"]: entry for entry in json.loads(text)["first_token_tables"]}
+    shown = table("text", f"first tokens of {LLAMA}", "sums")
     for text, tokens, totals in shown:
-        entry = by_text[text]
+        entry = recorded[text]
         assert tokens == first_tokens((x["token"], x["probability"]) for x in entry["top_tokens"][:4])
         assert totals == sums(entry["printed_totals"])
-    assert len(shown) == 3 and f'{100 * recorded[0]["top_tokens"][0]["probability"]:.2f} % on "Who"' in README
+    who = next(iter(recorded.values()))["top_tokens"][0]
+    assert len(shown) == 3 and f'{100 * who["probability"]:.2f} % on "{who["token"].strip()}"' in README
 
 
 def test_vote_share_and_probability_are_as_far_apart_as_the_table_says():
@@ -299,9 +291,8 @@ def test_vote_share_and_probability_are_as_far_apart_as_the_table_says():
 
 
 def test_no_table_with_numbers_is_left_unchecked():
-    checked = {"base", "prediction", "first tokens of the default model, percent"}
-    checked |= {"first tokens of Llama 3.1 8B, percent (the article's recording)"}
-    checked |= {"distance of the vote share from the probability"}
+    checked = {"base", "prediction", "distance of the vote share from the probability"}
+    checked |= {f"first tokens of {model}" for model in ("the default model, percent", LLAMA)}
     elsewhere = {"rows scored", "texts a second"}  # made of what is not in this repository; each page says so
     assert re.search(r"not in\s+this\s+repository", ALL) and re.search(r"measures\s+your\s+machine", ALL)
     words = {"what it is", "what it is about", "what it does", "what it owns", "what it holds", "model"}
