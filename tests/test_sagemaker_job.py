@@ -372,6 +372,7 @@ def packed(files):
         (packed({"../evil": b"1"}), "is broken"),
         (b"no archive", "is broken"),
     ],
+    ids=["incomplete", "hostile", "broken"],
 )
 def test_an_incomplete_hostile_or_broken_archive_writes_nothing(tmp_path, content, words):
     account, _ = stubbed()
