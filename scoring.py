@@ -97,11 +97,11 @@ def record_fields(method: Method) -> dict[str, str]:
 # Flags
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that scores texts and tables."""
+def add_arguments(parser: argparse.ArgumentParser, **task_default: str | None) -> None:
+    """The flags of every script that scores texts and tables; `task_default` as in `task.add_task_argument`."""
     add = parser.add_argument
     add("text", metavar="TEXT", nargs="*", help="texts to classify and explain")
-    add_task_argument(parser)
+    add_task_argument(parser, **task_default)
     add_table_arguments(parser)
     add("--truncate", action="store_true", help="shorten a text too long for the model, instead of failing its row")
     add("--json", action="store_true", help="print each explanation as one JSON object a line")
@@ -373,12 +373,12 @@ def finish_table(job: Job, report_text: str) -> None:
 
 
 def report(path: str | Path) -> str:
-    """Counts, label mass and confidence of a predictions file; with labels, accuracy and its exact interval."""
+    """Counts, label mass and confidence of a predictions file; with labels, accuracy beside the commonest label's."""
     from calibration_metrics import auroc, exact_interval
 
     total, labels = 0, []
     confidence, label_mass = array("d"), array("d")
-    last_probability, is_correct, is_last = array("d"), array("b"), array("b")  # of the labelled rows
+    last_probability, truth, predicted = array("d"), array("l"), array("l")  # of the labelled rows
     for row in predictions.iterate(path):
         total += 1
         if row.error is not None:
@@ -388,19 +388,34 @@ def report(path: str | Path) -> str:
         label_mass.append(row.label_mass)
         if row.label is not None:
             last_probability.append(row.probabilities[labels[-1]])
-            is_correct.append(row.prediction == row.label)
-            is_last.append(row.label == labels[-1])
-    scored, labelled = len(confidence), len(is_correct)
+            truth.append(labels.index(row.label))
+            predicted.append(labels.index(row.prediction))
+    scored, labelled = len(confidence), len(truth)
     lines = [f"{path}: {scored:,} of {total:,} rows scored, {total - scored:,} with an error"]
     if scored:
         lowest = f"(lowest {min(label_mass):.3f})"
         lines.append(f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(label_mass):.3f} {lowest}")
     if labelled:
-        right = sum(is_correct)
+        truth, predicted = np.array(truth), np.array(predicted)
+        right = int((truth == predicted).sum())
         low, high = exact_interval(right, labelled)
         interval = f"95 % exact interval {low:.3f} to {high:.3f}"
         lines.append(f"  accuracy {right / labelled:.3f}, {interval}, n = {labelled:,} labelled rows")
-        if len(labels) == 2 and 0 < sum(is_last) < labelled:
-            area = auroc(np.array(last_probability), np.array(is_last, dtype=bool))
-            lines.append(f"  AUC of P({labels[-1]}) {area:.3f}")
+        lines += _beside_the_commonest_label(labels, truth, predicted, high)
+        is_last = truth == len(labels) - 1
+        if len(labels) == 2 and 0 < is_last.sum() < labelled:
+            lines.append(f"  AUC of P({labels[-1]}) {auroc(np.array(last_probability), is_last):.3f}")
     return "\n".join(lines)
+
+
+def _beside_the_commonest_label(
+    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, highest: float
+) -> Iterator[str]:
+    """What always giving the commonest label would get right, and what follows; `highest` bounds the accuracy."""
+    counts = np.bincount(truth, minlength=len(labels))
+    commonest, share = labels[counts.argmax()], counts.max() / len(truth)
+    yield f"  always answering {commonest!r} would be right in {share:.3f} of them"
+    if highest < share:
+        yield "  verdict: worse than that, so the question does not work; other examples or words may (docs/improving.md)"
+    elif len(set(predicted.tolist())) == 1 < np.count_nonzero(counts):
+        yield f"  verdict: only {labels[predicted[0]]!r} is ever predicted"

@@ -213,3 +213,25 @@ def test_what_one_calibrator_adds_is_all_that_is_added_to_an_explanation(capsys)
     assert json.loads(capsys.readouterr().out) == explanation | added
     scoring.print_decision(added)
     assert capsys.readouterr().out == "  Calibrated confidence 60.00 %: automate\n"
+
+
+@pytest.mark.parametrize(
+    ("truth", "predicted", "verdict"),
+    [
+        ("p" * 90 + "n" * 10, "p" * 20 + "n" * 80, "worse than that"),
+        ("p" * 60 + "n" * 40, "p" * 100, "only 'positive' is ever predicted"),
+        ("p" * 60 + "n" * 40, "p" * 60 + "n" * 40, None),
+        ("p" * 100, "p" * 100, None),
+    ],
+)
+def test_accuracy_stands_beside_that_of_the_commonest_label(truth, predicted, verdict, tmp_path):
+    names = {"n": "negative", "p": "positive"}
+    rows = []
+    for number, (label, answer) in enumerate(zip(truth, predicted, strict=True)):
+        p = 0.75 if answer == "p" else 0.25
+        rows.append(scored(str(number), "x", names[label], {"negative": 1 - p, "positive": p}, 0.9, **COMMON))
+    predictions.replace(tmp_path / "p.jsonl", rows)
+    report = scoring.report(tmp_path / "p.jsonl")
+    share = truth.count("p") / 100
+    assert f"always answering 'positive' would be right in {share:.3f} of them" in report
+    assert ("verdict" in report) == (verdict is not None) and (verdict or "") in report
