@@ -416,6 +416,6 @@ def _beside_the_commonest_label(
     commonest, share = labels[counts.argmax()], counts.max() / len(truth)
     yield f"  always answering {commonest!r} would be right in {share:.3f} of them"
     if highest < share:
-        yield "  verdict: worse than that, so the question does not work; other examples or words may (docs/improving.md)"
+        yield "  verdict: worse than that, so the question does not work: docs/improving.md"
     elif len(set(predicted.tolist())) == 1 < np.count_nonzero(counts):
         yield f"  verdict: only {labels[predicted[0]]!r} is ever predicted"
