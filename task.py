@@ -518,6 +518,7 @@ def _refuse_double_ids(examples: Iterable[Example], suspects: set[int], source: 
 # Flags
 
 
-def add_task_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says what is asked; the same in every script."""
-    parser.add_argument("--task", default="sentiment", help="a task's name or a TOML file (default: sentiment)")
+def add_task_argument(parser: argparse.ArgumentParser, default: str | None = "sentiment", otherwise: str = "") -> None:
+    """The flag that says what is asked; the same in every script. `otherwise` says what no default means."""
+    named = f"a task's name or a TOML file (default: {default or otherwise})"
+    parser.add_argument("--task", default=default, help=named)

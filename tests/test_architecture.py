@@ -39,6 +39,7 @@ ROWS = [
     {
         "calibration",
         "confidence_head",
+        "probe",
         "decisions",
         "scoring",
         "label_counts",
@@ -46,7 +47,8 @@ ROWS = [
         "html_report",
         "comparison_text",
     },
-    {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"},
+    {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
+    | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
     {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence"},
     {"main"},
 ]
