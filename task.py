@@ -256,7 +256,9 @@ def to_toml(task: Task) -> str:
         if value != Task.__dataclass_fields__[field].default:
             lines.append(f"{field} = {quoted(value)}")
     lines.append("\n[labels]")
-    lines += [f"{quoted(label)} = {quoted(words)}" for label, words in task.labels.items()]
+    for label, words in task.labels.items():
+        key = label if re.fullmatch(r"[A-Za-z0-9_-]+", label) else quoted(label)
+        lines.append(f"{key} = {quoted(words)}")
     for text, label in task.examples:
         lines.append(f"\n[[examples]]\ntext = {quoted(text)}\nlabel = {quoted(label)}")
     return "\n".join(lines) + "\n"
