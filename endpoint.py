@@ -20,9 +20,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
 import re
+import ssl
 import sys
 import threading
 from collections import deque
@@ -32,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import server_replies as replies
 from aws import aws_name, component_name, explanation
@@ -56,6 +58,7 @@ UNTRUNCATED = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "r
 BY_ID = ("logprob_token_ids", "return_tokens_as_token_ids")  # vLLM's
 # Parameters that may be left out when the server rejects them. All others are what was asked.
 OPTIONAL = ("temperature", "seed", "stop", "max_tokens", *UNTRUNCATED, *BY_ID)
+TOKEN_ID = re.compile(r"token_id:(\d{1,18})")  # how vLLM writes a token as its number
 # A server reads these in a prompt as control tokens, wherever they come from.
 CONTROL = re.compile(
     r"<\|[^<>|\s]{1,64}\|>|</?s>|<(bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?(INST|SYSTEM_PROMPT)\]"
@@ -94,6 +97,7 @@ class Endpoint:
     secret: str = field(default="", repr=False)
     rejected: set[str] = field(default_factory=set)
     by_id: bool = False  # whether the server lists tokens by id
+    gave_logprobs: bool = False
     _probing: bool = field(default=False, repr=False)
     _failed_in_a_row: int = field(default=0, repr=False)
 
@@ -210,8 +214,11 @@ class Endpoint:
             body["logprob_token_ids"] = list(ids)
             if self.component:  # lists so many at most; an endpoint of ours allows as many
                 body["logprobs"] = max(self.top_tokens, len(ids))
-        tokens = replies.listed_tokens(await self._ask(prompt, body), self.name)
+        tokens = replies.listed_tokens(await self._ask(prompt, body), self.name, self.gave_logprobs)
+        self.gave_logprobs = True
         numbers = {token for token, _ in tokens}
+        if not self.reader and (number := next(filter(TOKEN_ID.fullmatch, numbers), None)):
+            raise ValueError(f"{self.name} lists tokens by their number, as {number}; --tokenizer MODEL reads them")
         complete = bool(ids) and numbers.issuperset(f"token_id:{i}" for i in ids)
         if self._probing:
             self.by_id = complete
@@ -239,8 +246,9 @@ class Endpoint:
 
     def _text(self, token: str) -> str:
         """A token as text: servers write some as their number, or with the vocabulary's own mark for a space."""
-        if self.reader and (number := re.fullmatch(r"token_id:(\d+)", token)):
-            return self.reader.tokenizer.decode([int(number.group(1))])
+        if self.reader and (number := TOKEN_ID.fullmatch(token)):
+            id = int(number.group(1))
+            return self.reader.tokenizer.decode([id]) if id < len(self.reader.tokenizer) else token
         return token.replace("\u2581", " ").replace("\u0120", " ")
 
     # One request
@@ -361,7 +369,9 @@ def address(client: object) -> str:
 # How it is sent: to a component on SageMaker
 
 
-async def post_sagemaker(client: object, name: str, adapter: str | None, path: str, body: dict) -> bytes:
+async def post_sagemaker(
+    client: object, name: str, adapter: str | None, timeout_s: float, path: str, body: dict
+) -> bytes:
     """The content of a reply, whatever the path: LMI tells a chat by its messages. Raises what post_http raises.
 
     The attempts are ours, because boto3 would not wait for a model that is not ready.
@@ -377,7 +387,10 @@ async def post_sagemaker(client: object, name: str, adapter: str | None, path: s
         if attempt:
             await asyncio.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         try:
-            return await in_thread(lambda: client.invoke_endpoint(**call)["Body"].read())
+            async with asyncio.timeout(timeout_s):  # boto3's own is between two bytes
+                return await in_thread(lambda: client.invoke_endpoint(**call)["Body"].read())
+        except TimeoutError:
+            failure = PassingError(f"no answer within {timeout_s:g} s, {1 + RETRIES} times")
         except exceptions.ClientError as error:
             failure = aws_refusal(error.response, name, adapter)
             if not isinstance(failure, StatusError) or failure.status not in (408, 409, 429, *range(500, 600)):
@@ -459,40 +472,82 @@ def connect(
         import anthropic as library
     else:
         import openai as library
-    host, is_anthropic = checked_host(url), url == "anthropic"
-    usual = {"api.anthropic.com": "ANTHROPIC_API_KEY", "api.openai.com": "OPENAI_API_KEY"}
-    if url.startswith("http:"):  # in the clear no key is shown unless asked to, nor to any other host
-        usual = {}
-    secret = read_key(api_key_env or usual.get(host))
+    is_anthropic = url == "anthropic"
+    where = "ANTHROPIC_BASE_URL" if is_anthropic else "--endpoint"
+    base_url = (os.environ.get(where) or "https://api.anthropic.com") if is_anthropic else url
+    parts = checked_url(base_url, where)
+    usual = {}  # a key goes to its own API, and elsewhere only by name
+    if parts.scheme == "https":
+        usual = {"api.anthropic.com": "ANTHROPIC_API_KEY", "api.openai.com": "OPENAI_API_KEY"}
+    secret = read_key(api_key_env or ("ANTHROPIC_API_KEY" if is_anthropic else usual.get(parts.hostname)))
+    if secret and parts.scheme == "http" and not is_this_machine(parts.hostname):
+        raise ValueError(f"{where}: plain http to another machine would show the key to all on the way; use https")
     if is_anthropic and (reader or model == "default"):
         raise ValueError("Claude has no public tokenizer" if reader else "name one of Claude's models with --model")
-    client = http_client(library, url, host, secret or "none", timeout_s)
+    client = http_client(library, base_url, where, secret or "none", timeout_s)
     post = partial(post_http, client, library, secret)
     server = Endpoint(
         client, post, address(client), model, concurrency, top_tokens, reader, is_anthropic=is_anthropic, secret=secret
     )
     if model == "default":
         server.name = server.wait(only_model(client, library, secret))
-    server.rejected |= known_rejections(host, server.name)
+    server.rejected |= known_rejections(parts.hostname, server.name)
     return server
 
 
-def http_client(library: object, url: str, host: str, key: str, timeout_s: float) -> object:
+def http_client(library: object, url: str, where: str, key: str, timeout_s: float) -> object:
     """A client of openai or anthropic that sends texts and keys where they were meant for, and nowhere else."""
+    parts = urlsplit(url)
     options = {"api_key": key, "timeout": timeout_s, "max_retries": RETRIES}
-    options["http_client"] = library.DefaultAsyncHttpxClient(follow_redirects=False, timeout=timeout_s)
-    is_openai = host == "api.openai.com" and not url.startswith("http:")
-    if url != "anthropic" and not is_openai:  # nor what else the client would read in the environment
+    options["http_client"] = connection(library, parts.hostname, timeout_s)
+    is_openai = parts.hostname == "api.openai.com" and parts.scheme == "https"
+    if where == "--endpoint" and not is_openai:  # nor what else the client would read in the environment
         omitted = {"OpenAI-Organization": library.Omit(), "OpenAI-Project": library.Omit()}
         options["default_headers"] = omitted | {"Authorization": f"Bearer {key}"}
+    client = library.AsyncOpenAI if where == "--endpoint" else library.AsyncAnthropic
     try:
-        if url == "anthropic":
-            return library.AsyncAnthropic(**options)
-        return library.AsyncOpenAI(base_url=url.rstrip("/"), **options)
+        return client(base_url=url.rstrip("/"), **options)
     except Exception as error:
         if type(error).__name__ != "InvalidURL":  # the HTTP library's, for which the client has no name
             raise
-        raise ValueError(f"--endpoint: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
+
+
+def connection(library: object, host: str, timeout_s: float) -> object:
+    """An HTTP client that follows no redirect and gives a whole request `timeout_s`, not every byte of its reply.
+
+    A server on this machine is reached without the proxy that the environment may name.
+    """
+    from httpx2 import InvalidURL, ReadTimeout
+
+    options = {"follow_redirects": False, "timeout": timeout_s}
+    if is_this_machine(host):
+        options |= {"trust_env": False, "verify": ssl.create_default_context()}
+    try:
+        client = library.DefaultAsyncHttpxClient(**options)
+    except (ImportError, ValueError, InvalidURL) as error:  # their words may repeat a proxy's password
+        raise ValueError(proxy_problem(isinstance(error, ImportError))) from None
+    send = client.send
+
+    async def send_whole(request: object, **how: object) -> object:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await send(request, **how)
+        except TimeoutError:
+            raise ReadTimeout("", request=request) from None
+
+    client.send = send_whole
+    return client
+
+
+def proxy_problem(needs_package: bool) -> str:
+    """What is wrong with the proxies that the environment names."""
+    proxies = {name: value for name, value in os.environ.items() if re.fullmatch("(all|https?)_proxy", name, re.I)}
+    names = [name for name, value in proxies.items() if value.startswith("socks") or not needs_package]
+    variables = f"the environment variable {' or '.join(names)}"
+    if needs_package:
+        return f"{variables} names a SOCKS proxy, for which the package socksio is missing: pip install socksio"
+    return f"{variables} names no proxy that can be used, as http://proxy.example:8080 would"
 
 
 def connect_sagemaker(url: str, concurrency: int, timeout_s: float, top_tokens: int, reader: Llama | None) -> Endpoint:
@@ -520,22 +575,36 @@ def connect_sagemaker(url: str, concurrency: int, timeout_s: float, top_tokens: 
     except BotoCoreError as error:  # no region, no such profile, half a key
         hint = "set AWS_DEFAULT_REGION and AWS_PROFILE, or run aws configure"
         raise ValueError(f"--endpoint {url}: {str(error).rstrip('.')}; {hint}") from None
-    url, post = f"sagemaker:{client.meta.region_name}/{name}", partial(post_sagemaker, client, name, adapter)
+    url, post = f"sagemaker:{client.meta.region_name}/{name}", partial(post_sagemaker, client, name, adapter, timeout_s)
     return Endpoint(client, post, url, served, concurrency, top_tokens, reader, component=component)
 
 
-def checked_host(url: str) -> str:
-    if url == "anthropic":
-        return "api.anthropic.com"
+def checked_url(url: str, where: str) -> SplitResult:
+    """The parts of the URL that a flag or a variable holds. Its ValueErrors do not repeat it: it may hold a key."""
+    example = "https://api.anthropic.com"
+    if where == "--endpoint":
+        example = "http://127.0.0.1:8000/v1, or anthropic, or sagemaker:NAME[/ADAPTER]"
     try:
+        if "@" in url:
+            raise ValueError("a URL without a key in it; --api-key-env names the variable that holds the key")
         parts = urlsplit(url)
-        if parts.username or parts.password or parts.query:
+        if parts.query or parts.fragment:
             raise ValueError("a URL without a key in it; --api-key-env names the variable that holds the key")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-            raise ValueError("a URL such as http://127.0.0.1:8000/v1, or anthropic, or sagemaker:NAME[/ADAPTER]")
+            raise ValueError(f"a URL such as {example}")
     except ValueError as error:  # also urlsplit's own, of a port
-        raise ValueError(f"--endpoint: {error}") from None
-    return parts.hostname
+        raise ValueError(f"{where}: {error}") from None
+    return parts
+
+
+def is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
 
 
 def read_key(variable: str | None) -> str:
@@ -558,10 +627,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help_endpoint = "an OpenAI-compatible server (--model: its name there), anthropic, or sagemaker:NAME[/ADAPTER]"
     add("--endpoint", metavar="URL", help=help_endpoint)
     add("--api-key-env", metavar="NAME", help="the environment variable that holds the key")
-    add("--tokenizer", metavar="MODEL", help="send token ids of this model's tokenizer (vLLM; as --model)")
-    add("--top-tokens", type=int, default=TOP_TOKENS, metavar="N", help=f"tokens to list (default: {TOP_TOKENS})")
+    add("--tokenizer", metavar="MODEL", help="send and read token ids by this model's tokenizer (vLLM; as --model)")
+    help_top = f"tokens to list; what is not listed counts against the prediction (default: {TOP_TOKENS})"
+    add("--top-tokens", type=int, default=TOP_TOKENS, metavar="N", help=help_top)
     add("--concurrency", type=int, default=8, metavar="N", help="requests under way at a time (default: 8)")
-    add("--timeout", type=float, default=TIMEOUT_S, metavar="SECONDS", help=f"of a request (default: {TIMEOUT_S:g})")
+    help_timeout = f"of a whole request, however its reply comes (default: {TIMEOUT_S:g})"
+    add("--timeout", type=float, default=TIMEOUT_S, metavar="SECONDS", help=help_timeout)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

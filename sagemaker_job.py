@@ -38,7 +38,8 @@ from task import Task
 
 IMAGE = ("huggingface-pytorch-training", "2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04")
 # What a job does not install: the image brings torch and boto3, the others are for other scripts.
-NOT_IN_A_JOB = {"torch", "datasets", "pyarrow", "relplot", "plotly", "openai", "anthropic", "boto3", "botocore"}
+NOT_IN_A_JOB = {"torch", "datasets", "pyarrow", "relplot", "plotly", "openai", "anthropic", "httpx2"}
+NOT_IN_A_JOB |= {"boto3", "botocore"}
 VOLUME_GB = 100
 SPOT_WAIT_S = 6 * 3600  # for capacity, beyond the running time
 MAX_RUNTIME_S = 2 * 3600

@@ -22,8 +22,8 @@ from aws import hidden
 NO_LOGPROBS = "{} gives no log-probabilities; use Method 2, consistency_confidence.py"
 # Why an answer ended, in the words of OpenAI, Anthropic, Google, Mistral, Cohere and Hugging Face: of itself, or where
 # --max-tokens or the model's context cut it. With any other reason there is no answer, or half of one.
-WHOLE = {"", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete"}
-WHOLE |= {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"}
+LIMITS = {"length", "max_tokens", "max_output_tokens", "model_length", "model_context_window_exceeded"}
+WHOLE = LIMITS | {"", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "complete"}
 # Reasons that lie in the text or in the model, so that they do not pass.
 LASTING = re.compile(
     r"filter|refus|safety|policy|recitation|prohibited|block|sensitive|moderat|toxic|tool|function", re.I
@@ -100,12 +100,13 @@ def completion_answer(reply: Mapping) -> str:
 
 
 def chat_answer(reply: Mapping) -> str:
-    message = first_choice(reply).get("message")
+    choice = first_choice(reply)
+    message = choice.get("message")
     if not isinstance(message, Mapping):
         raise PassingError("the reply has no message")
     answer = text_of(message.get("content"), "content")  # a refusal stands elsewhere, and its "No" is no answer
     thought = message.get("reasoning_content") or message.get("reasoning")
-    return answer if answer.strip() else unclosed(thought, answer)
+    return answer if answer.strip() else unclosed(thought, choice.get("finish_reason"))
 
 
 def claude_answer(reply: Mapping) -> str:
@@ -115,12 +116,17 @@ def claude_answer(reply: Mapping) -> str:
     answer = text_of(content, "content")
     blocks = content if isinstance(content, list) else []
     thoughts = [block["thinking"] for block in blocks if isinstance(block, Mapping) and block.get("thinking")]
-    return answer if answer.strip() or not thoughts else unclosed(thoughts[0], answer)
+    return answer if answer.strip() else unclosed(thoughts[0] if thoughts else None, reply.get("stop_reason"))
 
 
-def unclosed(thought: object, answer: str) -> str:
-    """A thought to which the server found no end and so no answer, as a model writes it; `answer` without a thought."""
-    return f"<think>{thought}" if isinstance(thought, str) and thought else answer
+def unclosed(thought: object, reason: object) -> str:
+    """Of a reply without an answer, the thought that --max-tokens cut, as a model writes it; else empty.
+
+    Some servers do not show the thought, only that the limit was reached.
+    """
+    if isinstance(thought, str) and thought:
+        return f"<think>{thought}"
+    return "<think>" if str(reason).casefold() in LIMITS else ""
 
 
 def text_of(content: object, name: str) -> str:

@@ -459,7 +459,8 @@ def _check_decided(
     known: Mapping[str, float], prediction: str, missing: Sequence[str], remainder: float, n_tokens: int
 ) -> None:
     """ValueError where another label could have as much as the prediction, if all that is not listed were its own."""
-    rivals = [label for label, p in known.items() if label != prediction and p + remainder >= known[prediction]]
+    enough = known[prediction] - remainder - 1e-9  # servers round
+    rivals = [label for label, p in known.items() if label != prediction and p >= enough]
     if not remainder or not rivals:  # of a complete list a tie goes to the label listed first
         return
     could_be = [label for label in missing if label in rivals]

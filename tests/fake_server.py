@@ -2,7 +2,7 @@
 
 It keeps all it is sent, and reads in a row's text what to do: "FAKE-500" fails with status 500, "FAKE-500-ONCE" only
 the first time. Without such a word it lists positive 0.6, negative 0.3 and something else 0.05, so that P(positive) is
-2/3 of a label mass of 0.9, which may be 0.95; and it answers "positive" or "Yes".
+0.6 of a label mass of 0.9, which may be 0.95; and it answers "positive" or "Yes".
 """
 
 import json
@@ -26,6 +26,8 @@ LISTS = {
     "FAKE-NOT-COMPUTED": {"+": math.log(0.7), "-": -9999.0, "?": math.log(0.1)},
     "FAKE-UNDECIDED": {"+": math.log(0.3), "?": math.log(0.3)},
     "FAKE-NEITHER": {"?": math.log(0.9)},
+    "FAKE-NEARLY-EVEN": {"+": math.log(0.36), "-": math.log(0.33)},
+    "FAKE-TWO-SPELLINGS": {"+": math.log(0.3), "-": math.log(0.2), "?": math.log(0.05)},
     "FAKE-NAN": {"+": math.nan, "-": math.log(0.3), "?": math.log(0.05)},
     "FAKE-POSITIVE-LOG": {"+": 0.5, "-": math.log(0.3)},
     "FAKE-ABOVE-1": {"+": math.log(0.9), "-": math.log(0.5)},
@@ -125,7 +127,7 @@ class FakeServer:
         if self.obeys_choice and "structured_outputs" in body:
             answer = body["structured_outputs"]["choice"][-1]
         if request.path == "/v1/messages":
-            return {"content": [{"type": "text", "text": answer}], "stop_reason": "end_turn"}
+            return {"content": [{"type": "text", "text": answer}], "stop_reason": "end_turn", "type": "message"}
         listed = {SPELT[chat][name]: log for name, log in LISTS.get(word, LISTS[""]).items()}
         if self.lists:
             ids = sorted(self.lists, key=self.lists.get)[-2:]  # its top list
@@ -133,11 +135,12 @@ class FakeServer:
                 ids = [*body["logprob_token_ids"], SAMPLED_ID]
             listed = {f"token_id:{i}": self.lists[i] for i in ids}
             listed |= {"token_id:3524": -9999.0} if word == "FAKE-NOT-COMPUTED" else {}
+        ended = {"index": 0, "finish_reason": "length" if body.get("max_tokens") == 1 else "stop"}
         if not chat:
-            return {"choices": [{"text": answer, "logprobs": {"top_logprobs": [listed]}}]}
-        pairs = [{"token": token, "logprob": log} for token, log in listed.items()]
+            return {"choices": [ended | {"text": answer, "logprobs": {"top_logprobs": [listed]}}]}
+        pairs = [{"token": token, "logprob": log, "bytes": [*token.encode()]} for token, log in listed.items()]
         logprobs = {"content": [{"token": answer, "logprob": -0.1, "top_logprobs": pairs}]}
-        return {"choices": [{"message": {"role": "assistant", "content": answer}, "logprobs": logprobs}]}
+        return {"choices": [ended | {"message": {"role": "assistant", "content": answer}, "logprobs": logprobs}]}
 
 
 def said(message):
@@ -152,6 +155,9 @@ def answered(word, times, body, chat):
     return {
         "FAKE-7-OF-10": yes if times < 7 else no,
         "FAKE-3-OF-4": "I could not say" if times == 1 else yes,
+        "FAKE-THOUGHT": f"<think>{no}? It could be.\n</think>\n\n{yes}",
+        "FAKE-CUT-THOUGHT": f"<think>Could the answer be {yes}",
+        "FAKE-DENIES": "Nicht positive." if not chat else "Not yes.",
         "FAKE-GOES-ON": " positive\nText: Awful.\nSentiment: negative",
     }.get(word, yes)
 
@@ -159,7 +165,55 @@ def answered(word, times, body, chat):
 def spoil(word, reply):
     """A good reply as a word in the text wants it: another object, or bytes."""
     choice = reply.get("choices", [{}])[0]
+    end = choice if choice else reply
+    reason = "finish_reason" if choice else "stop_reason"
     match word:
+        # An end that is none, with what was said before it.
+        case "FAKE-CHOICE-ERROR":
+            end |= {"error": {"code": 502, "message": "the upstream cut the answer"}, reason: "error"}
+        case "FAKE-CHOICE-ERROR-403":
+            end["error"] = {"code": 403, "message": "flagged by moderation"}
+        case "FAKE-ERROR-BESIDE":
+            reply["error"] = {"message": "overloaded in the middle"}
+        case "FAKE-FILTERED":
+            end[reason] = "content_filter"
+        case "FAKE-ABORTED":
+            end[reason] = "abort"
+        case "FAKE-ENDED-OTHERWISE":
+            end[reason] = "insufficient_system_resource"
+        case "FAKE-ENDED-WELL":
+            end[reason] = "eos_token" if choice else "max_tokens"
+        # Tokens that are listed otherwise.
+        case "FAKE-TWICE" if "message" in choice:  # the sampled one first, then again at its rank
+            listed = choice["logprobs"]["content"][0]["top_logprobs"]
+            listed.insert(0, dict(listed[1]))
+        case "FAKE-TWO-SPELLINGS" if "message" in choice:  # two ids of one text
+            listed = choice["logprobs"]["content"][0]["top_logprobs"]
+            listed.insert(1, listed[0] | {"logprob": math.log(0.25)})
+        case "FAKE-TWO-SPELLINGS":  # of which this layout keeps the one written last
+            choice["logprobs"] |= {"tokens": [" positive"], "token_logprobs": [math.log(0.55)]}
+        case "FAKE-BY-NUMBER" if "message" in choice:
+            choice["logprobs"]["content"][0]["top_logprobs"][0]["token"] = "token_id:3104"
+        case "FAKE-BY-NUMBER":
+            choice["logprobs"]["top_logprobs"][0]["token_id:3104"] = -3.0
+        # Content of other kinds.
+        case "FAKE-PARTS" if "message" in choice:
+            thought = {"type": "thinking", "thinking": [{"type": "text", "text": "No, or not?"}]}
+            choice["message"]["content"] = [thought, {"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]
+        case "FAKE-PARTS":
+            reply["content"] = [{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]
+        case "FAKE-NUMBER" if "message" in choice:
+            choice["message"]["content"] = 1
+        case "FAKE-NUMBER":
+            (choice or reply["content"][0])["text"] = 1
+        case "FAKE-REASONING" if "message" in choice:
+            choice["message"] |= {"content": None, "reasoning_content": "Could it be yes? Yes, I"}
+            end[reason] = "length"
+        case "FAKE-REASONING":
+            reply |= {"content": [{"type": "thinking", "thinking": "Could it be yes? Yes, I"}], reason: "max_tokens"}
+        case "FAKE-HIDDEN-REASONING" if "message" in choice:
+            choice["message"]["content"] = ""
+            end[reason] = "length"
         case "FAKE-HTML":
             return b"<!doctype html><title>Log in</title>"
         case "FAKE-HALF-JSON":
@@ -232,8 +286,9 @@ class Handler(BaseHTTPRequestHandler):
         status, headers, payload = self.fake_reply(fake, request, times)
         with fake.lock:  # before the client has the reply and can send its next request
             fake.busy -= 1
+        drips = "FAKE-DRIP" in request.text and not fake.repaired
         with suppress(OSError):  # the client may have left
-            self.send(status, headers, None if fake.dead else payload)
+            self.send(status, headers, None if fake.dead else payload, drips)
         for word, event in fake.frees.items():
             if word in request.text:
                 event.set()
@@ -247,13 +302,18 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.05)  # in which one more than allowed would come
         return fake.reply(request, times)
 
-    def send(self, status, headers, payload):
-        """Send a reply; None is one whose connection is cut in its middle."""
+    def send(self, status, headers, payload, drips=False):
+        """Send a reply; None is one whose connection is cut in its middle. One that drips comes byte by byte."""
         data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(data) + (payload is None)))
         self.end_headers()
-        self.wfile.write(data)
+        if drips:
+            for number in range(len(data)):
+                self.wfile.write(data[number : number + 1])
+                time.sleep(0.1)
+        else:
+            self.wfile.write(data)
         self.close_connection = payload is None

@@ -87,7 +87,7 @@ def test_both_methods_and_the_base_model(monkeypatch):
         for _ in range(2):  # one is the probe
             answer(stubber, LISTED, "demo-base")
         row = remote_label_scorer(server, SENTIMENT).explain("Not bad")
-        assert row["confidence"] == pytest.approx(2 / 3) and row["label_mass_high"] == pytest.approx(0.95)
+        assert row["confidence"] == pytest.approx(0.6 / 0.95) and row["label_mass_high"] == pytest.approx(0.95)
         for _ in range(5):
             answer(stubber, LISTED, "demo-base")
         sampler = remote_answer_sampler(server, SENTIMENT, Sampling(samples=4, choice=True))
@@ -196,6 +196,19 @@ def test_a_request_that_does_not_arrive_is_one_line(monkeypatch, error, kind, sa
         with pytest.raises(kind, match=says) as caught:
             server.wait(server.first_token("x"))
     assert type(caught.value) is kind and len(asked) == attempts
+
+
+def test_a_reply_that_drips_is_given_the_time_of_a_whole_request(monkeypatch):
+    class Dripping:
+        def read(self):
+            never.wait(20)
+
+    never = threading.Event()
+    with connect("sagemaker:demo", timeout_s=0.05) as server:
+        monkeypatch.setattr(server.client, "invoke_endpoint", lambda **_: {"Body": Dripping()})
+        with pytest.raises(PassingError, match=r"^no answer within 0.05 s, 3 times$"):
+            server.wait(server.first_token("x"))
+    never.set()
 
 
 def test_a_request_above_six_megabytes_is_its_row_s_error_and_not_sent(demo):

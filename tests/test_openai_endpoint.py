@@ -33,6 +33,7 @@ CLAUDE = ["--endpoint", "anthropic", "--model", "claude-haiku-4-5", *CHAT]
 KEY, ORGANIZATION, PROJECT = "sk-do-not-show-this", "org-do-not-show", "proj-do-not-show"
 SENT = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
 STOPPED = "\nstopped; repeat the same command to continue where it was\n"
+SURE = 0.6 / 0.95  # of "positive" where the 0.05 that the fake does not list may all be "negative"
 BOTH = pytest.mark.parametrize("task", [SENTIMENT, YES_NO], ids=["completion", "chat"])
 
 
@@ -141,8 +142,8 @@ def unbroken(call, script, tmp_path, flags):
 def test_method_1_reads_both_layouts_and_asks_for_the_whole_distribution(call, fake, task):
     row, chat = row_of(logprobs(call, "Not bad", "--json", "--task", task.name)), task is YES_NO
     assert (row["prediction"], row["model"], row["prompt"]) == ("positive", "fake-1", task.prompt("Not bad"))
-    assert row["probabilities"] == pytest.approx({"negative": 1 / 3, "positive": 2 / 3})
-    assert (row["confidence"], row["total_probability"]) == pytest.approx((2 / 3, 0.6))
+    assert row["probabilities"] == pytest.approx({"negative": 1 - SURE, "positive": SURE})
+    assert (row["confidence"], row["total_probability"]) == pytest.approx((SURE, 0.6))
     assert (row["label_mass"], row["label_mass_high"]) == pytest.approx((0.9, 0.95)) and "missing" not in row
     assert [entry["label"] for entry in row["top_tokens"]] == ["positive", "negative", None]
     assert [entry["token"] for entry in row["top_tokens"]] == [*SPELT[chat].values()]
@@ -241,18 +242,38 @@ def test_a_server_that_lists_by_id_gives_exact_masses(call, vllm):
     assert row["top_tokens"][0]["token"] == " positive" and row["prompt"] == SENTIMENT.prompt("Not bad")
     # An id without a log-probability, here of " negative", is not taken for zero; with what is sampled 0.75 is listed.
     row = row_of(logprobs(call, "FAKE-NOT-COMPUTED", *BY_ID))
-    assert row["probabilities"] == pytest.approx({"negative": 0.04 / 0.6, "positive": 0.56 / 0.6})
+    assert row["probabilities"] == pytest.approx({"negative": 0.29 / 0.85, "positive": 0.56 / 0.85})
     assert (row["label_mass"], row["label_mass_high"]) == pytest.approx((0.6, 0.85))
 
 
 @pytest.mark.parametrize("rejects", [{}, {"logprob_token_ids": "logprob_token_ids: extra inputs are not permitted"}])
 def test_a_server_with_ids_but_only_its_top_list_gives_an_interval(call, vllm, rejects):
     vllm.rejects, vllm.knows_ids = rejects, False
+    vllm.lists |= {2731: math.log(0.6)}
     row = row_of(done := logprobs(call, "Not bad", *BY_ID))
-    # It lists " positive" 0.5 and " negative" 0.2, so 0.3 may belong to either.
-    assert row["probabilities"] == pytest.approx({"negative": 2 / 7, "positive": 5 / 7})
-    assert (row["label_mass"], row["label_mass_high"]) == pytest.approx((0.7, 1.0)) and done.err == ""
+    # It lists " positive" 0.6 and " negative" 0.2, so 0.2 may belong to either, and counts for "negative".
+    assert row["probabilities"] == pytest.approx({"negative": 0.4, "positive": 0.6})
+    assert (row["label_mass"], row["label_mass_high"]) == pytest.approx((0.8, 1.0)) and done.err == ""
     assert "logprob_token_ids" not in vllm.requests[-1].body
+    vllm.lists |= {2731: math.log(0.5), 3524: math.log(0.3)}
+    assert "and the 20.0% that is not listed could be either's; --top-tokens" in error_of(logprobs(call, "x", *BY_ID))
+
+
+def test_tokens_listed_by_number_point_to_the_tokenizer(call, fake, tmp_path):
+    for flags in ([], CHAT):
+        problem = error_of(logprobs(call, "FAKE-BY-NUMBER", *flags))
+        assert "fake-1 lists tokens by their number, as token_id:3104; --tokenizer MODEL reads them" in problem
+    fake.always = "FAKE-BY-NUMBER"  # found out with the first request, before any row
+    flags, output = table(tmp_path, ["good"])
+    assert "--tokenizer MODEL reads them" in error_of(logprobs(call, *flags)) and not output.exists()
+
+
+def test_a_number_beyond_the_tokenizer_is_a_token_like_any_other(call, vllm):
+    vllm.lists |= {10**17: math.log(0.1), 49153: math.log(0.1)}
+    vllm.knows_ids = False
+    vllm.lists = {i: p for i, p in vllm.lists.items() if i in (2731, 10**17)}
+    row = row_of(logprobs(call, "Not bad", *BY_ID))
+    assert [entry["token"] for entry in row["top_tokens"]] == [" positive", f"token_id:{10**17}"]
 
 
 def test_ids_of_a_chat_are_the_rendered_template(call, vllm, tokenizer):
@@ -295,9 +316,24 @@ ROWS = {
     "FAKE-ABOVE-1": "the listed probabilities sum to 1.400",
 }
 PASSING = {*ROWS, "FAKE-NO-MESSAGE", "FAKE-NO-CONTENT"}
-ROWS |= dict.fromkeys(["FAKE-429-ONCE", "FAKE-500-ONCE", "FAKE-408-ONCE", "FAKE-CUT-ONCE"])  # these come out right
+TRIED_AGAIN = ["FAKE-429-ONCE", "FAKE-500-ONCE", "FAKE-408-ONCE", "FAKE-CUT-ONCE"]  # by the connection itself
+ROWS |= dict.fromkeys(TRIED_AGAIN)
+# An error in the middle of an answer, an end for a reason of the server's own: there is no whole answer.
+ENDED = {
+    "FAKE-CHOICE-ERROR": "the server says: the upstream cut the answer",
+    "FAKE-CHOICE-ERROR-403": "the server says: flagged by moderation",
+    "FAKE-ERROR-BESIDE": "the server says: overloaded in the middle",
+    "FAKE-FILTERED": "the server ended the answer with {} 'content_filter'",
+    "FAKE-ABORTED": "the server ended the answer with {} 'abort'",
+    "FAKE-ENDED-OTHERWISE": "the server ended the answer with {} 'insufficient_system_resource'",
+}
+PASSING |= {"FAKE-CHOICE-ERROR", "FAKE-ERROR-BESIDE", "FAKE-ABORTED", "FAKE-ENDED-OTHERWISE"}
+ROWS |= {word: problem.format("finish_reason") for word, problem in ENDED.items()}
+ROWS |= dict.fromkeys(["FAKE-CHOICE-ERROR-ONCE", "FAKE-ENDED-WELL"])
 NOTHING_LISTED = ["FAKE-NO-LOGPROBS", "FAKE-NULL-LOG", "FAKE-HUGE-LOG", "FAKE-ODD-LIST", "FAKE-EMPTY-LIST"]
-ROWS |= dict.fromkeys(NOTHING_LISTED, "fake-1 gives no log-probabilities; use Method 2")
+# The first request has proved that the server gives them.
+ROWS |= dict.fromkeys(NOTHING_LISTED, "the reply has no log-probabilities, which fake-1 gave before")
+PASSING |= {*NOTHING_LISTED}
 # As of a content policy, of a text too long, of a body that is not understood.
 ROWS |= {f"FAKE-{n}": f"the server refuses the request: about status {n}" for n in (400, 413, 422)}
 
@@ -309,34 +345,54 @@ def test_a_wrong_reply_is_a_row_with_an_error_and_never_a_number(call, fake, tmp
     done = logprobs(call, *flags)
     rows, asked_again = records(output), PASSING & {*ROWS}
     assert done.code == 0 and [row["text"] for row in rows] == texts
-    assert f"asking again for {len(asked_again)} rows that failed for a passing reason" in done.err
+    assert (
+        f"asking again for {len(asked_again) + 1} rows that failed for a passing reason" in done.err
+    )  # one comes right
     for (word, problem), row in zip(ROWS.items(), rows[::2], strict=True):
         if problem is None:
-            assert row["confidence"] == pytest.approx(2 / 3) and len(fake.asked_for(word)) == 2, word
+            assert row["confidence"] == pytest.approx(SURE), word
+            assert len(fake.asked_for(word)) == 1 + word.endswith("-ONCE"), word
             continue
         assert problem in row["error"] and row.get("retry", False) is (word in PASSING), (word, row)
         assert row["prediction"] is row["confidence"] is row["probabilities"] is row["label_mass"] is None, word
-    assert [row["confidence"] for row in rows[1::2]] == pytest.approx([2 / 3] * len(ROWS))
+    assert [row["confidence"] for row in rows[1::2]] == pytest.approx([SURE] * len(ROWS))
     # When the server is in order again, the same command scores the rows that may pass and leaves all others.
     fake.repaired, before = True, len(fake.requests)
     assert logprobs(call, *flags).code == 0 and len(fake.requests) == before + 2 + len(asked_again)
     for word, row, now in zip(ROWS, rows[::2], records(output)[::2], strict=True):
-        assert now["confidence"] == pytest.approx(2 / 3) if word in asked_again else now == row, word
+        assert now["confidence"] == pytest.approx(SURE) if word in asked_again else now == row, word
     assert logprobs(call, *flags).err == ""
 
 
 SAMPLED = {word: ROWS[word] for word in ("FAKE-500-ONCE", "FAKE-500", "FAKE-CUT", "FAKE-HTML", "FAKE-200", "FAKE-400")}
-SAMPLED["FAKE-REFUSAL"] = "none of 3 answers names a label"
+SAMPLED |= dict.fromkeys(["FAKE-ENDED-WELL", "FAKE-PARTS", "FAKE-THOUGHT"])
+SAMPLED["FAKE-NUMBER"] = "is of type int, neither text nor a list of parts with text"
+SAMPLED["FAKE-DENIES"] = "none of 3 answers names a label, as 'Not yes.'"
+CUT = (
+    "none of 3 answers names a label, as '<think>{}'; 3 of 3 answers end inside a thought; --max-tokens gives them more"
+)
+SAMPLED["FAKE-CUT-THOUGHT"] = CUT.format("Could the answer be Yes")
+SAMPLED["FAKE-REASONING"] = CUT.format("Could it be yes? Yes, I")
 OF_OPENAI = {"FAKE-NO-MESSAGE": "the reply has no message", "FAKE-NULL": "none of 3 answers names a label"}
-OF_OPENAI["FAKE-NO-CHOICES"] = "the reply has no choices"
+OF_OPENAI |= {"FAKE-NO-CHOICES": "the reply has no choices", "FAKE-REFUSAL": "none of 3 answers names a label"}
+OF_OPENAI["FAKE-HIDDEN-REASONING"] = CUT.format("")
+OF_CLAUDE = {"FAKE-NO-CONTENT": "the reply has no content"}
+OF_CLAUDE["FAKE-REFUSAL"] = "the server ended the answer with stop_reason 'refusal'"
+PASSING |= {"FAKE-NUMBER"}
 
 
 @pytest.mark.parametrize("claude", [False, True], ids=["openai", "anthropic"])
 def test_a_wrong_answer_is_a_row_with_an_error_and_never_a_vote(call, tmp_path, claude):
-    words = SAMPLED | ({"FAKE-NO-CONTENT": "the reply has no content"} if claude else OF_OPENAI)
+    reason = "stop_reason" if claude else "finish_reason"
+    words = SAMPLED | {word: problem.format(reason) for word, problem in ENDED.items()}
+    words |= OF_CLAUDE if claude else OF_OPENAI
     flags, output = table(tmp_path, words, *(CLAUDE if claude else CHAT), "--samples", 3)
     done = consistency(call, *flags)
-    assert done.code == 0 and f"1 of {len(words)} rows scored" in done.out
+    assert done.code == 0 and f"4 of {len(words)} rows scored" in done.out
+    cut = 6 if claude else 9
+    assert re.search(
+        rf"warning: {cut} of \d+ answers end inside a thought; --max-tokens gives them more room", done.out
+    )
     for (word, problem), row in zip(words.items(), records(output), strict=True):
         if problem is None:
             assert (row["votes"], row["confidence"]) == ({"negative": 0, "positive": 3}, 1.0)
@@ -351,7 +407,61 @@ def test_a_slow_server_is_asked_again_and_then_an_error_of_the_row(call, fake, t
     assert logprobs(call, *flags).code == 0
     slow, good = records(output)
     assert (slow["error"], slow["retry"], slow["confidence"]) == ("no answer within 0.5 s, 2 times", True, None)
-    assert good["confidence"] == pytest.approx(2 / 3)
+    assert good["confidence"] == pytest.approx(SURE)
+
+
+def test_a_server_that_drips_is_given_the_time_of_a_whole_request(call, fake, tmp_path):
+    flags, output = table(tmp_path, ["FAKE-DRIP", "Not bad"], "--timeout", 1)
+    began = time.monotonic()
+    assert logprobs(call, *flags).code == 0
+    slow, good = records(output)
+    # Two attempts, and two when it is asked again; its reply would take half a minute.
+    assert time.monotonic() - began < 15 and len(fake.asked_for("FAKE-DRIP")) == 4
+    assert (slow["error"], slow["retry"], slow["confidence"]) == ("no answer within 1 s, 2 times", True, None)
+    assert good["confidence"] == pytest.approx(SURE)
+    fake.repaired = True
+    assert logprobs(call, *flags).code == 0 and records(output)[0]["confidence"] == pytest.approx(SURE)
+
+
+# What is listed
+
+
+@BOTH
+def test_a_token_that_is_listed_twice_counts_once_and_two_of_one_text_add(call, task):
+    # The sampled token, here "negative" 0.3, stands first and again at its rank.
+    row = row_of(logprobs(call, "FAKE-TWICE", "--json", "--task", task.name))
+    assert row["probabilities"] == pytest.approx({"negative": 1 - SURE, "positive": SURE})
+    assert (row["label_mass"], row["label_mass_high"], len(row["top_tokens"])) == (
+        pytest.approx(0.9),
+        pytest.approx(0.95),
+        3,
+    )
+    row = row_of(logprobs(call, "FAKE-TWO-SPELLINGS", "--json", "--task", task.name))
+    # A chat lists both " positive" 0.3 and 0.25; completions keep 0.3 of it, and say of the sampled one 0.55.
+    assert row["total_probability"] == pytest.approx(0.55) and row["label_mass"] == pytest.approx(0.75)
+    assert row["confidence"] == pytest.approx(0.55 / 0.95)
+
+
+@BOTH
+def test_where_what_is_not_listed_could_change_the_prediction_the_row_is_an_error(call, tmp_path, task):
+    flags, output = table(tmp_path, ["FAKE-NEARLY-EVEN", "Not bad"], "--top-tokens", 2, "--task", task.name)
+    assert logprobs(call, *flags).code == 0
+    even, good = records(output)
+    assert even["error"] == (
+        "the 2 tokens listed give positive 36.0% and negative 33.0%, and the 31.0% that is not listed could be "
+        "either's; --top-tokens lists more"
+    )
+    assert even["prediction"] is even["confidence"] is None and good["confidence"] == pytest.approx(SURE)
+    out = logprobs(call, "Not bad", "--task", task.name).out
+    assert re.search(r"P\(negative\) +35.00 %  = 30.00 \"[ \w]+\" \+ 5.00 not listed\n", out)
+    assert re.search(r"P\(positive\) +60.00 %  = 60.00 \"[ \w]+\"\n", out)
+
+
+def test_of_a_completion_the_answer_follows_the_thought(call):
+    row = row_of(consistency(call, "FAKE-THOUGHT", "--samples", 3, "--json"))
+    assert [answer["answer"] for answer in row["answers"]] == ["positive"] * 3
+    problem = error_of(consistency(call, "FAKE-CUT-THOUGHT", "--samples", 3))
+    assert "3 of 3 answers end inside a thought; --max-tokens gives them more room" in problem
 
 
 # A server that is wrong for every row: one line, and no file
@@ -400,6 +510,9 @@ BAD_URLS = {
     "http://[::1/v1": "--endpoint: Invalid IPv6 URL",
     "http://127.0.0.1:99999/v1": "--endpoint: Port out of range",
     "http://127.0.0.256/v1": "--endpoint: Invalid IPv4 address",
+    f"http://user:{KEY}/x@127.0.0.1:1/v1": "without a key in it",
+    f"http://{KEY}@[::1/v1": "without a key in it",
+    f"http://127.0.0.1:1/v1#{KEY}": "without a key in it",
 }
 
 
@@ -487,7 +600,7 @@ def test_a_parameter_rejected_in_the_middle_of_a_run_is_the_row_s_error(call, fa
     assert logprobs(call, *flags).code == 0
     failed, good = records(output)
     assert failed["error"] == "the server refuses the request: no temperature for this text" and "retry" not in failed
-    assert good["confidence"] == pytest.approx(2 / 3) and fake.requests[-1].body["temperature"] == 1.0
+    assert good["confidence"] == pytest.approx(SURE) and fake.requests[-1].body["temperature"] == 1.0
 
 
 def test_a_choice_that_the_server_ignores_is_an_error(call, fake):
@@ -516,6 +629,64 @@ def test_a_key_goes_only_where_it_was_named_for(call, fake, monkeypatch):
         assert problem in line and "MY_KEY" in line and "sk-d" not in line
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     assert "set the environment variable ANTHROPIC_API_KEY" in error_of(consistency(call, "Not bad", *CLAUDE))
+
+
+def test_a_key_never_goes_over_plain_http_to_another_machine(call, fake, monkeypatch):
+    named = ["Not bad", "--model", "m", "--api-key-env", "OPENAI_API_KEY", "--endpoint"]
+    for host in ("example.org", "10.0.0.7:8000", "127.0.0.1.example.org", "api.openai.com", "[2001:db8::1]"):
+        problem = error_of(logprobs(call, *named, f"http://{host}/v1"))
+        assert problem == (
+            "error: --endpoint: plain http to another machine would show the key to all on the way; use https"
+        )
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", f"HTTP://{host}")
+        assert error_of(consistency(call, "Not bad", *CLAUDE)) == problem.replace("--endpoint", "ANTHROPIC_BASE_URL")
+    for host in ("localhost", "127.0.0.1", "127.1.2.3", "[::1]", "me.localhost"):
+        assert connect(f"http://{host}:1/v1", "m", "OPENAI_API_KEY").client.api_key == KEY
+
+
+def test_a_url_of_the_environment_is_checked_as_the_flag_s_and_never_shown(call, fake, monkeypatch):
+    secret = "pass-do-not-show"
+    for url, problem in {
+        f"http://u:{secret}@127.0.0.1:1": "a URL without a key in it",
+        f"https://example.org/?key={secret}": "a URL without a key in it",
+        "example.org": "a URL such as https://api.anthropic.com",
+        "ftp://example.org": "a URL such as https://api.anthropic.com",
+        "http://127.0.0.1:99999": "Port out of range",
+    }.items():
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+        line = error_of(consistency(call, "Not bad", *CLAUDE))
+        assert line.startswith(f"error: ANTHROPIC_BASE_URL: {problem}") and secret not in line
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "")
+    with connect("anthropic", "claude-haiku-4-5") as server:
+        assert server.url == "https://api.anthropic.com"
+    assert fake.requests == []
+
+
+# Proxies
+
+
+def test_a_server_on_this_machine_is_asked_without_the_environment_s_proxy(call, fake, monkeypatch, script):
+    for proxy in ("socks5://127.0.0.1:9", "http://127.0.0.1:9", "nonsense://x"):
+        for name in ("ALL_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy)
+        assert call(script, "Not bad").code == 0
+
+
+@pytest.mark.parametrize("url", ["https://example.org/v1", "anthropic"])
+def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(call, fake, monkeypatch, url):
+    monkeypatch.delenv("ANTHROPIC_BASE_URL")
+    monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
+    asked = ["Not bad", "--endpoint", url, "--model", "m", *CHAT]
+    monkeypatch.setenv("ALL_PROXY", "socks5://u:pass-do-not-show@127.0.0.1:9")
+    line = error_of(consistency(call, *asked))
+    assert (
+        "variable ALL_PROXY names a SOCKS proxy, for which the package socksio is missing: pip install socksio" in line
+    )
+    assert "pass-do" not in line
+    monkeypatch.setenv("ALL_PROXY", "nonsense://u:pass-do-not-show@x")
+    line = error_of(consistency(call, *asked))
+    assert "variable ALL_PROXY names no proxy that can be used" in line and "pass-do" not in line
+    assert fake.requests == []
 
 
 @pytest.mark.parametrize("padding", [0, 280])
@@ -551,7 +722,7 @@ def test_openai_itself_gets_its_key_and_only_the_parameters_it_knows(monkeypatch
         assert server.sent(temperature=1.0) == {"temperature": 1.0, "top_p": 1.0}
     with connect("https://api.anthropic.com/v1", model="claude-haiku-4-5") as server:  # which speaks both protocols
         assert server.client.api_key == KEY
-    for url in ("https://api.openai.com.example.org/v1", "https://example.org/api.openai.com", "http://api.openai.com"):
+    for url in ("https://api.openai.com.example.org/v1", "https://example.org/api.openai.com", "HTTP://api.openai.com"):
         with connect(url, model="gpt-4o") as server:
             assert KEY not in repr(server.client.default_headers) + repr(server.client.auth_headers)
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -566,7 +737,7 @@ def test_as_many_requests_as_allowed_run_at_a_time_and_never_more(call, fake, tm
     fake.together = threading.Barrier(3)  # with fewer than three at a time no row gets an answer
     flags, output = table(tmp_path, [f"row {i}" for i in range(12)], "--concurrency", 3)
     assert logprobs(call, *flags).code == 0
-    assert [row["confidence"] for row in records(output)] == pytest.approx([2 / 3] * 12) and fake.most == 3
+    assert [row["confidence"] for row in records(output)] == pytest.approx([SURE] * 12) and fake.most == 3
     row = row_of(consistency(call, "row 0", "--samples", 9, "--concurrency", 3, "--json"))
     assert row["votes"] == {"negative": 0, "positive": 9} and fake.most == 3
 
