@@ -69,6 +69,7 @@ PRICES = {
 PRICED = "us-east-1, November 2026"
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|KEY|PASSWORD)S?(_|$)", re.I)
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}")
+URL_PASSWORD = re.compile(r"(?<=//)[^/\s@]+@")
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
@@ -143,11 +144,11 @@ def advice(reason: str) -> str:
 
 
 def hidden(text: str) -> str:
-    """A text without this user's keys and without anything that looks like a Hugging Face token."""
+    """A text without this user's keys, a URL's user and password, and what looks like a Hugging Face token."""
     for variable in SECRET_VARIABLES:
         if secret := os.environ.get(variable):
             text = text.replace(secret, "[redacted]")
-    return SECRET_VALUE.sub("[redacted]", text)
+    return SECRET_VALUE.sub("[redacted]", URL_PASSWORD.sub("[redacted]@", text))
 
 
 def redacted(value: object, name: str = "") -> object:

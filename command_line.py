@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -67,7 +68,9 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
             sys.exit(1)
-        except (ValueError, OSError, MemoryError, RecursionError, OverflowError) as error:
+        except (ValueError, OSError, MemoryError, RecursionError, OverflowError, ImportError) as error:
+            if isinstance(error, ImportError) and "SOCKS" not in str(error):
+                raise
             print("error: " + printable(_message(error)), file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
@@ -77,9 +80,21 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, ImportError):
+        return proxy_problem(needs_package=True)
     if getattr(error, "filename", None) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def proxy_problem(needs_package: bool) -> str:
+    """What is wrong with the proxies that the environment names, whose URLs may hold a password."""
+    proxies = {name: value for name, value in os.environ.items() if re.fullmatch("(all|https?)_proxy", name, re.I)}
+    names = [name for name, value in proxies.items() if value.startswith("socks") or not needs_package]
+    variables = f"the environment variable {' or '.join(names)}"
+    if needs_package:
+        return f"{variables} names a SOCKS proxy, for which the package socksio is missing: pip install socksio"
+    return f"{variables} names no proxy that can be used, as http://proxy.example:8080 would"
 
 
 @contextmanager

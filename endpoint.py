@@ -38,6 +38,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import server_replies as replies
 from aws import aws_name, component_name, explanation
+from command_line import proxy_problem
 from llama import Llama, load_reader
 from server_replies import CONTINUE, NO_LOGPROBS, PassingError, StatusError
 from tables import check_text
@@ -538,16 +539,6 @@ def connection(library: object, host: str, timeout_s: float) -> object:
 
     client.send = send_whole
     return client
-
-
-def proxy_problem(needs_package: bool) -> str:
-    """What is wrong with the proxies that the environment names."""
-    proxies = {name: value for name, value in os.environ.items() if re.fullmatch("(all|https?)_proxy", name, re.I)}
-    names = [name for name, value in proxies.items() if value.startswith("socks") or not needs_package]
-    variables = f"the environment variable {' or '.join(names)}"
-    if needs_package:
-        return f"{variables} names a SOCKS proxy, for which the package socksio is missing: pip install socksio"
-    return f"{variables} names no proxy that can be used, as http://proxy.example:8080 would"
 
 
 def connect_sagemaker(url: str, concurrency: int, timeout_s: float, top_tokens: int, reader: Llama | None) -> Endpoint:

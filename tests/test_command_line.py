@@ -82,6 +82,20 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
     ]
 
 
+def test_a_socks_proxy_without_its_package_is_one_line_and_another_missing_package_a_bug(capsys, monkeypatch):
+    def fail(words):
+        raise ImportError(words)
+
+    monkeypatch.setenv("all_proxy", "socks5h://u:do-not-show@proxy")
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy")
+    with pytest.raises(SystemExit):
+        command_line.run(lambda: fail("Using SOCKS proxy, but the 'socksio' package is not installed."))
+    line = "error: the environment variable all_proxy names a SOCKS proxy, for which the package socksio is missing"
+    assert capsys.readouterr().err.startswith(line)
+    with pytest.raises(ImportError):
+        command_line.run(lambda: fail("No module named 'x'"))
+
+
 def test_progress_survives_a_long_wait_for_the_first_row(capsys, monkeypatch):
     seconds = iter([0.0, 60.0, 70.0])
     monkeypatch.setattr(command_line.time, "monotonic", lambda: next(seconds))

@@ -179,11 +179,17 @@ URL = {"endpoint_url": "https://runtime", "error": "refused"}
 LOST = [
     (exceptions.ReadTimeoutError(**URL), PassingError, 'Read timeout on endpoint URL: "https://runtime", 3 times', 3),
     (exceptions.EndpointConnectionError(**URL), OSError, f"cannot be reached .*is the region right.*{CONTINUE}", 3),
+    (
+        exceptions.ProxyConnectionError(proxy_url="http://socks5://u:do-not-show@proxy"),
+        OSError,
+        r"Failed to connect to proxy URL: .http://socks5://\[redacted\]@proxy",
+        3,
+    ),
     (exceptions.NoCredentialsError(), OSError, "no AWS credentials .*aws configure", 1),
 ]
 
 
-@pytest.mark.parametrize(("error", "kind", "says", "attempts"), LOST, ids=["lost", "nobody", "no credentials"])
+@pytest.mark.parametrize(("error", "kind", "says", "attempts"), LOST, ids=["lost", "nobody", "proxy", "no credentials"])
 def test_a_request_that_does_not_arrive_is_one_line(monkeypatch, error, kind, says, attempts):
     asked = []
 

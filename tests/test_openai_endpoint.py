@@ -686,6 +686,8 @@ def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(call, fake, monkey
     monkeypatch.setenv("ALL_PROXY", "nonsense://u:pass-do-not-show@x")
     line = error_of(consistency(call, *asked))
     assert "variable ALL_PROXY names no proxy that can be used" in line and "pass-do" not in line
+    with pytest.raises(ValueError, match="variable ALL_PROXY names no proxy"):
+        connect("https://example.org/v1", "m")
     assert fake.requests == []
 
 
