@@ -8,8 +8,8 @@
 Encoding and delimiter are found out (table_formats.py) and may be said. Rows are read one at a time, so memory does not
 grow with the table (.json is read whole, and .xlsx held compressed).
 
-A text stands on one side of every split and fold: `near_duplicates` finds texts that are alike, `duplicate_groups` and
-`groups_of` number the rows that belong together, `check_disjoint` refuses two tables that share a text.
+A text stands on one side of every split and fold: `groups_of` numbers the rows that belong together, `check_disjoint`
+refuses two tables that share a text; near_duplicates.py finds those that are alike.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import argparse
 import hashlib
 import io
 import json
-import math
 import random
 import re
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line import natural
+from near_duplicates import duplicate_groups, partners
 from table_formats import (
     DELIMITERS,
     SUFFIXES,
@@ -420,56 +419,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict]]:
         yield f"{source} row {number}", row
 
 
-# Near-duplicate texts: they belong on one side of every split and fold
-
-
-def shingles(text: str, width: int = 2) -> frozenset[tuple[str, ...]]:
-    """The runs of `width` words of a text, in lower case, without punctuation; of a shorter text, the whole.
-
-    Broder, "On the resemblance and containment of documents", 1997. Words are runs of letters and digits, so a
-    script without spaces counts as one word a sentence, and only its repeated sentences are found.
-    """
-    words = re.findall(r"\w+(?:['\u2019]\w+)*", text.casefold()) or [text.strip()]
-    return frozenset(tuple(words[i : i + width]) for i in range(max(1, len(words) - width + 1)))
-
-
-def near_duplicates(texts: Sequence[str], threshold: float = 0.6, width: int = 2) -> Iterator[tuple[int, int, float]]:
-    """Yield (i, j, Jaccard similarity of their shingles), i < j, for the texts at least `threshold` alike.
-
-    Exact, by prefix filtering (Bayardo et al., "Scaling up all pairs similarity search", 2007): two sets this alike
-    share one of their rarest shingles. A text with the same shingles as an earlier one is paired with the first such
-    text alone, so that a thousand copies are a thousand pairs and not half a million.
-    """
-    first: dict[frozenset, int] = {}
-    for number, text in enumerate(texts):
-        if (earlier := first.setdefault(shingles(text, width), number)) < number:
-            yield earlier, number, 1.0
-    frequency = Counter(shingle for distinct in first for shingle in distinct)
-    holders: dict[tuple, list[frozenset]] = defaultdict(list)
-    for one in sorted(first, key=len):
-        needed = math.ceil(threshold * len(one) - 1e-9)  # shingles that any set this alike has in common with it
-        rarest = sorted(one, key=lambda shingle: (frequency[shingle], shingle))[: len(one) - needed + 1]
-        alike = {other for shingle in rarest for other in holders[shingle] if len(other) >= needed}
-        for other in sorted(alike, key=first.get):
-            shared = len(one & other)
-            jaccard = shared / (len(one) + len(other) - shared)
-            if jaccard >= threshold:
-                yield *sorted((first[one], first[other])), jaccard
-        for shingle in rarest:
-            holders[shingle].append(one)
-
-
-def duplicate_groups(texts: Sequence[str], threshold: float = 0.6, width: int = 2) -> list[int]:
-    """For each text the number of the first text it is linked to by a chain of near-duplicates; its own if none."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    linked = [(i, j) for i, j, _ in near_duplicates(texts, threshold, width)]
-    rows, columns = np.array(linked, dtype=int).reshape(-1, 2).T
-    graph = coo_array((np.ones(len(linked)), (rows, columns)), shape=(len(texts), len(texts)))
-    _, component = connected_components(graph, directed=False)
-    _, first, number = np.unique(component, return_index=True, return_inverse=True)
-    return first[number].tolist()
+# Texts that belong together: they belong on one side of every split and fold
 
 
 def joined_groups(*groupings: Sequence[object]) -> list[int]:
@@ -518,8 +468,9 @@ def check_disjoint(
                 f"{len(inside):,} rows of {source} are of groups that {known_source} has rows of, the first is "
                 f"{inside[0]!r} ({groups}); keep whole groups on one side"
             )
-    pairs = near_duplicates([row.text for row in (*known, *held_out)])
-    return len({j for i, j, _ in pairs if i < len(known) <= j})
+    is_known = [True] * len(known) + [False] * len(held_out)
+    _, elsewhere = partners((row.text for row in (*known, *held_out)), is_known)
+    return int((elsewhere[len(known) :] >= 0).sum())
 
 
 def add_groups_argument(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
-from tables import DATASET, near_duplicates, shingles  # noqa: E402
+from near_duplicates import near_duplicates, shingles  # noqa: E402
+from tables import DATASET  # noqa: E402
 
 SIZES = {"strong": 500, "medium": 1000, "weak": 2500, "neutral": 1000}  # rows for each of the two labels
 SHARES = {"train": 0.6, "validation": 0.1, "calibration": 0.1, "test": 0.2}

@@ -4,7 +4,7 @@
     python scripts/split_table.py tickets.csv --label-column team --groups customers.csv --output-dir parts
 
 Writes tickets.train.csv, tickets.calibration.csv, ... with all columns, in the table's order, and prints the balance.
-Texts that are alike (tables.duplicate_groups), and rows of one group, go to one part as a whole, so parts differ a
+Texts that are alike (near_duplicates.py), and rows of one group, go to one part as a whole, so parts differ a
 little from what was asked. The same --seed gives the same parts.
 """
 
@@ -27,6 +27,7 @@ import predictions  # noqa: E402
 import tables  # noqa: E402
 from command_line import printable  # noqa: E402
 from files import whole_file  # noqa: E402
+from near_duplicates import duplicate_groups  # noqa: E402
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = [example.label for example in examples]
     groups = tables.groups_of(examples, args.groups)
     if args.groups:  # and what is alike across groups still belongs together
-        groups = tables.joined_groups(groups, tables.duplicate_groups([example.text for example in examples]))
+        groups = tables.joined_groups(groups, duplicate_groups(example.text for example in examples))
     part_of = split(labels, groups, shares, args.seed)
     folder = Path(args.output_dir) if args.output_dir else source.parent
     paths = {part: folder / f"{source.name.split('.')[0]}.{part}.csv" for part in shares}

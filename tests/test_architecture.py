@@ -24,6 +24,7 @@ ROWS = [
         "files",
         "explained_texts",
         "predictions",
+        "near_duplicates",
         "tables",
         "table_formats",
         "task",

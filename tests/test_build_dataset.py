@@ -16,6 +16,7 @@ import pytest
 
 import build_dataset
 import tables
+from near_duplicates import near_duplicates
 from tables import read_examples
 from task import TASKS
 
@@ -76,7 +77,7 @@ def test_templates_are_in_one_split_small_and_give_both_labels_where_rows_are_la
 
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_no_two_texts_are_near_duplicates(rows, width):
-    assert list(tables.near_duplicates([row["text"] for row in rows], 0.6, width)) == []
+    assert list(near_duplicates([row["text"] for row in rows], 0.6, width)) == []
 
 
 def test_no_text_resembles_what_the_prompt_or_the_sample_shows(rows):

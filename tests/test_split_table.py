@@ -6,7 +6,8 @@ import pandas
 import pytest
 
 import split_table
-from tables import near_duplicates, open_table
+from near_duplicates import near_duplicates
+from tables import open_table
 
 
 @pytest.fixture

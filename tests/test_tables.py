@@ -3,7 +3,6 @@
 import gzip
 import os
 import re
-from itertools import combinations
 
 import pandas
 import pyarrow
@@ -18,12 +17,9 @@ from tables import (
     Table,
     check_disjoint,
     check_text,
-    duplicate_groups,
     groups_of,
-    near_duplicates,
     open_table,
     read_examples,
-    shingles,
 )
 
 
@@ -317,58 +313,7 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
         open_table(str(tmp_path / "t.csv"))
 
 
-# Near-duplicates
-
-
-def jaccard(one, other, width):
-    """Of the sets of `width` consecutive words, the obvious way; plain words with spaces between."""
-    sets = []
-    for text in (one, other):
-        words = text.split()
-        sets.append({" ".join(words[i : i + width]) for i in range(len(words) - width + 1)} or {text})
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=9).map(" ".join), max_size=25),
-    st.sampled_from([0.2, 0.5, 0.6, 0.7, 0.75, 0.8, 1.0]),
-    st.integers(1, 3),
-)
-def test_near_duplicates_are_those_that_comparing_every_pair_finds(texts, threshold, width):
-    found = list(near_duplicates(texts, threshold, width))
-    first = [min(j for j in range(len(texts)) if jaccard(texts[i], texts[j], width) == 1) for i in range(len(texts))]
-    expected = set()
-    for i, j in combinations(range(len(texts)), 2):
-        alike = jaccard(texts[i], texts[j], width)
-        originals = first[i] == i and first[j] == j
-        if alike >= threshold and (originals or first[j] == i):  # a repeat is paired with the first of its equals
-            expected.add((i, j, alike))
-    assert len(found) == len(set(found)) and set(found) == expected
-    groups = duplicate_groups(texts, threshold, width)
-    for i, j in combinations(range(len(texts)), 2):
-        if jaccard(texts[i], texts[j], width) >= threshold:
-            assert groups[i] == groups[j]
-    assert all(groups[g] == g <= i for i, g in enumerate(groups))
-
-
-def test_groups_follow_chains_and_no_further():
-    texts = ["a b c d e", "z", "b c d e f", "c d e f g", "x y", "Z!"]
-    assert jaccard(texts[0], texts[3], 1) < 0.6
-    assert duplicate_groups(texts, 0.6, width=1) == [0, 1, 0, 0, 4, 1]
-    assert duplicate_groups([], 0.6) == []
-
-
-def test_shingles_forget_case_and_punctuation_and_nothing_else():
-    assert shingles("Don't STOP: now!") == {("don't", "stop"), ("stop", "now")}
-    assert shingles("don\u2019t stop") != shingles("dont stop")
-    assert shingles("one", 2) == {("one",)}
-    assert shingles("!?") == {("!?",)} != shingles(":-)")
-    assert shingles("\u00c9T\u00c9 2024", 1) == {("\u00e9t\u00e9",), ("2024",)}
-
-
-def test_a_thousand_copies_are_a_thousand_pairs():
-    assert len(list(near_duplicates(["the same words here"] * 1000))) == 999
+# Texts that belong together
 
 
 def test_two_tables_that_share_a_text_are_refused_and_near_duplicates_are_counted():
@@ -376,6 +321,8 @@ def test_two_tables_that_share_a_text_are_refused_and_near_duplicates_are_counte
     fresh = [Example("a", "words of its own", None), Example("b", "the same words here and now", None)]
     assert check_disjoint(known, fresh, "fit.csv", "test.csv") == 1
     assert check_disjoint(known, fresh[:1], "fit.csv", "test.csv") == 0
+    twice = [*fresh, Example("c", "the same words here, and now!", None)]  # both rows count, though alike each other
+    assert check_disjoint(known, twice, "fit.csv", "test.csv") == 2
     copies = [*fresh, Example("c", " The SAME words\there and there", None)]
     with pytest.raises(ValueError, match=r"^1 rows of test\.csv are in fit\.csv too: 'c' \(there 'k1'\);"):
         check_disjoint(known, copies, "fit.csv", "test.csv")
