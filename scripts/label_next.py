@@ -37,6 +37,7 @@ import predictions  # noqa: E402
 import tables  # noqa: E402
 from command_line import natural, printable  # noqa: E402
 from files import whole_file  # noqa: E402
+from near_duplicates import duplicate_groups  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
 SIZES = (50, 100, 200)  # labels that the simulation buys
@@ -98,7 +99,7 @@ def unlabelled_rows(
         confidence = calibrator.calibrate(rows)
         if threshold is None and calibrator.threshold:
             threshold = calibrator.threshold["value"]
-    groups = np.array(tables.duplicate_groups([row.text for row in rows]))
+    groups = np.array(duplicate_groups([row.text for row in rows]))
     return Unlabelled(confidence, groups, threshold)
 
 
