@@ -101,7 +101,7 @@ def softmax_regression(inputs: object, targets: np.ndarray, strength: float) -> 
         kept = variances > 1e-10 * variances[-1]
         lengths = np.sqrt(variances[kept])
         back, given = (axes[:, kept] / lengths).T @ inputs, axes[:, kept] * lengths
-    model = LogisticRegression(C=strength, tol=1e-4, max_iter=1000)
+    model = LogisticRegression(C=strength, tol=1e-5, max_iter=1000)
     model.fit(inputs if back is None else given, targets)
     coefficients, intercepts = model.coef_, model.intercept_
     if len(coefficients) == 1:  # of two labels it gives only the second's, against the first
@@ -164,7 +164,7 @@ class Probe:
 
     def probabilities(self, features: Mapping[str, object]) -> np.ndarray:
         """P(label) [n, labels] from each member's features by its name."""
-        return pooled(self.log_parts(features))
+        return np.exp(pooled(self.log_parts(features)))
 
     def contributions(self, features: Mapping[str, object]) -> tuple[np.ndarray, np.ndarray]:
         """(log odds of the first label over the second, by member [members, n]; both labels' numbers [n, 2])."""
@@ -175,26 +175,31 @@ class Probe:
 
 
 def pooled(log_parts: np.ndarray) -> np.ndarray:
-    """Probabilities [n, labels] of parts [members, n, labels]."""
-    from scipy.special import softmax
+    """log p(label) [n, labels] of parts [members, n, labels]."""
+    from scipy.special import log_softmax
 
-    return softmax(log_parts.sum(axis=0), axis=1)
+    return log_softmax(log_parts.sum(axis=0), axis=1)
 
 
 def pool_weights(log_probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The members' weights, not below 0, of least log loss; [members] from [members, n, labels]."""
+    """The members' weights, not below 0, from [members, n, labels]: of least log loss, under a prior around their mean.
+
+    The prior, normal of standard deviation 1, keeps them finite where the members are right about every row.
+    """
     from scipy.optimize import minimize
     from scipy.special import logsumexp
 
-    true = log_probabilities[:, np.arange(len(targets)), targets]
+    n, start = len(targets), np.full(len(log_probabilities), 1 / len(log_probabilities))
+    true = log_probabilities[:, np.arange(n), targets]
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         summed = np.tensordot(weights, log_probabilities, axes=1)
         normaliser = logsumexp(summed, axis=1, keepdims=True)
         expected = (log_probabilities * np.exp(summed - normaliser)).sum(axis=2)
-        return float(np.mean(normaliser[:, 0] - weights @ true)), (expected - true).mean(axis=1)
+        away = weights - start
+        value = np.mean(normaliser[:, 0] - weights @ true) + away @ away / (2 * n)
+        return float(value), (expected - true).mean(axis=1) + away / n
 
-    start = np.full(len(log_probabilities), 1 / len(log_probabilities))
     return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start)).x
 
 
@@ -286,7 +291,7 @@ class Fitting:
         for fold, (train, test) in enumerate(self.folds):
             weights = pool_weights(nested[:, fold, train], self.targets[train])
             parts = [w * member.log_probabilities[test] for w, member in zip(weights, members, strict=True)]
-            found[test] = np.log(pooled(np.array(parts)))
+            found[test] = pooled(np.array(parts))
         return self.candidate([member.sources[0] for member in members], found)
 
 
