@@ -208,24 +208,41 @@ def check_output(output: Path, log: Path, sources: Sequence[str | None], overwri
         raise ValueError(f"{output} is there already, and not by a search; use --overwrite to replace it")
 
 
+def write_first_task(
+    table: tables.Table, label_column: str | None, model: str, output: str | None, overwrite: bool
+) -> None:
+    """Write a first task to a file, or show it."""
+    content = to_toml(draft_from_table(table, label_column, loader.load_reader(model).tokenizer))
+    if output is None:
+        print(content, end="")
+        return
+    if Path(output).exists() and not overwrite:
+        raise ValueError(f"{output} is there already; use --overwrite to replace it")
+    predictions.check_output(output, table.source)
+    write_text(output, content)
+    print(f"{printable(output)}: a first task; read it, then search a better one with --task {printable(output)}")
+
+
+def print_outcome(ranked: Sequence[Ranked], found: Confirmation, trials: Trials, output: Path, floor: float) -> None:
+    """What was found, the verdict first."""
+    print(f"{found.verdict(floor)}\n{found.worth()}\n")
+    print(confirmation_table(found), candidates_table(ranked, trials.parts["search"].groups), sep="\n\n")
+    kept = ranked[0].candidate.what if found.is_taken else "the draft, unchanged"
+    debias = "; score with --debias batch" if found.is_taken and ranked[0].candidate.debias else ""
+    minutes = f"{len(ranked)} candidates in {trials.seconds / 60:.1f} minutes of the model's time"
+    print(f"\n{printable(str(output))}: {kept}{debias} ({minutes}, kept in {printable(trials.file.name)})")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     columns = tables.column_arguments(args)
     if args.draft:
         table = tables.open_table(args.draft, **columns)
-        content = to_toml(draft_from_table(table, args.label_column, loader.load_reader(args.model).tokenizer))
-        if not args.output:
-            print(content, end="")
-            return
-        check_output(Path(args.output), Path(args.output).with_suffix(".trials.jsonl"), [args.draft], args.overwrite)
-        write_text(args.output, content)
-        print(f"{printable(args.output)}: a first task; read it, then search a better one (--task {args.output})")
+        write_first_task(table, args.label_column, args.model, args.output, args.overwrite)
         return
     output = Path(args.output)
     log = output.with_suffix(".trials.jsonl")
     check_output(output, log, [args.input, args.task], args.overwrite)
-    if args.overwrite:
-        log.unlink(missing_ok=True)
     if args.task:
         draft = read_task(args.task)
         table = tables.open_table(args.input, **columns, text_template=draft.text_template)
@@ -237,17 +254,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     llama = loader.load_llama(
         **loader.model_arguments(args), task=draft.settings(), check=partial(check_answers, draft)
     )
+    if args.overwrite:
+        log.unlink(missing_ok=True)
     budget = Budget(args.trials, 60 * args.minutes, args.floor)
     ranked, found, trials = improve(llama, draft, examples, log, budget, args.seed, args.debias is not None)
     write_text(output, task_file(ranked, found, draft, args.task, args.floor))
-    print(f"{found.verdict(args.floor)}\n{found.worth()}\n")
-    print(confirmation_table(found))
-    print()
-    print(candidates_table(ranked, trials.parts["search"].groups))
-    kept = ranked[0].candidate.what if found.is_taken else "the draft, unchanged"
-    debias = "; score with --debias batch" if found.is_taken and ranked[0].candidate.debias else ""
-    minutes = f"{len(ranked)} candidates in {trials.seconds / 60:.1f} minutes of the model's time"
-    print(f"\n{printable(args.output)}: {kept}{debias} ({minutes}, kept in {printable(str(log))})")
+    print_outcome(ranked, found, trials, output, args.floor)
 
 
 if __name__ == "__main__":
