@@ -239,14 +239,12 @@ def log_loss(confidence: np.ndarray, correct: np.ndarray, clip: float = EPSILON)
 
 def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
     """P(a right row has more confidence than a wrong one), ties one half; NaN when all or none are right."""
-    from scipy.stats import rankdata
-
-    correct = np.asarray(correct, dtype=bool)
-    right = int(np.count_nonzero(correct))
-    if right in (0, len(correct)):
+    confidence, correct = np.asarray(confidence), np.asarray(correct, dtype=bool)
+    right, wrong = confidence[correct], np.sort(confidence[~correct])
+    if not len(right) or not len(wrong):
         return float("nan")
-    ranks = rankdata(confidence)[correct].sum()
-    return float((ranks - right * (right + 1) / 2) / (right * (len(correct) - right)))
+    below, up_to = (np.searchsorted(wrong, right, end).sum(dtype=float) for end in ("left", "right"))
+    return float((below + up_to) / 2 / (len(right) * len(wrong)))
 
 
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:

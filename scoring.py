@@ -278,7 +278,7 @@ def score_table(
             try:
                 with progress(total, start) as advance:
                     rows = method.score(islice(table, start, None), advance, saved)
-                    for row in islice(rows, done - start, None):
+                    for row in _with_purpose(islice(rows, done - start, None), table, done):
                         predictions.append(file, [row])
                 saved.drop()
             finally:  # also when the run is stopped
@@ -291,6 +291,15 @@ def score_table(
     seconds = time.monotonic() - started
     print(f"{verb} {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
     return seconds / count
+
+
+def _with_purpose(rows: Iterator[Prediction], table: Table, start: int) -> Iterator[Prediction]:
+    """The rows from number `start` on; those whose `purpose` in the table is chosen (scripts/label_next.py) say so."""
+    if not isinstance(table, Table) or "purpose" not in next(table.with_columns())[1]:
+        yield from rows
+        return
+    for row, (_, columns) in zip(rows, islice(table.with_columns(), start, None), strict=True):
+        yield replace(row, extras=row.extras | {"purpose": "chosen"}) if columns["purpose"] == "chosen" else row
 
 
 def _ask_again(method: Method, table: Table, path: str | Path, done: int) -> int:
@@ -378,7 +387,7 @@ def report(path: str | Path) -> str:
 
     total, labels = 0, []
     confidence, label_mass = array("d"), array("d")
-    last_probability, truth, predicted = array("d"), array("l"), array("l")  # of the labelled rows
+    last_probability, truth, predicted = array("d"), array("i"), array("i")  # of the labelled rows
     for row in predictions.iterate(path):
         total += 1
         if row.error is not None:
@@ -396,7 +405,7 @@ def report(path: str | Path) -> str:
         lowest = f"(lowest {min(label_mass):.3f})"
         lines.append(f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(label_mass):.3f} {lowest}")
     if labelled:
-        truth, predicted = np.array(truth), np.array(predicted)
+        truth, predicted = np.frombuffer(truth, dtype=np.int32), np.frombuffer(predicted, dtype=np.int32)
         right = int((truth == predicted).sum())
         low, high = exact_interval(right, labelled)
         interval = f"95 % exact interval {low:.3f} to {high:.3f}"
@@ -404,7 +413,7 @@ def report(path: str | Path) -> str:
         lines += _beside_the_commonest_label(labels, truth, predicted, high)
         is_last = truth == len(labels) - 1
         if len(labels) == 2 and 0 < is_last.sum() < labelled:
-            lines.append(f"  AUC of P({labels[-1]}) {auroc(np.array(last_probability), is_last):.3f}")
+            lines.append(f"  AUC of P({labels[-1]}) {auroc(np.frombuffer(last_probability), is_last):.3f}")
     return "\n".join(lines)
 
 
