@@ -382,7 +382,7 @@ def test_labels_that_share_a_token_fail_and_name_the_other_scoring(examine, tiny
     labels = ["[labels]", 'money = ["refundable"]', 'back = ["refunded"]']
     code, rows = examine("--model", tiny_folder, "--task", task_file(tmp_path, *labels))
     assert code == 1 and statuses(rows, ["label mass", "direction", "batches", "sampling"]) == {"skipped"}
-    failed(rows, "answers", "' refund' + 'able'", 'set scoring = "sequence"', "choose another word")
+    failed(rows, "answers", "' refund' + 'able'", 'set scoring = "sequence"', "choose words that are one token")
     code, rows = examine("--model", tiny_folder, "--task", task_file(tmp_path, 'scoring = "sequence"', *labels))
     assert statuses(rows, ["answers", "batches"]) == {"ok"}
     failed(rows, "label mass", "the task has no [[examples]]", "add [[examples]]")  # nor are the easy texts of its kind

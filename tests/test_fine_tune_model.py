@@ -716,6 +716,7 @@ def test_the_intervals_are_of_whole_groups(call, tmp_path):
     assert len({*spans[1]}) == 1 < len({*spans[0]}) and spans[0][0] == spans[1][0]
 
 
+@pytest.mark.study
 def test_the_embedded_model_is_fine_tuned(quick, tmp_path):
     import torch
 

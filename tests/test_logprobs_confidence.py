@@ -640,6 +640,7 @@ def stop_after_growth(arguments, output, how, seed):
     return process.returncode, err
 
 
+@pytest.mark.study
 def test_a_killed_and_an_interrupted_run_are_continued_by_the_same_command(unbroken, tmp_path):
     arguments, whole = unbroken
     output = tmp_path / "p.jsonl"
@@ -687,10 +688,10 @@ BAD_TABLES = {
     "empty.csv": b"",
     "header.csv": b"text,label\n",
     "column.csv": b"review,stars\nGood,5\n",
-    "latin.csv": b"text\nfine\ncaf\xe9\n",
+    "cyrillic.csv": "text\n\u041f\u0440\u0438\u0432\u0435\u0442\n".encode("cp1251"),
     "ragged.csv": b"text,label\nGood,5,6\n",
     "torn.jsonl": b'{"text": "x"}\n{"text": \n',
-    "number.jsonl": b'{"text": 5}\n',
+    "nested.jsonl": b'{"text": [5]}\n',
     "twice.csv": b"id,text\n1,x\n1,y\n",
     "foreign.csv": b"text,label\nx,positive\ny,1\n",
     "odd.xlsx": b"PK",
@@ -700,15 +701,15 @@ BAD_TABLES = {
 TABLE_ERRORS = {
     "missing.csv": "no such file: missing.csv",
     "folder.csv": "folder.csv is not a table",
-    "odd.xlsx": "odd.xlsx is not a table",
+    "odd.xlsx": "odd.xlsx is not a readable .xlsx file",
     "empty.csv": "empty.csv has no rows",
     "header.csv": "header.csv has no rows",
     "column.csv": "column.csv line 2: no column 'text' for the text; it has review, stars",
-    "latin.csv": "latin.csv line 3 is not UTF-8",
-    "ragged.csv": "ragged.csv line 2 has 3 cells where 2",
+    "cyrillic.csv": "cyrillic.csv is not UTF-8, and its encoding cannot be told for sure",
+    "ragged.csv": "ragged.csv line 2: 3 cells where 2",
     "torn.jsonl": "torn.jsonl line 2 is not JSON",
-    "number.jsonl": "number.jsonl line 1: the text is 5",
-    "twice.csv": "row 2: the id '1' stands twice",
+    "nested.jsonl": "nested.jsonl line 1: the text is '[5]', not a string",
+    "twice.csv": "1 rows have the id of an earlier row, the first '1'",
     "foreign.csv": "row 2 has the label '1'",
 }
 BAD_COMMANDS = {

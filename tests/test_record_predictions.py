@@ -178,6 +178,7 @@ def test_check_sees_a_combined_recording_that_is_not_of_its_members(lost, said, 
     assert len(differences) == 1 and said in differences[0]
 
 
+@pytest.mark.study
 def test_check_runs_the_real_model(capsys):
     record.main(["--check", "--limit", "2", "tuned_consistency_calibration"])
     assert "tuned_consistency_calibration.jsonl    same  2 rows, 20 answers" in capsys.readouterr().out

@@ -345,8 +345,8 @@ def test_other_marks_are_other_tokens_and_count_for_no_label():
     tokens = [*listing(yes=0.5, no=0.1), ("yes!", math.log(0.1)), ("'no", math.log(0.1)), ("ye", math.log(0.1))]
     tokens += [("\u0120yes", math.log(0.05))]  # a tokenizer's own mark for a space, which a server should not show
     probabilities, mass, _ = listed_probabilities(tokens, ANSWER)
-    # "yes" 0.5 and "no" 0.1 of 0.85 listed, and 0.15 that is not
-    assert probabilities["a"] == pytest.approx(0.5 / 0.75, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
+    # "yes" 0.5 and "no" 0.1 of 0.95 listed, and 0.05 that is not
+    assert probabilities["a"] == pytest.approx(0.5 / 0.65, abs=1e-12) and mass == pytest.approx(0.6, abs=1e-12)
 
 
 def test_a_label_that_is_not_listed_has_the_most_it_can_have_so_the_confidence_is_a_lower_bound():
