@@ -177,9 +177,16 @@ def check_ids(ids: Sequence[str], where: str) -> None:
 def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[list[Prediction], int]:
     """The scored rows of a file, all of one fingerprint, and how many rows have an error; ValueErrors name the file.
 
-    Raises as `confidence_and_correct` does.
+    Raises as `confidence_and_correct` does, and for rows that were chosen to be labelled because they are hard: what is
+    measured on them is true of no others (scripts/label_next.py).
     """
     rows = read(path)
+    if chosen := sum(row.extras.get("purpose") == "chosen" for row in rows):
+        raise ValueError(
+            f"{path}: {chosen:,} of {len(rows):,} rows were chosen to be labelled (their purpose), so they are no "
+            "sample of all rows and nothing is measured or guaranteed with them; score the table with --where "
+            "purpose=random"
+        )
     try:
         confidence_and_correct(rows, score)
         return one_fingerprint(rows), sum(row.error is not None for row in rows)

@@ -53,7 +53,7 @@ TRAINED_ON = "trained_on"  # the extra of a row whose text the probe was fitted 
 SHOWN = 5  # labels of an explained text
 OF_TRAINING = {"train", "output_dir", "groups", "with_examples", "task", "overwrite", "truncate", "batch_size"}
 OF_TRAINING |= {"text_column", "label_column", "id_column", "no_header", "label_map", "delimiter", "encoding"}
-OF_TRAINING |= {"skip_bad_rows", "limit", "sample", "sample_seed"}
+OF_TRAINING |= {"skip_bad_rows", "where", "limit", "sample", "seed"}
 OF_TRAINING |= {"model", "adapter", "device", "dtype", "load_in_4bit", "load_in_8bit"}
 NO_SERVER = "a server shows no hidden states; a probe needs the model here (--model)"
 

@@ -311,6 +311,9 @@ def _ask_again(method: Method, table: Table, path: str | Path, done: int) -> int
     wanted = set(again)
     examples = (example for number, example in enumerate(table) if number in wanted)
     fresh = dict(zip(again, method.score(examples, lambda n: None, SavedRows()), strict=True))
+    for number, row in enumerate(predictions.iterate(path)):
+        if number in wanted and "purpose" in row.extras:
+            fresh[number] = replace(fresh[number], extras=fresh[number].extras | {"purpose": row.extras["purpose"]})
     rows = predictions.iterate(path)
     predictions.replace(path, (fresh.get(number, row) for number, row in enumerate(rows)))
     return sum(number < done for number in again)

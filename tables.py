@@ -104,26 +104,39 @@ def examples_with_columns(
     quoted: bool | None = None,
     skip_bad_rows: bool = False,
     text_template: str | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[Example, Mapping[str, object]]]:
     """Yield each row of a table as an example and as it is, one at a time, in the table's order.
 
     Columns default to `text` (required), `label` and `id` (used when there, in any case); ids default to the row
     number, also for `id_column=""`. Several text columns are joined by a blank line; `text_template` with their names
     in braces puts them together otherwise. Without a header, columns are named 1, 2, ... and the text is column 1.
-    `label_map` renames label values. `limit` takes the first rows, `sample` so many at random, drawn by `seed`.
-    Raises ValueError with file and line.
+    `label_map` renames label values. Of the rows whose columns have the values of `where`, `limit` takes the first and
+    `sample` so many at random, drawn by `seed`. Raises ValueError with file and line.
     """
-    rows = islice(read_rows(source, header, encoding, delimiter, quoted, skip_bad_rows), limit)
-    rows = enumerate(rows, 1) if sample is None else _sampled(rows, sample, seed)
+    rows = enumerate(read_rows(source, header, encoding, delimiter, quoted, skip_bad_rows), 1)
+    rows = islice((row for row in rows if _has_values(*row[1], where or {})), limit)
+    rows = rows if sample is None else _sampled(rows, sample, seed)
     columns = _Columns(_named_in(text_template) or text_column, label_column, id_column, header, text_template)
     number = 0
-    for number, (where, row) in rows:
-        example = columns.example(number, where, row)
+    for number, (place, row) in rows:
+        example = columns.example(number, place, row)
         if label_map and example.label in label_map:
             example = Example(example.id, example.text, label_map[example.label])
         yield example, row
     if not number:
-        raise ValueError(f"{source} has no rows")
+        asked = ", ".join(f"{column}={value}" for column, value in (where or {}).items())
+        raise ValueError(f"{source} has no rows" + (f" where {asked}" if asked else ""))
+
+
+def _has_values(place: str, row: Mapping[str, object], wanted: Mapping[str, str]) -> bool:
+    """Whether a row's columns have these values; ValueError for a column that is not there."""
+    for column, value in wanted.items():
+        if column not in row:
+            raise ValueError(f"{place}: no column {column!r} for --where; it has {', '.join(map(str, row))}")
+        if str("" if row[column] is None else row[column]) != value:
+            return False
+    return True
 
 
 class _Columns:
@@ -188,15 +201,15 @@ def _named_in(template: str | None) -> list[str]:
     return list(dict.fromkeys(re.findall(r"\{([^{}]+)\}", template or "")))
 
 
-def _sampled(rows: Iterable[object], size: int, seed: int) -> list[tuple[int, object]]:
-    """`size` of the rows, any set equally likely, with their numbers and in their order (reservoir sampling)."""
+def _sampled(rows: Iterable[tuple[int, object]], size: int, seed: int) -> list[tuple[int, object]]:
+    """`size` of the numbered rows, any set equally likely, in their order (reservoir sampling)."""
     draw = random.Random(seed)
     kept: list[tuple[int, object]] = []
-    for number, row in enumerate(rows, 1):
+    for count, numbered in enumerate(rows, 1):
         if len(kept) < size:
-            kept.append((number, row))
-        elif (place := draw.randrange(number)) < size:
-            kept[place] = (number, row)
+            kept.append(numbered)
+        elif (place := draw.randrange(count)) < size:
+            kept[place] = numbered
     return sorted(kept, key=lambda pair: pair[0])
 
 
@@ -532,6 +545,7 @@ def add_column_arguments(group: argparse._ActionsContainer) -> None:
     add("--delimiter", metavar="D", help="comma, semicolon, tab, pipe or a character (default: found out)")
     add("--encoding", metavar="NAME", help="of a text file, as windows-1252 (default: found out)")
     add("--skip-bad-rows", action="store_true", help="leave out rows that are broken in the file, and say which")
+    add("--where", metavar="COLUMN=VALUE", action="append", default=[], help="use only rows with this value")
     add("--limit", type=int, metavar="N", help="use only the first N rows")
     add("--sample", type=natural, metavar="N", help="use N rows drawn at random, by --seed")
     add("--seed", type=natural, default=0, metavar="N", help="of whatever is drawn at random (default: 0)")
@@ -549,6 +563,12 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         if not (old and new):
             raise ValueError(f"--label-map {pair}: write it as OLD=NEW")
         label_map[old] = new
+    where = {}
+    for pair in args.where:
+        column, equals, value = pair.partition("=")
+        if not (column and equals):
+            raise ValueError(f"--where {pair}: write it as COLUMN=VALUE")
+        where[column] = value
     delimiter = DELIMITERS.get(args.delimiter, args.delimiter)
     if delimiter is not None and len(delimiter) != 1:
         raise ValueError(f"--delimiter {args.delimiter}: {', '.join(DELIMITERS)}, or one character")
@@ -564,4 +584,5 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         "delimiter": delimiter,
         "encoding": args.encoding,
         "skip_bad_rows": args.skip_bad_rows,
+        "where": where,
     }

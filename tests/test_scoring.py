@@ -11,7 +11,7 @@ import pytest
 import predictions
 import scoring
 from predictions import RETRY, failed, scored, to_line
-from tables import Example
+from tables import Example, open_table
 from task import TASKS
 
 SENTIMENT = TASKS["sentiment"]
@@ -72,6 +72,21 @@ def test_rows_that_failed_for_a_passing_reason_are_asked_again_and_no_others(tmp
     stamp, asked = path.stat().st_mtime_ns, len(method.asked)
     assert newly_scored(path, table, method) == 0 and len(method.asked) == asked
     assert path.stat().st_mtime_ns == stamp and list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_that_were_chosen_to_be_labelled_say_so_and_no_report_takes_them(tmp_path):
+    lines = [f"r{n},text {n},positive,{'chosen' if n % 2 else 'random'}" for n in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["id,text,label,purpose", *lines]) + "\n", encoding="utf-8")
+    path, method = tmp_path / "p.jsonl", ServerThatIsDown({"r3": [PASSING]})
+    path.write_bytes(to_line(answered(example(0))) + b'{"id": "r1')  # a run that was killed
+    scoring.score_table(method, open_table(str(tmp_path / "t.csv")), 4, path)
+    assert [row.extras.get("purpose") for row in predictions.read(path)] == [None, "chosen", None, "chosen"]
+    assert predictions.read(path)[3].error is None
+    with pytest.raises(ValueError, match=r"p.jsonl: 2 of 4 rows were chosen to be labelled.*--where purpose=random"):
+        predictions.read_labelled(path)
+    only = open_table(str(tmp_path / "t.csv"), where={"purpose": "random"})
+    scoring.score_table(ServerThatIsDown(), only, 2, tmp_path / "random.jsonl")
+    assert [row.id for row in predictions.read_labelled(tmp_path / "random.jsonl")[0]] == ["r0", "r2"]
 
 
 @pytest.mark.parametrize(("done", "start"), [(0, 0), (3, 0), (4, 4), (7, 4), (10, None)])

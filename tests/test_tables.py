@@ -294,6 +294,20 @@ def test_broken_rows_are_left_out_when_told_and_named(tmp_path, capsys):
     assert capsys.readouterr().err == f"note: 2 bad rows of {tmp_path / 't.csv'} left out, at line 3, 5\n"
 
 
+def test_rows_can_be_taken_by_the_value_of_a_column_before_they_are_counted_or_drawn(tmp_path):
+    lines = [f"text {n},{'random' if n % 3 else 'chosen'},{n % 2}" for n in range(1, 31)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,purpose,side", *lines]) + "\n", encoding="utf-8")
+    path, where = tmp_path / "t.csv", {"purpose": "random", "side": "1"}
+    wanted = [n for n in range(1, 31) if n % 3 and n % 2]
+    assert [id for id, _, _ in rows(path, where=where)] == [str(n) for n in wanted]  # numbered as they are in the table
+    assert [id for id, _, _ in rows(path, where=where, limit=2)] == ["1", "5"]
+    assert {int(id) for seed in range(50) for id, _, _ in rows(path, where=where, sample=3, seed=seed)} == set(wanted)
+    with pytest.raises(ValueError, match=r"no column 'part' for --where; it has text, purpose, side"):
+        rows(path, where={"part": "x"})
+    with pytest.raises(ValueError, match=r"no rows where purpose=rare"):
+        rows(path, where={"purpose": "rare"})
+
+
 def test_a_sample_is_fair_reproducible_and_in_order(tmp_path):
     (tmp_path / "t.txt").write_text("".join(f"{n}\n" for n in range(12)), encoding="utf-8")
     draws = [[int(text) for _, text, _ in rows(tmp_path / "t.txt", sample=4, seed=seed)] for seed in range(600)]
