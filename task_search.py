@@ -286,11 +286,12 @@ def search(
     while n < len(trials.parts["search"]) and trials.seconds <= budget.seconds:
         n = min(2 * n, len(trials.parts["search"]))
         best = in_order(survivors, budget.floor)[: max(KEPT, len(survivors) // KEPT)]
-        survivors = [judge(draft, n)]
-        for one in best:
-            if one.candidate.identity != draft.identity and trials.seconds <= budget.seconds:
-                survivors.append(judge(one.candidate, n))
-        survivors = [one for one in survivors if one]
+        best = [one.candidate for one in best if one.candidate.identity != draft.identity]
+        survivors = []
+        for place, candidate in enumerate([*best[:1], draft, *best[1:]]):
+            in_time = place < 2 or trials.seconds <= budget.seconds  # who is judged at all is judged beside the draft
+            if in_time and (found := judge(candidate, n)):
+                survivors.append(found)
         everyone += survivors
     last = {one.candidate.identity: one for one in everyone}  # of each candidate the one with the most rows
     return sorted(in_order(last.values(), budget.floor), key=lambda one: -one.rows)

@@ -41,8 +41,7 @@ from near_duplicates import duplicate_groups  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
 SIZES = (50, 100, 200)  # labels that the simulation buys
-REPEATS = 300
-TARGET = 0.8  # accuracy that the simulation asks a guarantee for
+REPEATS = 200
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,6 +61,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, metavar="P", help="near this (calibrated) confidence")
     add("--table", metavar="FILE", help="the table that was scored, for its columns")
     add("--simulate", metavar="FILE", nargs=2, help="labelled predictions to choose from, and others to judge by")
+    add(
+        "--target-accuracy",
+        type=float,
+        default=0.8,
+        metavar="P",
+        help="that --simulate asks a guarantee of (default: %(default)s)",
+    )
     tables.add_column_arguments(parser.add_argument_group("how --table is read, and --seed"))
     args = parser.parse_args(argv)
     if bool(args.simulate) == bool(args.predictions):
@@ -159,13 +165,20 @@ def own_columns(rows: Sequence[Prediction], table: tables.Table | None) -> list[
 # Does choosing help?
 
 
-def simulate(fit: Sequence[Prediction], test: Sequence[Prediction], threshold: float, seed: int) -> list[list[str]]:
+def simulate(
+    fit: Sequence[Prediction], test: Sequence[Prediction], threshold: float, target_accuracy: float, seed: int
+) -> list[list[str]]:
     """A table: labels bought at random, half of them chosen, or all, and what became of a calibrator and a guarantee.
 
     Of REPEATS draws each: the mean log loss on the test rows of a Platt calibrator, its difference from random labels
-    with the middle 95 % of draws, and of the draws with a threshold for TARGET those whose test accuracy misses it.
+    with the middle 95 % of draws; the draws with a threshold that guarantees the target, and those of them whose test
+    accuracy misses it.
     """
-    rows = [["labels", "chosen", "log loss", "minus random's", "95 % of draws", "thresholds", "that miss"]]
+    from calibration import PlattScalingCalibrator
+    from calibration_metrics import log_loss
+    from decisions import choose_threshold
+
+    rows = [["labels", "chosen", "log loss", "minus random's", "95 % of draws", "guarantees", "that miss"]]
     pool = unlabelled_rows(fit, threshold=threshold)
     _, correct = predictions.confidence_and_correct(fit)
     held_out, right = predictions.confidence_and_correct(test)
@@ -176,30 +189,18 @@ def simulate(fit: Sequence[Prediction], test: Sequence[Prediction], threshold: f
             for repeat in range(REPEATS):
                 draw = np.random.default_rng([seed, n, repeat])
                 labelled = list(choose_rows(pool, n, round(share * n), draw))
-                loss, accuracy = _outcome(pool.confidence[labelled], correct[labelled], held_out, right)
-                losses.append(loss)
-                given += accuracy is not None
-                missed += accuracy is not None and accuracy < TARGET
+                confidence, is_right = pool.confidence[labelled], correct[labelled]
+                losses.append(log_loss(PlattScalingCalibrator().fit(confidence, is_right).predict(held_out), right))
+                found = choose_threshold(confidence, is_right, target_accuracy).value
+                if found is not None and (held_out >= found).any():
+                    given += 1
+                    missed += right[held_out >= found].mean() < target_accuracy
             losses = np.array(losses)
             random = losses if random is None else random
             low, high = np.quantile(losses - random, [0.025, 0.975])
             cells = [f"{losses.mean():.4f}", f"{(losses - random).mean():+.4f}", f"{low:+.4f} to {high:+.4f}"]
             rows.append([str(n), name, *cells, f"{given / REPEATS:.1%}", f"{missed / REPEATS:.1%}"])
     return rows
-
-
-def _outcome(
-    confidence: np.ndarray, correct: np.ndarray, held_out: np.ndarray, right: np.ndarray
-) -> tuple[float, float | None]:
-    """Test log loss of a calibrator from these labels, and test accuracy above their threshold for TARGET, if any."""
-    from calibration import PlattScalingCalibrator
-    from calibration_metrics import log_loss
-    from decisions import choose_threshold
-
-    calibrated = PlattScalingCalibrator().fit(confidence, correct).predict(held_out)
-    found = choose_threshold(confidence, correct, TARGET).value
-    accepted = held_out >= found if found is not None else np.zeros(len(held_out), dtype=bool)
-    return log_loss(calibrated, right), float(right[accepted].mean()) if accepted.any() else None
 
 
 # Command line
@@ -212,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables.check_disjoint(fit, test, *args.simulate)
         threshold = args.threshold if args.threshold is not None else 0.9
         print(f"{REPEATS} draws from {len(fit):,} rows, judged on {len(test):,} others; chosen near {threshold:g}")
-        print(f"log loss of a Platt calibrator; thresholds: draws with a guarantee of {TARGET:.0%}")
-        print(command_line.columns(simulate(fit, test, threshold, args.seed)))
+        print(f"log loss of a Platt calibrator; guarantees: draws with a threshold for {args.target_accuracy:.0%}\n")
+        print(command_line.columns(simulate(fit, test, threshold, args.target_accuracy, args.seed)))
         return
     path = Path(args.output)
     for source in (args.predictions, args.table):

@@ -196,6 +196,21 @@ def test_variations_are_of_the_best_three_and_a_budget_is_kept(made):
     assert len(few) <= 2  # what has begun is ended
 
 
+def test_a_search_that_runs_out_of_time_between_two_sizes_does_not_fall_back_on_the_draft(made):
+    parts = split_rows(rows_of(400), TASK)
+    trials = made(Model(lambda task, example: 0.9 if task.instruction else 0.6), parts)
+    draft, asked = Candidate(TASK, "the draft"), []
+
+    def tell(candidate, n, score):
+        asked.append((candidate.what, n))
+        if n > task_search.FIRST_ROWS:
+            trials.seconds = 1e9  # the rest of the budget is gone with the first that is judged by more rows
+
+    ranked = search(trials, draft, candidates(5), lambda best: [], replace(PLENTY, seconds=1e8), tell)
+    assert ranked[0].candidate.what == "candidate 1" and ranked[0].rows == 2 * task_search.FIRST_ROWS
+    assert asked[-2:] == [("candidate 1", 60), ("the draft", 60)]
+
+
 # Confirmation
 
 
