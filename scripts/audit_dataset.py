@@ -4,6 +4,7 @@
     python scripts/audit_dataset.py train.csv test.csv               # yours; each file is a split
     python scripts/audit_dataset.py all.csv --split-column split     # yours, one file
     python scripts/audit_dataset.py --predictions predictions.jsonl  # a model's numbers on the last split beside it
+    python scripts/audit_dataset.py train.csv test.csv --write-clean clean.csv    # test.csv without what leaks
 
 Two texts are near-duplicates when the Jaccard similarity of their word pairs is at least --threshold. Across splits
 they leak: what was learned by heart is counted as understood. So does a group that stands in two splits.
@@ -12,18 +13,26 @@ The baseline is a logistic regression on a bag of words, trained on the first sp
 split: cross-validated, near-duplicates kept in one fold). Where it does well, the label needs no understanding.
 Without domain words: without those of three rows or more that are at least twice as frequent in one domain as in the
 others, among texts of the same label. Intervals of accuracy are exact binomial ones and take the rows as independent.
+It learns from at most 50,000 rows and is tested on as many, drawn at random by --seed.
 
-Prints tables and writes nothing. Exit code: 0 clean, 1 the splits leak, 2 bad input.
+--write-clean writes the last split, with all columns, without the rows that have a near-duplicate in another split or
+whose group stands in another one. Repeats within the split stay. Nothing else is written. Exit code: 0 clean, 1 the
+splits leak (also where a clean file was written), 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
+import random
+import shutil
 import sys
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -38,6 +47,9 @@ import command_line  # noqa: E402
 import predictions  # noqa: E402
 import tables  # noqa: E402
 from command_line import printable  # noqa: E402
+from files import whole_file  # noqa: E402
+from near_duplicates import duplicate_groups, partners, words_of  # noqa: E402
+from tables import Example, Table, open_table  # noqa: E402
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -45,9 +57,11 @@ if TYPE_CHECKING:
 OURS = ["data:train", "data:validation", "data:calibration", "data:test"]
 SHOWN = 5  # leaking texts that are printed
 FOLDS = 5
+LEARNED = 50_000  # the most rows that a baseline learns from, and that it is tested on
+MANY_SPLITS = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AuditedRow:
     """One text and what the audit needs to know of it."""
 
@@ -63,18 +77,28 @@ class AuditedRow:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     answers = predictions.read(args.predictions) if args.predictions else []
+    if args.write_clean:
+        for file in args.files:
+            predictions.check_output(args.write_clean, file)
+    opened = [open_table(file, **tables.column_arguments(args)) for file in args.files]
     wanted = {"split": args.split_column, "group": args.group_column, "domain": args.domain_column}
-    columns, rows = tables.column_arguments(args), []
-    for file in args.files:
-        rows += read_audited(file, columns, wanted, args.by)
-    for split in by_split(rows):
-        predictions.check_ids([row.id for row in rows if row.split == split], split)
-    likenesses = list(tables.near_duplicates([row.text for row in rows], args.threshold, args.shingle))
-    within, elsewhere = partners(rows, likenesses)
+    rows = list(chain.from_iterable(read_audited(table, wanted, args.by) for table in opened))
+    splits = by_split(rows)
+    if len(splits) > MANY_SPLITS:
+        raise ValueError(f"{len(splits):,} splits, the first {next(iter(splits))!r}: at most {MANY_SPLITS}")
+    if args.write_clean and len(splits) < 2:
+        raise ValueError("--write-clean leaves out what stands in another split, and there is only one")
+    for split, numbers in splits.items():
+        predictions.check_ids([rows[number].id for number in numbers], split)
+    texts, sides = (row.text for row in rows), [row.split for row in rows]
+    within, elsewhere = partners(texts, sides, args.threshold, args.shingle)
+    shared = shared_groups(rows)
     print_splits(rows, within, elsewhere)
-    leaks = print_leaks(rows, elsewhere)
-    print_baselines(rows, answers)
-    sys.exit(1 if leaks else 0)
+    print_leaks(rows, elsewhere, shared)
+    if args.write_clean:
+        write_clean(args.write_clean, opened, rows, elsewhere, shared)
+    print_baselines(rows, answers, args.seed)
+    sys.exit(1 if shared or (elsewhere >= 0).any() else 0)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,7 +113,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, default=0.6, metavar="J", help="similarity of near-duplicates (default: 0.6)")
     add("--shingle", type=int, default=2, metavar="N", help="words compared together (default: 2)")
     add("--predictions", metavar="FILE", help="a predictions file of the last split: adds the model's numbers")
+    add("--write-clean", metavar="FILE", help="a .csv for the last split without the rows that leak")
     args = parser.parse_args(argv)
+    if args.write_clean is not None and not args.write_clean.endswith(".csv"):
+        parser.error(f"--write-clean {args.write_clean}: a file that ends in .csv")
     if not 0 < args.threshold <= 1:
         parser.error(f"--threshold {args.threshold}: a similarity above 0 and at most 1")
     if len(set(args.files)) < len(args.files):
@@ -101,22 +128,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_audited(
-    file: str, columns: Mapping[str, object], wanted: Mapping[str, str | None], by: Sequence[str] | None
-) -> Iterator[AuditedRow]:
-    """The rows of a file, which is a split of its own unless `wanted` names a column of splits.
+def read_audited(table: Table, wanted: Mapping[str, str | None], by: Sequence[str] | None) -> Iterator[AuditedRow]:
+    """The rows of a table, which is a split of its own unless `wanted` names a column of splits.
 
-    `columns` are as `tables.read_examples` takes them; `wanted` names the columns of split, group and domain.
+    `wanted` names the columns of split, group and domain.
     """
-    written = {name: columns[name] for name in ("header", "encoding", "delimiter", "skip_bad_rows")}
-    examples = tables.read_examples(file, **columns)
-    for example, (where, cells) in zip(examples, tables.read_rows(file, **written), strict=False):  # --limit ends it
+    for example, cells in table.with_columns():
         for name in (*wanted.values(), *(by or ())):
             if name and name not in cells:
-                raise ValueError(f"{where}: no column {name!r}; it has {', '.join(map(str, cells))}")
-        split = str(cells[wanted["split"]]) if wanted["split"] else file
-        group, domain = (cells.get(wanted[role] or role) for role in ("group", "domain"))
-        parts = tuple(str(cells[name]) for name in by or ("difficulty", "part") if name in cells)
+                raise ValueError(f"{table.source}: no column {name!r}; it has {', '.join(map(str, cells))}")
+        split = sys.intern(str(cells[wanted["split"]])) if wanted["split"] else table.source
+        group, domain = (cells.get(wanted[role] or role) or None for role in ("group", "domain"))
+        parts = tuple(sys.intern(str(cells[name])) for name in by or ("difficulty", "part") if name in cells)
         yield AuditedRow(split, example.id, example.text, example.label, group, domain, parts)
 
 
@@ -128,74 +151,141 @@ def by_split(rows: Sequence[AuditedRow]) -> dict[str, list[int]]:
     return splits
 
 
+# Within the terminal's width
+
+
+def width() -> int:
+    """How many characters a line may have; 120 where there is no terminal."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def shortened(text: str, length: int) -> str:
+    """The text, or as much of its end as is `length` long: of paths that tells more."""
+    return text if len(text) <= length else "..." + text[3 - length :]
+
+
+def wrapped(text: str) -> str:
+    """A sentence in as many lines as it needs."""
+    return textwrap.fill(printable(text), width(), subsequent_indent="  ", break_on_hyphens=False)
+
+
+def fits(text: str) -> bool:
+    return max(map(len, text.splitlines())) <= width()
+
+
+def stacked(rows: Sequence[Sequence[str]]) -> str:
+    """A table on the terminal; where it is too wide, some of its columns, and the others below."""
+    whole = command_line.columns(rows)
+    if fits(whole):
+        return whole
+    first = width() // 3
+    rows = [[shortened(row[0], first), *(shortened(cell, width() - first - 2) for cell in row[1:])] for row in rows]
+    parts, start = [], 1
+    while start < len(rows[0]):
+        end = len(rows[0])
+        while end > start + 1 and not fits(command_line.columns([[row[0], *row[start:end]] for row in rows])):
+            end -= 1
+        parts.append(command_line.columns([[row[0], *row[start:end]] for row in rows]))
+        start = end
+    return "\n\n".join(parts)
+
+
 # Repeats and leaks
 
 
-def partners(rows: list[AuditedRow], likenesses: list[tuple[int, int, float]]) -> tuple[dict[int, int], dict[int, int]]:
-    """For each row that has one, a near-duplicate in its own split, and one in another split."""
-    same = {j: i for i, j, jaccard in likenesses if jaccard == 1}  # near_duplicates pairs equals with the first alone
-    first = [same.get(number, number) for number in range(len(rows))]
-    members = defaultdict(list)  # (first of its equals, split) -> two of its rows there: one has another as its partner
-    for number, row in enumerate(rows):
-        if len(members[first[number], row.split]) < 2:
-            members[first[number], row.split].append(number)
-    alike = defaultdict(set)  # first of its equals -> those of its near-duplicates
-    for i, j, _ in likenesses:
-        alike[first[i]].add(first[j])
-        alike[first[j]].add(first[i])
-    within, elsewhere, splits = {}, {}, list(by_split(rows))
-    for number, row in enumerate(rows):
-        for other in sorted({first[number]} | alike[first[number]]):
-            for split in splits:
-                found = within if split == row.split else elsewhere
-                for partner in members.get((other, split), ()):
-                    if partner != number:
-                        found.setdefault(number, partner)
-    return within, elsewhere
+def shared_groups(rows: Iterable[AuditedRow]) -> set[object]:
+    """The groups that stand in more than one split."""
+    home: dict[object, str] = {}
+    return {row.group for row in rows if row.group is not None and home.setdefault(row.group, row.split) != row.split}
 
 
-def print_splits(rows: list[AuditedRow], within: dict[int, int], elsewhere: dict[int, int]) -> None:
+def print_splits(rows: list[AuditedRow], within: np.ndarray, elsewhere: np.ndarray) -> None:
     """One line a split: rows, labels, words, and how many texts have a repeat or a near-duplicate."""
     heads = ["split", "rows", "labels", "words: min, median, max", "repeated", "alike in it", "alike in others"]
-    table = []
+    table, labels_of = [heads], {}
     for split, numbers in by_split(rows).items():
         words = [len(rows[n].text.split()) for n in numbers]
-        labels = Counter(rows[n].label or "none" for n in numbers)
+        labels_of[split] = Counter(rows[n].label or "none" for n in numbers)
+        listed = ", ".join(f"{n:,} {label}" for label, n in sorted(labels_of[split].items()))
         repeated = len(numbers) - len({" ".join(rows[n].text.casefold().split()) for n in numbers})
-        cells = [split, f"{len(numbers):,}", ", ".join(f"{n:,} {label}" for label, n in sorted(labels.items()))]
-        cells += [f"{min(words)}, {median(words):g}, {max(words)}", f"{repeated:,}"]
-        table.append(cells + [f"{sum(n in found for n in numbers):,}" for found in (within, elsewhere)])
-    print(command_line.columns([heads, *table]))
+        cells = [split, f"{len(numbers):,}", listed, f"{min(words)}, {median(words):g}, {max(words)}", f"{repeated:,}"]
+        table.append(cells + [f"{(found[numbers] >= 0).sum():,}" for found in (within, elsewhere)])
+    if fits(command_line.columns(table)):
+        print(command_line.columns(table))
+        return
+    for cells, labels in zip(table[1:], labels_of.values(), strict=True):
+        cells[2] = f"{len(labels):,}"
+    print(stacked(table) + "\n")
+    for split, labels in labels_of.items():
+        print(wrapped(f"Labels of {split}: {largest_and_smallest(labels)}"))
 
 
-def print_leaks(rows: list[AuditedRow], elsewhere: dict[int, int]) -> bool:
-    """Say what stands in two splits, and whether anything does."""
-    homes = defaultdict(set)
-    for row in rows:
-        if row.group is not None:
-            homes[row.group].add(row.split)
-    groups = [group for group, splits in homes.items() if len(splits) > 1]
-    if elsewhere:
-        print(f"\nLEAK: {len(elsewhere):,} rows have a near-duplicate in another split. The first:")
-    for number in list(elsewhere)[:SHOWN]:
+def largest_and_smallest(labels: Counter) -> str:
+    """The three labels with the most rows, and the three with the fewest."""
+    ordered = [f"{n:,} {label}" for label, n in labels.most_common()]
+    if len(ordered) > 6:
+        ordered[3:-3] = [f"... {len(ordered) - 6:,} more ..."]
+    return ", ".join(ordered)
+
+
+def print_leaks(rows: list[AuditedRow], elsewhere: np.ndarray, groups: Collection[object]) -> None:
+    """Say what stands in two splits."""
+    leaking = np.flatnonzero(elsewhere >= 0)
+    if len(leaking):
+        print("\n" + wrapped(f"LEAK: {len(leaking):,} rows have a near-duplicate in another split. The first:"))
+    for number in leaking[:SHOWN]:
         for row in (rows[number], rows[elsewhere[number]]):
-            print(f"  {row.split} {printable(row.id)}: {printable(row.text[:100])}")
+            line = f"  {row.split} {printable(row.id)}: {printable(row.text[:100])}"
+            if len(line) > width():
+                line = f"  {shortened(row.split, width() // 3)} {printable(row.id)}: {printable(row.text[:100])}"
+            print(line[: width()])
         print()
     if groups:
-        print(f"\nLEAK: {len(groups):,} groups stand in more than one split, the first is {groups[0]!r}")
-    if len(by_split(rows)) > 1 and not elsewhere and not groups:
-        end = ", and no group is in two splits." if homes else "."
-        print(f"\nNo text has a near-duplicate in another split{end}")
-    return bool(elsewhere or groups)
+        first = next(row.group for row in rows if row.group in groups)
+        told = f"LEAK: {len(groups):,} groups stand in more than one split, the first is {first!r}"
+        print("\n" + wrapped(told))
+    if len(by_split(rows)) > 1 and not len(leaking) and not groups:
+        has_groups = any(row.group is not None for row in rows)
+        end = ", and no group is in two splits." if has_groups else "."
+        print("\n" + wrapped(f"No text has a near-duplicate in another split{end}"))
+
+
+def write_clean(
+    path: str, opened: Sequence[Table], rows: list[AuditedRow], elsewhere: np.ndarray, groups: Collection[object]
+) -> None:
+    """Write the last split's rows that do not leak, with all columns, and say how many were left out and why."""
+    last = rows[-1].split
+    numbers = by_split(rows)[last]
+    alike = {number for number in numbers if elsewhere[number] >= 0}
+    of_groups = {number for number in numbers if rows[number].group in groups} - alike
+    kept = set(numbers) - alike - of_groups
+    if not kept:
+        raise ValueError(f"--write-clean: no row of {last} would be left")
+
+    def kept_rows() -> Iterator[Mapping[str, object]]:
+        every: Iterator[tuple[Example, Mapping[str, object]]] = chain.from_iterable(t.with_columns() for t in opened)
+        return (columns for number, (_, columns) in enumerate(every) if number in kept)
+
+    names: dict[str, None] = {}  # in JSON Lines rows may have different ones
+    for columns in kept_rows():
+        names |= dict.fromkeys(columns)
+    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(names))
+        writer.writeheader()
+        writer.writerows(kept_rows())
+    told = f"{path}: {len(kept):,} of {len(numbers):,} rows of {last}. Left out: {len(alike):,} with a near-duplicate"
+    told += f" in another split, {len(of_groups):,} more of a group that stands in another."
+    print("\n" + wrapped(told))
 
 
 # Baselines
 
 
-def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction]) -> None:
+def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction], seed: int) -> None:
     """Accuracy and AUC of the bags of words, and of a model's predictions, for each part of the last split."""
     splits = list(by_split(rows))
-    train, test = ([row for row in rows if row.split == split and row.label] for split in (splits[0], splits[-1]))
+    labelled = {split: [row for row in rows if row.split == split and row.label] for split in (splits[0], splits[-1])}
+    train, test = (drawn(labelled[split], seed) for split in (splits[0], splits[-1]))
     sizes = Counter(row.label for row in train)
     if len(sizes) < 2 or min(sizes.values()) < FOLDS or not test:
         print(f"\nNo baseline: it learns from at least two labels with {FOLDS} rows each.")
@@ -206,15 +296,30 @@ def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction
         probabilities["without domain words"] = bag_of_words(train, test, labels, without_domain_words=True)
     if answers:
         probabilities[answers[0].model] = model_probabilities(answers, test, labels)
-    how = f"trained on {splits[0]}, n = {len(train):,}" if len(splits) > 1 else f"{FOLDS}-fold out-of-fold"
-    print(f"\nBag of words ({how}), tested on {splits[-1]}, n = {len(test):,}. Accuracy with 95 % interval, and AUC:\n")
+    how = f"trained on {splits[0]}, {sample_size(train, labelled[splits[0]])}"
+    if len(splits) == 1:
+        how = f"{FOLDS}-fold out-of-fold"
+    tested = f"tested on {splits[-1]}, {sample_size(test, labelled[splits[-1]])}"
+    print("\n" + wrapped(f"Bag of words ({how}), {tested}. Accuracy with 95 % interval, and AUC:") + "\n")
     truth = np.array([labels.index(row.label) if row.label in sizes else -1 for row in test])
     table = [["", "rows", *(head for name in probabilities for head in (name, "AUC"))]]
     for part, numbers in easiest_first(test, probabilities["bag of words"].argmax(axis=1) == truth):
         table.append([", ".join(part) or "all", f"{len(numbers):,}"])
         for of_labels in probabilities.values():
             table[-1] += accuracy_and_auc(of_labels[numbers], truth[numbers])
-    print(command_line.columns(table))
+    print(stacked(table))
+
+
+def drawn(rows: list[AuditedRow], seed: int) -> list[AuditedRow]:
+    """The rows, or LEARNED of them at random in their order."""
+    if len(rows) <= LEARNED:
+        return rows
+    return [rows[number] for number in sorted(random.Random(seed).sample(range(len(rows)), LEARNED))]
+
+
+def sample_size(sample: Sequence[AuditedRow], rows: Sequence[AuditedRow]) -> str:
+    """How many rows there are, and of how many they were drawn."""
+    return f"n = {len(sample):,}" + (f" of {len(rows):,}, drawn at random" if len(sample) < len(rows) else "")
 
 
 def easiest_first(test: list[AuditedRow], right: np.ndarray) -> Iterator[tuple[tuple[str, ...], list[int]]]:
@@ -256,12 +361,12 @@ def bag_of_words(
     if train[0].split == test[0].split:
         groups = [row.group for row in train]
         if None in groups:
-            groups = tables.duplicate_groups([row.text for row in train])
+            groups = duplicate_groups(row.text for row in train)
         folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(train, [r.label for r in train], groups)
     probabilities = np.zeros((len(test), len(labels)))
     for learn, answer in folds:
         lessons = [train[n] for n in learn]
-        words = CountVectorizer(analyzer=lambda text: tables.shingles(text, 1), binary=True)
+        words = CountVectorizer(analyzer=words_of, binary=True)
         counts = words.fit_transform(row.text for row in lessons)
         used = ~domain_words(counts, lessons) if without_domain_words else np.ones(counts.shape[1], bool)
         model = LogisticRegression(max_iter=1000).fit(counts[:, used], [row.label for row in lessons])

@@ -2,19 +2,27 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 import audit_dataset
 import command_line
+import predictions
 from tables import read_examples
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
 
 
 def audit(capsys, *arguments):
@@ -39,7 +47,8 @@ def numbers(text):
 
 def test_our_own_dataset_is_clean_and_the_card_shows_what_the_audit_prints():
     command = [sys.executable, "scripts/audit_dataset.py", "--predictions", "data/predictions/base_test.jsonl"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    environment = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No text has a near-duplicate in another split, and no group is in two splits." in done.stdout
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8").split("```")[3].strip("\n").splitlines()
@@ -86,6 +95,86 @@ def test_a_group_in_two_splits_is_a_leak(tmp_path, capsys):
     code, out, _ = audit(capsys, table, "--split-column", "split", "--group-column", "user")
     assert code == 1 and "LEAK: 1 groups stand in more than one split, the first is 'u1'" in out
     assert audit(capsys, table, "--group-column", "user")[0] == 0
+    blank = write(tmp_path / "b.csv", ("apples", "one", ""), ("pears", "two", ""), columns=("text", "split", "user"))
+    assert audit(capsys, blank, "--split-column", "split", "--group-column", "user")[0] == 0
+
+
+@pytest.fixture
+def leaking(tmp_path):
+    """A training table, and a test table of six rows: two have a near-duplicate there, one more its group."""
+    columns = ("id", "text", "label", "group", "note")
+    train = [("1", "one two three four five six", "x", "g1", ""), ("2", "apples and pears", "y", "g2", "")]
+    test = [
+        ("1", "zero one two three four five six", "x", "h1", "alike"),
+        ("2", "Apples, and PEARS!", "y", "g2", "alike and of the group"),
+        ("3", "quite another thing", "y", "g2", "of the group"),
+        ("4", 'a "quoted" text\nof two lines', "x", "h2", "=1+1"),
+        ("5", "this stands here twice", "x", "h3", "1,5"),
+        ("6", "this stands here twice", "y", "", ""),
+    ]
+    return write(tmp_path / "a.csv", *train, columns=columns), write(tmp_path / "b.csv", *test, columns=columns)
+
+
+def test_a_clean_table_is_the_last_one_without_what_leaks(leaking, tmp_path, capsys):
+    clean = tmp_path / "clean.csv"
+    code, out, _ = audit(capsys, *leaking, "--write-clean", clean)
+    assert code == 1  # the tables as they are do leak
+    assert f"{clean}: 3 of 6 rows of {leaking[1]}. Left out: 2 with a near-duplicate" in out
+    assert "1 more of a group that stands in another" in out
+    given, written = (pandas.read_csv(path, dtype=str, keep_default_na=False) for path in (leaking[1], clean))
+    assert written.equals(given[3:].reset_index(drop=True))
+    assert audit(capsys, leaking[0], clean)[0] == 0
+
+
+def test_a_clean_table_of_one_file_is_its_last_split_with_every_row_s_columns(tmp_path, capsys):
+    rows = [
+        {"text": "apples and pears", "part": "train"},
+        {"text": "something else", "part": "test", "n": 1},
+        {"text": "a third thing", "part": "train"},
+        {"text": "apples and pears!", "part": "test"},
+        {"text": "the last of them", "part": "test", "other": None},
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    clean = tmp_path / "clean.csv"
+    audit(capsys, tmp_path / "t.jsonl", "--split-column", "part", "--write-clean", clean)
+    expected = "text,part,n,other\r\nsomething else,test,1,\r\nthe last of them,test,,\r\n"
+    assert clean.read_bytes().decode() == expected
+
+
+# Many rows and labels
+
+
+@pytest.mark.parametrize("columns", [50, 80, 100])
+def test_nothing_is_wider_than_the_terminal(columns, tmp_path, monkeypatch, capsys):
+    """77 labels, the n-th of them with n + 5 rows; long names of files, labels, ids and groups; texts that leak."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    folder = tmp_path / ("a_folder_with_a_long_name" * 3)
+    folder.mkdir()
+    files, labels = [], [f"a_long_label_{n}" for n in range(77)]
+    for split in ("train", "test"):
+        rows = [("leak", "of two tables the same " * 9, labels[9], "group" * 40)]
+        for n, label in enumerate(labels):
+            rows += [(f"{'row' * 9}{n}-{copy}", f"{split} {n} {copy}", label, "g") for copy in range(n + 5)]
+        files.append(write(folder / f"{split}.csv", *rows, columns=("id", "text", "label", "group")))
+    with open(tmp_path / "p.jsonl", "wb") as file:
+        for row in read_examples(str(files[1])):
+            even = dict.fromkeys(labels, 1 / 77)
+            common = {"method": "m", "model": "model" * 30, "task": "t", "fingerprint": "00000000"}
+            file.write(predictions.to_line(predictions.scored(row.id, row.text, row.label, even, 1.0, **common)))
+    code, out, _ = audit(capsys, *files, "--predictions", tmp_path / "p.jsonl")
+    assert code == 1 and max(map(len, out.splitlines())) <= columns
+    told = " ".join(out.split())
+    for named in ("3,312", "81 a_long_label_76, 80 a_long_label_75, 79 a_long_label_74, ... 71 more ..., 7 "):
+        assert named in told
+    assert "LEAK: 2 rows" in told and "LEAK: 2 groups" in told and "Bag of words" in told and "0.002" in told
+
+
+def test_a_baseline_of_many_rows_is_one_of_a_random_sample(learnable, monkeypatch, capsys):
+    monkeypatch.setattr(audit_dataset, "LEARNED", 30)
+    out = audit(capsys, *learnable)[1]
+    assert f"trained on {learnable[0]}, n = 30 of 60, drawn at random), tested on {learnable[1]}, n = 30 of 60" in out
+    assert out.splitlines()[-3].split()[:2] == ["all", "30"]
+    assert out == audit(capsys, *learnable, "--seed", "0")[1] != audit(capsys, *learnable, "--seed", "1")[1]
 
 
 # Baselines
@@ -130,7 +219,7 @@ def test_the_baseline_learns_on_the_first_split_and_answers_on_the_last(learnabl
     assert lines["all"][1] == "0.833" and lines["a"][4] == "1.000"
     assert "domain words" not in out  # the table has no domains
     _, out, _ = audit(capsys, learnable[0])
-    assert "5-fold out-of-fold" in out and "n = 60" in out
+    assert "5-fold out-of-fold" in out and "n = 60." in out
 
 
 def predictions_of(path, table, **changes):
@@ -189,11 +278,18 @@ def test_tables_without_labels_are_audited_for_leaks_alone(tmp_path, capsys):
         (["data:test", "--predictions", "nowhere.jsonl"], "nowhere.jsonl"),
         (["twice.csv"], "twice.csv: 1 ids stand more than once, the first is '7'"),
         (["empty.csv"], "empty.csv has no rows"),
+        (["many.csv", "--split-column", "id"], "101 splits, the first '0': at most 100"),
+        (["data:test", "--write-clean", "clean.jsonl"], "a file that ends in .csv"),
+        (["data:test", "--write-clean", "clean.csv"], "there is only one"),
+        (["many.csv", "--write-clean", "many.csv"], "many.csv is both input and output"),
+        (["same.csv", "many.csv", "--write-clean", "clean.csv"], "no row of many.csv would be left"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("twice.csv", ("7", "x"), ("7", "y"), columns=("id", "text"))
     write("empty.csv", columns=("text",))
+    write("same.csv", ("1", "x"), columns=("id", "text"))
+    write("many.csv", *((n, "x") for n in range(101)), columns=("id", "text"))
     code, _, error = audit(capsys, *arguments)
     assert code == 2 and named in error and error.startswith("error: ") and error.count("\n") == 1
