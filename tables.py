@@ -346,7 +346,7 @@ def _parquet_rows(source: str) -> Iterator[tuple[str, dict]]:
             with open_bytes(source) as raw:
                 file = ParquetFile(io.BytesIO(raw.read()))
         else:
-            file = ParquetFile(source)
+            file = ParquetFile(source, pre_buffer=False, buffer_size=1 << 16)  # else it holds a whole row group
         number = 0
         for batch in file.iter_batches(batch_size=4096):
             for row in batch.to_pylist():
