@@ -12,7 +12,7 @@ of members are fitted inside the folds too, to rows whose members had seen neith
 Exact: no row is scored by coefficients, scales, word frequencies or weights that were fitted to it or to its group.
 Approximate: the choice among the candidates has seen all rows (of random labels it makes nothing, the tests show it),
 and fold models have 4/5 of the rows, so the probe of all rows is a little better and surer than its own out-of-fold
-probabilities. A calibrator fitted on these errs by that little, on the careful side: docs/probe.md has a simulation.
+probabilities. A calibrator fitted on these errs by that little, on the careful side (docs/probe.md).
 
 Nothing here imports torch.
 """

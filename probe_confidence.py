@@ -325,7 +325,7 @@ def train_from_arguments(args: argparse.Namespace) -> None:
     llama = load_llama(**model_arguments(args), task=task.settings())
     if llama.adapter:
         print("note: out-of-fold numbers hold only on rows that the adapter was not trained on", file=sys.stderr)
-    options = {"truncate": args.truncate, "batch_size": args.batch_size, "overwrite": args.overwrite}
+    options = {"truncate": args.truncate, "batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite}
     record = train_probe(llama, task, examples, args.output_dir, groups, **options)
     print(training_report(record, args.output_dir))
 

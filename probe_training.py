@@ -58,19 +58,20 @@ def train_probe(
     layers: Sequence[int] | None = None,
     truncate: bool = False,
     batch_size: int | None = None,
+    seed: int = 0,
     overwrite: bool = False,
 ) -> ProbeRecord:
     """Fit a probe to labelled rows and write its folder; the same call again finds it finished.
 
-    `groups` say which rows belong together (default: near-duplicate texts). ValueError for a folder with other files
-    and, unless `overwrite`, for one with another probe.
+    `groups` say which rows belong together (default: near-duplicate texts), `seed` draws the folds. ValueError for a
+    folder with other files and, unless `overwrite`, for one with another probe.
     """
     folder, reader = Path(folder), feature_reader(llama, task, layers, truncate, batch_size)
     groups = tables.groups_of(examples) if groups is None else groups
     made_of = {**llama.identity, "task": task.settings(), "layers": reader.layers, "truncate": truncate}
     made_of["prompt"] = [reader.prompt.before, reader.prompt.after]
     rows = hash_of([[*astuple(example), str(group)] for example, group in zip(examples, groups, strict=True)])
-    made_from = predictions.fingerprint(**made_of, rows=rows)
+    made_from = predictions.fingerprint(**made_of, rows=rows, seed=seed)
     if is_finished(folder, made_from, overwrite):
         return load_probe(folder)[0]
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,7 @@ def train_probe(
             labels=list(task.labels),
             first_token=first_token,
             texts=texts,
+            seed=seed,
         )
         save_tensors(folder / TENSORS, fitted.probe)
         record = record_of(fitted, reader, sha256(folder / TENSORS), made_from, rows, texts)
