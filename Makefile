@@ -3,13 +3,14 @@
 # make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
 # make test-study   makes the README's numbers, outputs and figures again and compares (minutes)
 # make test-browser   the interactive report in headless Chromium (apt-get install chromium)
+# make test-stops   kills and interrupts every scoring script, again and again (minutes)
 # make test-sagemaker   trains and serves end to end on a stand-in for AWS, on this machine (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: two processes of one thread are faster than one of two.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-servers test-study test-browser test-sagemaker lint benchmark clean
+.PHONY: demo test test-servers test-study test-browser test-sagemaker test-stops lint benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python main.py
@@ -30,6 +31,9 @@ test-browser: .venv/installed-tests
 
 test-sagemaker: .venv/installed-tests
 	$(PARALLEL) -m sagemaker
+
+test-stops: .venv/installed-tests
+	$(PARALLEL) -m stops
 
 lint: .venv/installed-tests
 	$(BIN)/ruff check .

@@ -56,7 +56,7 @@ def finished_rows(folder):
     return sum(path.read_bytes().count(b"\n") for path in folder.iterdir())
 
 
-@pytest.mark.study
+@pytest.mark.stops
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_twenty_kills_and_ten_interrupts_lose_no_finished_row(name, table, tiny_folder, adapter, tmp_path):
     script = [str(adapter) if part == "ADAPTER" else part for part in SCRIPTS[name]]
