@@ -52,8 +52,8 @@ def table(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_reading_and_checking_keeps_eight_bytes_a_row(table, suffix):
+@pytest.mark.parametrize(("suffix", "limit"), [(".csv", 100), (".parquet", 200)])  # of which pyarrow takes 40
+def test_reading_and_checking_keeps_eight_bytes_a_row(table, suffix, limit):
     if suffix == ".parquet":
         parquet.write_table(pyarrow.csv.read_csv(table), table.with_suffix(suffix))
     code = """
@@ -62,7 +62,7 @@ def test_reading_and_checking_keeps_eight_bytes_a_row(table, suffix):
     result = check_examples(open_table(sys.argv[1]), read_task("sentiment"))
     """
     rows, memory = measured(code, table.with_suffix(suffix))
-    assert rows == ROWS and memory < 150
+    assert rows == ROWS and memory < limit
 
 
 def test_a_report_keeps_numbers_alone(tmp_path):
