@@ -14,9 +14,10 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -286,21 +287,23 @@ def variations(
     best: Sequence[Candidate],
     pool: Sequence[Example],
     doubt: Sequence[float],
-    model_words: Mapping[str, Sequence[str]],
+    model_words: Callable[[Task], Mapping[str, Sequence[str]]],
     seed: int,
     with_debias: bool = False,
 ) -> Iterator[Candidate]:
-    """Each of the best with other answer words, other examples and another order, the same change to all in turn."""
-    changed = [list(_changes(one, pool, doubt, model_words, seed, with_debias)) for one in best]
-    for place in range(max(map(len, changed), default=0)):
-        yield from (changes[place] for changes in changed if place < len(changes))
+    """Each of the best with other examples, another order and other answer words, a change of each in turn.
+
+    `model_words(task)`, what the model says for the rows of each label, is asked for when it is needed.
+    """
+    for changes in zip_longest(*(_changes(one, pool, doubt, model_words, seed, with_debias) for one in best)):
+        yield from filter(None, changes)
 
 
 def _changes(
     one: Candidate,
     pool: Sequence[Example],
     doubt: Sequence[float],
-    model_words: Mapping[str, Sequence[str]],
+    model_words: Callable[[Task], Mapping[str, Sequence[str]]],
     seed: int,
     with_debias: bool,
 ) -> Iterator[Candidate]:
@@ -313,5 +316,5 @@ def _changes(
             examples = chosen_examples(pool, task, per_label, kind, draw, doubt)
             yield Candidate(replace(task, examples=examples), f"{one.what} ({kind} {draw})")
         yield Candidate(replace(task, examples=reordered(task.examples, seed)), f"{one.what}, another order")
-    for what, other in word_sets(task, model_words).items():
+    for what, other in word_sets(task, model_words(task)).items():
         yield Candidate(other, f"{one.what}, {what}")

@@ -130,7 +130,8 @@ class Trials:
         self.parts, self.evaluate, self.file = parts, evaluate, file
         self.seconds = 0.0  # of the model's, spent on what has been asked for
         self.known: dict[tuple[str, str, int], dict] = {}
-        self.remembered: dict[str, object] = {}
+        self.remembered: dict[str, dict] = {}
+        self.counted: set[str] = set()  # of these, whose seconds are among `seconds`
         self.scored: dict[tuple[str, str], Scored] = defaultdict(Scored)
         self._read_log(dict(header))
 
@@ -147,7 +148,7 @@ class Trials:
                 if number == 1:
                     known_header = record
                 elif "remembered" in record:
-                    self.remembered[record["remembered"]] = record["value"]
+                    self.remembered[record["remembered"]] = record
                 else:
                     self.known[record["key"], record["part"], record["from"]] = record
             except (ValueError, KeyError, TypeError):
@@ -167,11 +168,17 @@ class Trials:
         self.file.flush()
 
     def remember(self, name: str, compute: Callable[[], object]) -> object:
-        """A value of JSON that is computed once and kept in the log."""
+        """A value of JSON that the model is asked for once and that is kept in the log."""
         if name not in self.remembered:
-            self.remembered[name] = compute()
-            self._write({"remembered": name, "value": self.remembered[name]})
-        return self.remembered[name]
+            started = time.monotonic()
+            value = compute()
+            record = {"remembered": name, "value": value, "seconds": time.monotonic() - started}
+            self._write(record)
+            self.remembered[name] = record
+        if name not in self.counted:
+            self.counted.add(name)
+            self.seconds += self.remembered[name]["seconds"]
+        return self.remembered[name]["value"]
 
     def score(self, candidate: Candidate, part: str, n: int | None = None) -> Score | None:
         """The candidate's score on the first n rows of a part (by default all); None if it does not work there."""
@@ -256,7 +263,7 @@ def search(
 ) -> list[Ranked]:
     """All candidates that work, best first: those judged by more rows before others. The draft is judged by all.
 
-    `first` are tried on FIRST_ROWS, then `vary(the best three)`; a third of them goes on to twice as many rows, and so
+    `first` are tried on FIRST_ROWS, then `vary(those worth it)`; a third of them goes on to twice as many rows, and so
     on. Raises ValueError when the draft itself does not work.
     """
     n = min(FIRST_ROWS, len(trials.parts["search"]))
@@ -273,7 +280,7 @@ def search(
     half = budget.trials // 2
     for candidates, most, share in ((first, half, SHARES[0]), (None, budget.trials, SHARES[1])):
         if candidates is None:
-            candidates = vary([one.candidate for one in in_order(ranked, budget.floor)[:KEPT]])
+            candidates = vary([one.candidate for one in worth_varying(ranked, budget.floor)])
         for candidate in candidates:
             if len(known) >= most or trials.seconds > share * budget.seconds:
                 break
@@ -295,6 +302,13 @@ def search(
         everyone += survivors
     last = {one.candidate.identity: one for one in everyone}  # of each candidate the one with the most rows
     return sorted(in_order(last.values(), budget.floor), key=lambda one: -one.rows)
+
+
+def worth_varying(ranked: Sequence[Ranked], floor: float) -> list[Ranked]:
+    """The best KEPT, and before them the one of least log loss if it is below the floor: other words may name it."""
+    best = in_order(ranked, floor)[:KEPT]
+    least = min(ranked, key=lambda one: one.score.log_loss)
+    return best if least in best else [least, *best]
 
 
 def in_order(ranked: Iterable[Ranked], floor: float) -> list[Ranked]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -146,10 +146,13 @@ def improve(
                 result = f"log loss {score.log_loss:.3f}, label mass {score.label_mass:.2f}"
             print(f"{trials.seconds:4.0f} s  {n:4} rows  {result}  {candidate.what}", file=sys.stderr)
 
-        def vary(best: Sequence[Candidate]) -> list[Candidate]:
+        def words(task: Task) -> dict[str, list[str]]:
+            name = f"words {Candidate(task, '').key}"
+            return trials.remember(name, lambda: words_of_model(llama, task, parts["examples"]))
+
+        def vary(best: Sequence[Candidate]) -> Iterator[Candidate]:
             doubt = -np.abs(trials.margins(own, "examples"))
-            words = trials.remember("words", lambda: words_of_model(llama, draft, parts["examples"]))
-            return list(task_candidates.variations(best, pool, doubt.tolist(), words, seed, with_debias))
+            return task_candidates.variations(best, pool, doubt.tolist(), words, seed, with_debias)
 
         first_score = trials.score(own, "search", task_search.FIRST_ROWS)
         reserved = min(last * first_score.seconds_per_row, budget.seconds / 2) if first_score else 0.0
@@ -225,7 +228,14 @@ def write_first_task(
 
 def print_outcome(ranked: Sequence[Ranked], found: Confirmation, trials: Trials, output: Path, floor: float) -> None:
     """What was found, the verdict first."""
-    print(f"{found.verdict(floor)}\n{found.worth()}\n")
+    print(f"{found.verdict(floor)}\n{found.worth()}")
+    least = min(ranked, key=lambda one: one.score.log_loss)
+    if least.score.label_mass < floor and least is not ranked[0]:
+        print(
+            f"note: {least.candidate.what!r} has a log loss of {least.score.log_loss:.3f} on {least.rows} rows that "
+            f"chose, but a label mass of {least.score.label_mass:.2f}; --floor 0 lets it win"
+        )
+    print()
     print(confirmation_table(found), candidates_table(ranked, trials.parts["search"].groups), sep="\n\n")
     kept = ranked[0].candidate.what if found.is_taken else "the draft, unchanged"
     debias = "; score with --debias batch" if found.is_taken and ranked[0].candidate.debias else ""

@@ -174,7 +174,7 @@ def test_variations_change_one_thing_of_each_of_the_best_in_turn():
     pool = labelled(*["billing", "technical"] * 10)
     first = list(task_candidates.first_candidates(TICKETS, pool, 0))
     best, words = first[:2], {"billing": ["money"], "technical": ["app"]}
-    found = list(variations(best, pool, [0.0] * 20, words, 0))
+    found = list(variations(best, pool, [0.0] * 20, lambda task: words, 0))
     assert [one.what.startswith(best[0].what) for one in found] == [True, False] * (len(found) // 2)
     for one in found[::2]:
         changed = [
@@ -183,5 +183,5 @@ def test_variations_change_one_thing_of_each_of_the_best_in_turn():
             if getattr(one.task, name) != getattr(best[0].task, name)
         ]
         assert changed in (["labels"], ["examples"]), one.what
-    debiased = list(variations(best, pool, [0.0] * 20, words, 0, with_debias=True))
+    debiased = list(variations(best, pool, [0.0] * 20, lambda task: words, 0, with_debias=True))
     assert [one.debias for one in debiased[:3]] == [True, True, False] and debiased[0].key == best[0].key

@@ -106,8 +106,8 @@ def test_rows_are_asked_once_and_a_run_that_was_killed_goes_on(made, tmp_path):
         file.write(b'{"key": "torn')
     again = made(model, parts)
     assert again.score(one, "search", 30).log_loss == pytest.approx(-np.log(0.6)) and model.asked == 30
-    assert again.seconds == trials.seconds  # what was known costs again what it cost
-    assert again.remember("words", lambda: 1 / 0) == {"a": ["yes"]}
+    assert again.remember("words", lambda: 1 / 0) == again.remember("words", lambda: 1 / 0) == {"a": ["yes"]}
+    assert again.seconds == pytest.approx(trials.seconds)  # what was known costs again what it cost
     again.score(other, "search", 5)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert model.asked == 35 and len(lines) == 5 and all(map(json.loads, lines))
@@ -179,6 +179,20 @@ def test_what_names_no_label_ranks_behind(made):
     model = Model(lambda task, example: {0: 0.6, 1: 0.95, 2: 0.7}[number_of(task)], lambda t: masses[number_of(t)])
     ranked = search(made(model, parts), Candidate(TASK, "the draft"), candidates(2), lambda best: [], PLENTY)
     assert [number_of(one.candidate.task) for one in ranked] == [2, 0, 1]
+
+
+def test_the_least_log_loss_is_varied_too_where_other_words_could_lift_its_label_mass(made):
+    parts = split_rows(rows_of(300), TASK)
+    masses = {3: 0.05, 4: 0.05}
+    model = Model(lambda t, e: 0.5 + 0.05 * number_of(t), lambda t: masses.get(number_of(t), 0.9))
+    seen = []
+
+    def vary(best):
+        seen.extend(number_of(one.task) for one in best)
+        return candidates(9)[8:]  # the ninth: the fourth with words that the model says
+
+    ranked = search(made(model, parts), Candidate(TASK, "the draft"), candidates(4), vary, PLENTY)
+    assert seen == [4, 2, 1, 0] and number_of(ranked[0].candidate.task) == 9
 
 
 def test_variations_are_of_the_best_three_and_a_budget_is_kept(made):
