@@ -197,6 +197,7 @@ def test_an_answer_token_is_the_whole_answer_and_not_the_beginning_of_a_longer_w
         assert np.exp(after[pieces]).sum() < 0.01, (text, word)
 
 
+@pytest.mark.study
 @pytest.mark.skipif(not SST2.exists(), reason="SST-2 is not part of the repository")
 def test_accuracy_and_ranking_on_real_reviews_have_not_collapsed(scorer):
     # A smoke bound, not a result: a wrong token, prompt or position costs far more than the sampling error of 125 rows.

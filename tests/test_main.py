@@ -6,6 +6,7 @@ import pytest
 from test_architecture import ROOT, every_python
 
 
+@pytest.mark.study
 def test_the_real_tour_is_what_the_replay_shows_in_seven_steps(run):
     real, replayed = run("main.py"), run("main.py", "--replay")
     assert (real.returncode, real.stderr, replayed.returncode, replayed.stderr) == (0, "", 0, "")
