@@ -27,6 +27,7 @@ from sklearn.exceptions import NotFittedError
 import calibration
 import predictions
 from calibration import (
+    LABEL_METHODS,
     METHODS,
     ClasswiseCalibrator,
     FittedCalibrator,
@@ -121,7 +122,7 @@ def test_temperature_of_three_labels_is_scikit_learns():
     probabilities = softmax(case["logits"], axis=1)
     for calibrator in (Temperature(), ClasswiseCalibrator(Temperature())):
         calibrator.fit(probabilities, case["labels"])
-        fitted = getattr(calibrator, "calibrators_", {"all": calibrator})["all"]
+        fitted = getattr(calibrator, "calibrator_", calibrator)
         for theirs in case["ref"].values():
             assert 1 / fitted.temperature_ == pytest.approx(theirs["inverse_temperature"], rel=1e-6)
             np.testing.assert_allclose(
@@ -294,20 +295,13 @@ def test_a_class_bias_is_corrected_for_both_labels_where_calibrating_the_confide
 def test_equal_probabilities_are_the_first_labels():
     two = ClasswiseCalibrator(Share()).fit(np.tile([0.5, 0.5], (10, 1)), [1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
     assert two.predict([[0.5, 0.5], [0.4, 0.6]]) == pytest.approx([0.7, 0.3])
-    three = ClasswiseCalibrator(Share()).fit(np.tile([0.2, 0.4, 0.4], (50, 1)), np.repeat([1, 2], [30, 20]))
-    assert three.calibrators_["1"].share_ == 0.6 and "2" not in three.calibrators_
 
 
-def test_of_three_labels_each_with_fifty_rows_has_its_own_calibrator_and_the_rest_share_one():
-    predicted = np.repeat([0, 1, 2], [50, 49, 60])
-    truth = np.concatenate([np.repeat([0, 1], [40, 10]), np.repeat([1, 2], [7, 42]), np.full(60, 2)])
-    fitted = ClasswiseCalibrator(Share()).fit(np.eye(3)[predicted] * 0.4 + 0.2, truth)
-    shared = (40 + 7 + 60) / 159  # 49 rows are too few, 60 that are all right too alike
-    assert fitted.predict(np.eye(3)) == pytest.approx([0.8, shared, shared])
+LABEL_CALIBRATORS = [(Temperature(), 2), (Temperature(), 3), (ClasswiseCalibrator(Platt()), 2)]
+LABEL_CALIBRATORS += [(kind(), 3) for kind in LABEL_METHODS.values()]
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-@pytest.mark.parametrize("calibrator", [Temperature(), ClasswiseCalibrator(Platt())], ids=str)
+@pytest.mark.parametrize(("calibrator", "labels"), LABEL_CALIBRATORS, ids=str)
 def test_bad_probabilities_and_true_labels_are_a_clear_value_error(calibrator, labels):
     probabilities, truth = drawn(60, labels)
     wrong_truth = [np.append(truth[1:], labels), np.append(truth[1:], -1), truth + 0.5, truth[1:], np.array(["a"] * 60)]
@@ -377,6 +371,9 @@ def test_few_labels_get_few_parameters():
     assert names(1000) == names(10**6) == some | {("isotonic", True), ("isotonic", False)}
     assert recipes(20, "isotonic") == [Recipe("isotonic", True), Recipe("isotonic", False)]
     assert [str(r) for r in recipes(9, "platt")] == ["platt, of P(label)", "platt, of the confidence"]
+    many = {("temperature", True), ("platt", False), ("pooled", True), ("vector", True)}
+    assert {(r.method, r.class_aware) for r in recipes(20, labels=3)} == many
+    assert recipes(20, "beta", labels=77) == [Recipe("beta", False)]
 
 
 def scores_from(probabilities, truth, labels=("no", "yes")):
@@ -467,6 +464,7 @@ LABELS = {2: ("no", "yes"), 3: ("no", "yes", "maybe")}
 ROWS = {k: rows_of(*drawn(220, k), LABELS[k], **COMMON) for k in LABELS}
 FRESH = {k: rows_of(*drawn(90, k, seed=1), LABELS[k], **COMMON) for k in LABELS}
 ALL = [Recipe(method, aware) for method in METHODS for aware in (True, False)]
+ALL += [Recipe(method, True) for method in LABEL_METHODS]
 
 
 @cache
@@ -563,8 +561,9 @@ def test_another_models_rows_or_labels_are_refused():
             calibrator.apply([row, other])
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-@pytest.mark.parametrize("recipe", ALL, ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "labels"), [*((r, 2) for r in ALL), *((r, 3) for r in recipes(1000, labels=3))], ids=str
+)
 def test_every_number_survives_the_file_and_no_text_gets_into_it(recipe, labels, tmp_path):
     calibrator, path = fitted(recipe, labels), tmp_path / "calibrator.json"
     save(path, calibrator)
@@ -598,7 +597,7 @@ def record(folder, recipe, labels=2):
 
 GONE = object()
 PLATT, TEMPERATURE, BETA, ISOTONIC, VENN_ABERS = (Recipe(method, False) for method in METHODS)
-AWARE = Recipe("platt", True)
+AWARE, VECTOR = Recipe("platt", True), Recipe("vector", True)
 
 
 def edited(record, path, value):
@@ -636,6 +635,10 @@ BAD = [  # recipe, path of the field, values it cannot have, the field that the 
     (PLATT, "parameters slope_", [GONE, "0.5", True, [1.0], 9e307, 10**400], "slope_"),
     (AWARE, "parameters", [{}, [], {"0": {"slope_": 1, "intercept_": 0}}], "parameters"),
     (AWARE, "parameters 0", [{"slope_": 1, "intercept_": 0}], "parameters"),
+    (AWARE, "labels", [["no", "yes", "maybe"]], "labels"),
+    (VECTOR, "class_aware", [False], "class_aware"),
+    (VECTOR, "parameters beta_", [0.04, 21], "beta_"),
+    (VECTOR, "parameters biases_", [[0.1], [0.1, 0.2, 0.3], 0.5], "biases_|labels"),
     (TEMPERATURE, "parameters temperature_", [0.04, 20.1], "temperature_"),
     (BETA, "parameters a_", [-1e-9, 9e307], "a_"),
     (ISOTONIC, "parameters scores_", [[], 0.5], "scores_"),

@@ -91,7 +91,7 @@ def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="
     platt.slope_, platt.intercept_ = slope, -0.5
     estimator = ClasswiseCalibrator(platt) if class_aware else platt
     if class_aware:
-        estimator.calibrators_ = {"all": platt}
+        estimator.calibrator_ = platt
     threshold = None if threshold is None else {"value": threshold}
     identity = (fingerprint, model, "sentiment", 100, 90)
     save_calibrator(
