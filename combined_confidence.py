@@ -255,13 +255,15 @@ def measure(comparison: MethodComparison, name: str, seed: int = 0) -> dict[str,
 
 
 def automated_rows(comparison: MethodComparison, name: str, target: float) -> dict | None:
-    """What a contender automates from a threshold that one row of each group guarantees; None where it can none."""
-    from calibration_metrics import one_of_each
+    """What a contender automates from a threshold with a guarantee on; None where nothing can be guaranteed.
+
+    A fitted contender's confidences are calibrated and say where the search begins; those of the others are not.
+    """
     from decisions import automation, choose_threshold
 
     confidence, correct = comparison.choosing.judged(name)
-    alone = one_of_each(comparison.choosing.groups)
-    threshold = choose_threshold(confidence[alone], correct[alone], target, DELTA)
+    start = "predicted" if CONTENDERS[name].is_fitted else "strictest"
+    threshold = choose_threshold(confidence, correct, target, DELTA, comparison.choosing.groups, start)
     if threshold.value is None:
         return None
     (found,) = automation(*comparison.measured.judged(name), [threshold.value])
@@ -292,7 +294,7 @@ def print_report(comparison: MethodComparison, seconds: Mapping[str, float] | No
     print("brackets are 95 % intervals;\nvotes count as (v + 1/L) / (n + 1):")
     print(command_line.columns(scores, "  "))
     print(f"\nAutomated with a guarantee, confidence level {1 - DELTA:.0%}: the share of these rows", end=" ")
-    print(f"and how many of them are right;\nthresholds come from one row of each group of {where}.")
+    print(f"and how many of them are right;\nthresholds come from {where}.")
     print("Then ECE (20 equal bins), the expected ECE if calibrated (the noise floor), and a row's calls and seconds:")
     print(command_line.columns(guaranteed, "  ") + "\n")
     for what, name, over in (

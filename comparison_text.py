@@ -54,7 +54,7 @@ def summary(report: dict) -> str:
     """Did it help, what can be automated at which guarantee, is the confidence true, what does it cost."""
     settings, delta = report["settings"], report["guarantees"][0]["base"]["threshold"]["delta"]
     source = "the calibration rows" if report["calibrated_on"] else "these very rows, so in-sample"
-    guaranteed = f"Guaranteed accuracy, {1 - delta:.0%} certain; thresholds from one row a group of {source}"
+    guaranteed = f"Guaranteed accuracy, {1 - delta:.0%} certain; thresholds from {source}"
     day = (
         f"A day of {settings['volume']:,} predictions, ${settings['review_cost']:g} a review, "
         f"${settings['error_cost']:g} an error, automated from {report['money']['threshold']:.2f} on, in dollars"
@@ -101,8 +101,7 @@ def guarantee_records(report: dict) -> dict[str, dict]:
                 right = [measured["accuracy"], measured["accuracy_low"], measured["accuracy_high"]]
                 record = {"coverage": measured["share"], "from": decisions.floor(threshold["value"], 3), "right": right}
             else:
-                more = threshold["more_labels"]
-                right = f"about {more:,} more labels" if more else "out of reach"
+                right = decisions.lacking_words(threshold)
                 record = {"coverage": "nothing", "from": "", "right": right}
             records[f"{row['target']:.0%} right, {name}"] = record
         records[f"{row['target']:.0%} right, difference"] = {"coverage": cell(row["share"]["difference"], "+")}

@@ -1,27 +1,35 @@
 """From a confidence to a decision: which answers to automate, with a guarantee, and what that costs.
 
     choose_threshold(confidence, correct, 0.95)   the lowest threshold with a guarantee, or none
+    average_threshold(confidence, correct, 0.95)  the lowest that is right on average over labelled sets: weaker
     cost_optimal_threshold(5, 50)                 where a review and the risk of an error cost the same: 0.9
 
 The guarantee: with probability 1 - delta over the labelled rows, answers at or above the threshold are right at least
-as often as the target. It holds for future rows like the labelled ones, when these are independent of each other and
-the score was made without them. Taking the lowest threshold that met the target on the labelled rows (the empirical
-threshold) misses the target about half the time.
+as often as the target: of 100 labelled sets at most 5 lead to a broken guarantee at delta 0.05. It holds for future
+rows like the labelled ones, when the score was made without them. It is exact where rows are independent of each other,
+and approximate where they come in groups (effective_rows.py). Taking the lowest threshold that met the target on the
+labelled rows (the empirical threshold) misses the target about half the time.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from calibration_metrics import checked, exact_interval, resamples
+from calibration_metrics import checked, exact_interval, group_numbers, resamples
+from effective_rows import GroupSums, effective_rows, error_correlation, group_sums
 
 STEP = 0.02  # thresholds are tried at every 2 % of the rows, in order of confidence
 ENDLESS = 2**40  # rows
+MOST_LABELS = 100_000  # more than anybody would add: the model has to become better instead
+FEW_ROWS = 100  # a guarantee that rests on fewer effective rows gets a warning
+AVERAGE = "average"
+CERTAINTIES = (0.95, 0.8, AVERAGE)  # the ladder of every report
+STARTS = ("predicted", "strictest")
 BUCKETS = (  # the article's confidence bands: from this confidence on
     (0.9, "auto-approve"),
     (0.7, "human review"),
@@ -32,35 +40,63 @@ BUCKETS = (  # the article's confidence bands: from this confidence on
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold with its evidence. `value` is None when these labels guarantee nothing."""
+    """A threshold with its evidence. `value` is None when these labels guarantee nothing.
+
+    kind: "exact" where every row is its own group, "approximate" where rows come in groups, "average" for a threshold
+    that is right on average over labelled sets, which is no guarantee for this one.
+    """
 
     value: float | None
     target_accuracy: float
-    delta: float
+    kind: str
+    delta: float | None  # risk that the guarantee is broken; None of the average kind
     n: int  # labelled rows
-    accepted: int  # of them at or above the value
+    groups: int  # of rows that belong together
+    rho: float  # how alike the errors of a group are
+    start: int | None  # rows accepted at the first rank that was tested; None where no rank was
+    accepted: int  # labelled rows at or above the value
+    effective: float  # independent rows that these are worth
     errors: int  # of those accepted
-    lower_bound: float | None  # of the accepted rows' accuracy, exact, one-sided, at 1 - delta
     naive_value: float | None  # the empirical threshold: the lowest that met the target on these rows, no guarantee
     naive_accepted: int
     more_labels: int | None  # when nothing can be guaranteed: about how many more would do, None if none would
+
+    @property
+    def is_guarantee(self) -> bool:
+        return self.value is not None and self.kind != AVERAGE
+
+    @property
+    def rests_on_few(self) -> bool:
+        return self.is_guarantee and self.effective < FEW_ROWS
 
     def record(self) -> dict:
         """As it stands in a calibrator file."""
         return asdict(self)
 
     def __str__(self) -> str:
-        guarantee = f"accuracy {self.target_accuracy:.1%} with {100 * (1 - self.delta):g}% certainty"
+        aim = f"accuracy {self.target_accuracy:.1%} {certainty_words(self.record())}"
         if self.value is None:
-            more = "they do not hint at a threshold that would, so more labels like these alone will not help"
-            if self.more_labels:
-                more = f"about {self.more_labels:,} more labels are needed"
-            return f"{guarantee}: nothing can be guaranteed with these {self.n:,} labels; {more}"
-        return (
-            f"{guarantee}: automate from {floor(self.value)} on, {self.accepted:,} of {self.n:,} rows "
-            f"({self.accepted / self.n:.1%}), {self.errors:,} of them wrong, at least "
-            f"{floor(100 * self.lower_bound, 1)}% right"
+            return f"{aim}: nothing can be guaranteed with these {self.n:,} labels; {lacking_words(self.record())}"
+        found = (
+            f"{aim}: automate from {floor(self.value)} on, {self.accepted:,} of {self.n:,} rows "
+            f"({self.accepted / self.n:.1%}), {self.errors:,} of them wrong"
         )
+        if self.kind == "approximate":
+            found += f"; approximate, as rows of a group are alike: worth {self.effective:,.0f} independent rows"
+        return found
+
+
+def certainty_words(threshold: dict) -> str:
+    """How sure a threshold record is, as in "with 95% certainty"."""
+    if threshold["kind"] == AVERAGE:
+        return "on average over labelled sets"
+    return f"with {100 * (1 - threshold['delta']):.10g}% certainty"
+
+
+def lacking_words(threshold: dict) -> str:
+    """What a threshold record without a value says is missing."""
+    more = threshold["more_labels"]
+    return f"about {more:,} more labels are needed" if more else "not reachable with this model: raise its accuracy"
 
 
 def floor(value: float, decimals: int = 4) -> str:
@@ -90,48 +126,152 @@ def _rows_needed(rates: np.ndarray, target: float, delta: float, errors: int = 0
 
 
 def guarantee_p_value(n: np.ndarray, errors: np.ndarray, target_accuracy: float) -> np.ndarray:
-    """P(so few errors among n) if the true accuracy were only the target: P(Bin(n, 1 - target) <= errors)."""
-    from scipy.stats import binom
+    """P(so few errors among n rows) if the true accuracy were only the target: P(Bin(n, 1 - target) <= errors).
 
-    return binom.cdf(errors, n, 1 - target_accuracy)
+    Written as P(Beta(errors + 1, n - errors) > 1 - target), which also takes the n and errors of effective rows, that
+    are no whole numbers.
+    """
+    from scipy.special import betainc
+
+    right = np.asarray(n) - errors
+    with_any_right = right > 0
+    return np.where(with_any_right, betainc(np.where(with_any_right, right, 1), errors + 1.0, target_accuracy), 1.0)
+
+
+# The search
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What stands at or above the confidence of each rank, highest confidence first; arrays [ranks]."""
+
+    value: np.ndarray  # the confidence itself
+    accepted: np.ndarray  # rows, those of the same confidence too
+    errors: np.ndarray
+    predicted: np.ndarray  # errors, if the confidences were true
+    sums: GroupSums | None  # over groups; None where every row is its own
+    n: int  # labelled rows
+    groups: int
+    rho: float
+
+    def __getitem__(self, places: np.ndarray) -> Ranks:
+        arrays = self.value[places], self.accepted[places], self.errors[places], self.predicted[places]
+        return Ranks(*arrays, self.sums and self.sums[places], self.n, self.groups, self.rho)
+
+    @property
+    def kind(self) -> str:
+        return "exact" if self.sums is None else "approximate"
+
+    def effective(self, delta: float) -> np.ndarray:
+        """Independent rows that the accepted ones are worth as evidence."""
+        if self.sums is None:
+            return self.accepted.astype(float)
+        return effective_rows(self.accepted, self.sums, self.rho, delta, self.errors)
+
+    def effective_at_start(self, delta: float) -> np.ndarray:
+        """The same without a look at the errors of the rank: of all labels only rho is used."""
+        if self.sums is None:
+            return self.accepted.astype(float)
+        return effective_rows(self.accepted, self.sums, self.rho, delta)
 
 
 def choose_threshold(
-    confidence: Sequence[float], correct: Sequence[bool], target_accuracy: float, delta: float = 0.05
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    target_accuracy: float,
+    delta: float = 0.05,
+    groups: Sequence[Hashable] | None = None,
+    start: str = "predicted",
 ) -> Threshold:
     """The lowest threshold that guarantees the target accuracy with probability 1 - delta, by fixed-sequence testing.
 
-    Thresholds at every 2 % of rank are tested from the strictest down, each exactly and at the full delta, until one
-    fails: Angelopoulos et al., "Learn then Test", 2021 (arXiv 2110.01052). The first has at least a tenth of the rows,
-    and enough of them to prove the target without an error. The order is set before the labels are looked at, so no
-    correction for the many tests is needed. Rows must be independent: keep one of each group of near-duplicates.
-    """
-    from scipy.stats import beta
+    Thresholds at every 2 % of rank are tested one after the other down from a start, each at the full delta, until one
+    fails: Angelopoulos et al., "Learn then Test", 2021 (arXiv 2110.01052). The order is set before the labels are
+    looked at, so no correction for the many tests is needed. All rows count; where they come in `groups`, the test is
+    approximate, with the number of independent rows that they are worth (effective_rows.py).
 
-    confidence, correct = checked(confidence, correct)
+    start: "predicted" begins where the confidences alone predict the most significance, which is for calibrated ones;
+    when these were cross-fitted on the same labels, that is nearly exact. "strictest", for raw scores, begins with the
+    first rank that has a tenth of the rows, and enough of them to prove the target without an error.
+    """
     target_accuracy, delta = float(target_accuracy), float(delta)  # of any float type, but JSON knows one
+    everything = _by_rank(*checked(confidence, correct), groups)
     _check(target_accuracy, delta)
-    accepted, errors, values = _by_rank(confidence, correct)
-    n = len(confidence)
-    start = max(rows_needed(target_accuracy, delta), n / 10)
-    tried = [k for k in _ranks(n) if accepted[k] >= start]
-    proved = guarantee_p_value(accepted[tried], errors[tried], target_accuracy) <= delta
-    passed = len(tried) if proved.all() else int(proved.argmin())  # before the first that fails
-    met = np.flatnonzero(errors <= (1 - target_accuracy) * accepted + 1e-9)
-    common = {
-        "target_accuracy": target_accuracy,
-        "delta": delta,
-        "n": n,
-        "naive_value": float(values[met[-1]]) if len(met) else None,
-        "naive_accepted": int(accepted[met[-1]]) if len(met) else 0,
-    }
-    if not passed:
-        more = _more_labels(accepted, errors, n, target_accuracy, delta)
-        return Threshold(None, accepted=0, errors=0, lower_bound=None, more_labels=more, **common)
-    best = tried[passed - 1]
-    taken, wrong = int(accepted[best]), int(errors[best])
-    lower = float(beta.ppf(delta, taken - wrong, wrong + 1))
-    return Threshold(float(values[best]), accepted=taken, errors=wrong, lower_bound=lower, more_labels=None, **common)
+    if start not in STARTS:
+        raise ValueError(f"start is {start!r}; it must be one of {', '.join(STARTS)}")
+    tried = everything[_ranks(everything.n)]
+    effective = tried.effective(delta)
+    proved = guarantee_p_value(effective, tried.errors / tried.accepted * effective, target_accuracy) <= delta
+    first = _first_rank(tried, target_accuracy, delta, start)
+    failed = np.flatnonzero(~proved[first:])
+    last = first + int(failed[0]) - 1 if len(failed) else len(proved) - 1  # of those proved one after the other
+    common = _common(everything, target_accuracy, None if first == len(proved) else int(tried.accepted[first]))
+    if last < first:
+        more = _more_labels(tried, target_accuracy, delta, start)
+        return Threshold(None, delta=delta, kind=tried.kind, **_accepting_nothing(), more_labels=more, **common)
+    found = {"accepted": int(tried.accepted[last]), "errors": int(tried.errors[last])}
+    found |= {"effective": float(effective[last]), "more_labels": None}
+    return Threshold(float(tried.value[last]), delta=delta, kind=tried.kind, **found, **common)
+
+
+def average_threshold(
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    target_accuracy: float,
+    groups: Sequence[Hashable] | None = None,
+) -> Threshold:
+    """The lowest threshold with errors + 1 <= (1 - target) x accepted: right on average over labelled sets.
+
+    No guarantee for this threshold: with one labelled set the accuracy is below the target about every second time.
+    For independent rows; on groups it is a little too low. The one error more is that of conformal risk control
+    (Angelopoulos et al., ICLR 2024, arXiv 2208.02814).
+    """
+    target_accuracy = float(target_accuracy)
+    everything = _by_rank(*checked(confidence, correct), groups)
+    _check(target_accuracy, 0.5)
+    met = np.flatnonzero(everything.errors + 1 <= (1 - target_accuracy) * everything.accepted + 1e-9)
+    common = {"kind": AVERAGE, "delta": None, **_common(everything, target_accuracy, None)}
+    if not len(met):
+        more = _more_labels(everything[_ranks(everything.n)], target_accuracy, 0.5, "strictest")
+        return Threshold(None, **_accepting_nothing(), more_labels=more, **common)
+    best = everything[met[-1:]]
+    effective = float(best.effective(0.5)[0])
+    found = {"accepted": int(best.accepted[0]), "errors": int(best.errors[0]), "effective": effective}
+    return Threshold(float(best.value[0]), **found, more_labels=None, **common)
+
+
+def threshold_for(
+    confidence: Sequence[float],
+    correct: Sequence[bool],
+    target_accuracy: float,
+    certainty: float | str = 0.95,
+    groups: Sequence[Hashable] | None = None,
+) -> Threshold:
+    """`choose_threshold` at a certainty of 1 - delta, or `average_threshold` when the certainty is "average"."""
+    if certainty == AVERAGE:
+        return average_threshold(confidence, correct, target_accuracy, groups)
+    return choose_threshold(confidence, correct, target_accuracy, round(1 - float(certainty), 12), groups)
+
+
+def conformal_selection(
+    confidence: np.ndarray, wrong_confidence: np.ndarray, n: int, false_discovery_rate: float
+) -> np.ndarray:
+    """Which rows of a batch to automate, bool [batch], so that on average at most that share of them is wrong.
+
+    Conformal selection: Jin and Candes, "Selection by prediction with conformal p-values", JMLR 2023 (arXiv
+    2210.01408). p = (1 + labelled wrong rows with at least this confidence) / (n + 1), then Benjamini and Hochberg's
+    step-up. `wrong_confidence` are those of the wrong rows among n labelled ones. It holds on average over labelled
+    sets and batches, for one batch as a whole, where its rows and the labelled ones are exchangeable.
+    """
+    if not 0 < false_discovery_rate < 1:
+        raise ValueError(f"the false discovery rate is {false_discovery_rate:g}; it must be between 0 and 1")
+    confidence, wrong = np.asarray(confidence, dtype=np.float64), np.sort(wrong_confidence)
+    if n < len(wrong) or not n:
+        raise ValueError(f"{len(wrong)} wrong rows among {n} labelled ones")
+    p = (1 + len(wrong) - np.searchsorted(wrong, confidence, side="left")) / (n + 1)
+    allowed = false_discovery_rate * np.arange(1, len(p) + 1) / max(len(p), 1)
+    passed = np.flatnonzero(np.sort(p) <= allowed + 1e-12)
+    return p <= np.sort(p)[passed[-1]] if len(passed) else np.zeros(len(p), dtype=bool)
 
 
 def _check(target_accuracy: float, delta: float) -> None:
@@ -141,38 +281,84 @@ def _check(target_accuracy: float, delta: float) -> None:
         raise ValueError(f"delta is {delta:g}; it must be between 0 and 1, both excluded")
 
 
-def _by_rank(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows at or above, errors among them, threshold) for the confidence of each rank, highest first, [n] each."""
+def _by_rank(confidence: np.ndarray, correct: np.ndarray, groups: Sequence[Hashable] | None) -> Ranks:
+    """Every rank from the highest confidence down; rows of the same confidence are accepted together."""
+    n = len(confidence)
+    numbers = np.arange(n) if groups is None else group_numbers(groups)
+    if len(numbers) != n:
+        raise ValueError(f"{n} confidences, but {len(numbers)} groups")
     order = np.argsort(-confidence, kind="stable")
-    values, wrong = confidence[order], np.cumsum(~correct[order])
-    last = np.searchsorted(-values, -values, side="right") - 1  # of the rows with the same confidence
-    return last + 1, wrong[last], values
+    value, wrong, numbers = confidence[order], ~correct[order], numbers[order]
+    last = np.searchsorted(-value, -value, side="right") - 1  # of the rows with the same confidence
+    n_groups = int(numbers.max()) + 1
+    sums, rho = None, 0.0
+    if n_groups < n:
+        sums, rho = group_sums(wrong, numbers)[last], error_correlation(wrong, numbers)
+    predicted = np.cumsum(1 - value)[last]
+    return Ranks(value, last + 1, np.cumsum(wrong)[last], predicted, sums, n, n_groups, rho)
 
 
-def _ranks(n: int) -> list[int]:
+def _ranks(n: int) -> np.ndarray:
     """Every 2 % of n rows, as indices from the top."""
-    return sorted({min(n, math.ceil(n * STEP * i - 1e-9)) - 1 for i in range(1, round(1 / STEP) + 1)})
+    return np.unique([min(n, math.ceil(n * STEP * i - 1e-9)) - 1 for i in range(1, round(1 / STEP) + 1)])
 
 
-def _more_labels(accepted: np.ndarray, errors: np.ndarray, n: int, target: float, delta: float) -> int | None:
+def _first_rank(tried: Ranks, target: float, delta: float, start: str) -> int:
+    """Where the sequence begins, chosen without the labels of its ranks; the number of ranks where none can do."""
+    effective = tried.effective_at_start(delta)
+    possible = effective >= rows_needed(target, delta)
+    if start == "strictest":
+        possible &= tried.accepted >= tried.n / 10
+        return int(possible.argmax()) if possible.any() else len(possible)
+    significance = _predicted_significance(tried, target, effective)
+    return int(np.where(possible, significance, -np.inf).argmax()) if possible.any() else len(possible)
+
+
+def _predicted_significance(tried: Ranks, target: float, effective: np.ndarray) -> np.ndarray:
+    """By how many standard errors, up to a factor, true confidences would put each rank above the target."""
+    return (1 - target - tried.predicted / tried.accepted) * np.sqrt(effective)
+
+
+def _common(everything: Ranks, target_accuracy: float, start: int | None) -> dict:
+    """The fields that every threshold has."""
+    met = np.flatnonzero(everything.errors <= (1 - target_accuracy) * everything.accepted + 1e-9)
+    return {
+        "target_accuracy": target_accuracy,
+        "n": everything.n,
+        "groups": everything.groups,
+        "rho": everything.rho,
+        "start": start,
+        "naive_value": float(everything.value[met[-1]]) if len(met) else None,
+        "naive_accepted": int(everything.accepted[met[-1]]) if len(met) else 0,
+    }
+
+
+def _accepting_nothing() -> dict:
+    return {"accepted": 0, "effective": 0.0, "errors": 0}
+
+
+def _more_labels(tried: Ranks, target: float, delta: float, start: str) -> int | None:
     """How many more labels would prove the target if errors stay as frequent as at the rank that needs the fewest.
 
-    Only ranks that the test can come to count: from a tenth of the rows on, up to the first that is clearly worse than
-    the target. Rates of few rows flatter, so a rank counts with one error more than it had.
+    Only ranks that the test can come to count: from its start on, wherever that is with more labels, up to the first
+    that is clearly worse than the target. Rates of few rows flatter, so a rank counts with one error more than it had.
+    None where no number does, or more than MOST_LABELS.
     """
-    from scipy.stats import binom
-
-    ranks = np.array([k for k in _ranks(n) if accepted[k] >= n / 10])
-    refuted = binom.sf(errors[ranks] - 1, accepted[ranks], 1 - target) <= delta
-    if refuted.any():
-        ranks = ranks[: int(refuted.argmax())]
-    rates = (errors[ranks] + 1) / (accepted[ranks] + 1)
-    ranks, rates = ranks[rates < 1 - target - 1e-9], rates[rates < 1 - target - 1e-9]
-    if not len(ranks):
+    if start == "strictest":
+        tried = tried[tried.accepted >= tried.n / 10]
+    else:
+        tried = tried[_predicted_significance(tried, target, tried.effective_at_start(delta)).argmax() :]
+    effective = tried.effective(delta)
+    errors = tried.errors / tried.accepted * effective
+    refuted = guarantee_p_value(effective, effective - errors, 1 - target) <= delta  # as many right if that were so
+    counted = slice(int(refuted.argmax()) if refuted.any() else None)
+    effective, rates = effective[counted], ((errors + 1) / (effective + 1))[counted]
+    effective, rates = effective[rates < 1 - target - 1e-9], rates[rates < 1 - target - 1e-9]
+    if not len(rates):
         return None
-    rows = np.maximum(_rows_needed(rates, target, delta), rows_needed(target, delta))
-    more = int(np.min(np.ceil(rows / accepted[ranks] * n))) - n
-    return max(more, 1) if more < ENDLESS / 2 else None
+    needed = np.maximum(_rows_needed(rates, target, delta), rows_needed(target, delta))
+    more = int(np.min(np.ceil(needed / effective * tried.n))) - tried.n
+    return max(more, 1) if more <= MOST_LABELS else None
 
 
 # Money

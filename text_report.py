@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import calibration_metrics as metrics
 from command_line import columns, printable
-from decisions import floor
+from decisions import lacking_words
 
 SUMMARY = (
     metrics.Line("accuracy", "accuracy", 3),
@@ -32,7 +32,7 @@ def report_text(report: Mapping, verbose: bool = False) -> str:
         verdict(report, certainty),
         provenance(report),
         f"{where}; brackets are 95 % intervals:\n{summary(report)}",
-        f"Guarantees with {certainty}, cross-fitted, from one calibration row of each group:\n"
+        f"Guarantees with {certainty}, cross-fitted:\n"
         + guarantees(report, verbose),
         f"Cost-optimal threshold {report['cost_optimal_threshold']:.2f} for {prices}. A row costs there:\n  {per_row}",
     ]
@@ -64,8 +64,7 @@ def verdict(report: Mapping, certainty: str) -> str:
 
 
 def lacking(threshold: Mapping) -> str:
-    more = threshold["more_labels"]
-    return f"about {more:,} more labels are needed" if more else "out of reach of labels like these"
+    return lacking_words(threshold)
 
 
 def right_share(measured: Mapping) -> str:
@@ -127,7 +126,6 @@ def guarantees(report: Mapping, verbose: bool) -> str:
         cells = [f"{threshold['target_accuracy']:.1%}", "nothing", "-", "-", lacking(threshold)]
         if threshold["value"] is not None:
             evidence = f"{threshold['errors']:,} wrong of {threshold['accepted']:,} labels"
-            evidence += f", {floor(100 * threshold['lower_bound'], 1)}% or more"
             cells[1:] = [f"{threshold['value']:.3f}", f"{measured['share']:.1%}", right_share(measured), evidence]
         for value in (threshold["naive_value"], guarantee["raw"]["value"]):
             cells.append("nothing" if value is None else f"from {value:.3f}")

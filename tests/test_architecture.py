@@ -37,9 +37,11 @@ ROWS = [
         *MODEL_SIDE,
         *CLOUD,
     },
-    {"calibration_metrics"},
+    {"calibration_metrics", "effective_rows"},
     {
         "calibration",
+        "calibrators",
+        "label_calibration",
         "confidence_head",
         "probe",
         "decisions",
