@@ -99,11 +99,6 @@ class LabelScorer:
     def window(self) -> int:
         return ROWS_PER_WINDOW.get(self.llama.device, 256)
 
-    @property
-    def record_fields(self) -> dict[str, str]:
-        """What all its records say."""
-        return scoring.record_fields(self)
-
     def encode(self, text: str) -> tuple[list[int], str]:
         """The ids of the prompt, with room for an answer's later tokens, and the text they show; ValueError if none."""
         room = max(len(answer.ids) for answer in self.answers) - 1
@@ -158,47 +153,37 @@ class LabelScorer:
         saved: SavedRows | None = None,
     ) -> list[Prediction]:
         """Score examples in one sorting by length, returned in their order."""
-        saved = saved or SavedRows()
-        encoded, errors = scoring.encode_all(examples, self.encode)
-        records = {number: self.failed(examples[number], error) for number, error in errors.items()}
-        numbers = list(encoded)  # of the examples that the model reads, in the order of `prompts`
-        prompts = [ids for ids, _ in encoded.values()]
-        done = {}
-        for place, number in enumerate(numbers):
-            if row := saved.get(examples[number]):
-                done[place] = records[number] = row
-        advance(len(records))
         answer_ids = [answer.ids for answer in self.answers]
-        with_hidden = self.head is not None
-        for batch in self.llama.answer_batches(prompts, answer_ids, self.batch_size, with_hidden, skip=done):
-            probabilities, mass = label_probabilities(batch.log_probs, self.answers, list(self.task.labels))
-            heads = self.head.predict(batch.hidden, probabilities.max(axis=1)) if self.head else [None] * len(mass)
-            fresh = []
-            for place, p, m, head in zip(batch.rows, probabilities, mass, heads, strict=True):
-                number = numbers[place]
-                is_shortened = encoded[number][1] != examples[number].text
-                records[number] = self.record(examples[number], p, float(m), is_shortened, head)
-                fresh.append(records[number])
-            saved.keep(fresh)
-            advance(len(fresh))
-        return [records[number] for number in range(len(examples))]
+
+        def score_batches(
+            encoded: dict[int, tuple[list[int], str]], skip: frozenset[int]
+        ) -> Iterator[dict[int, Prediction]]:
+            numbers, prompts = list(encoded), [ids for ids, _ in encoded.values()]
+            with_hidden = self.head is not None
+            for batch in self.llama.answer_batches(prompts, answer_ids, self.batch_size, with_hidden, skip=skip):
+                probabilities, mass = label_probabilities(batch.log_probs, self.answers, list(self.task.labels))
+                heads = self.head.predict(batch.hidden, probabilities.max(axis=1)) if self.head else [None] * len(mass)
+                fresh = {}
+                for place, p, m, head in zip(batch.rows, probabilities, mass, heads, strict=True):
+                    number = numbers[place]
+                    is_shortened = encoded[number][1] != examples[number].text
+                    fresh[number] = self.record(examples[number], p, float(m), is_shortened, head)
+                yield fresh
+
+        return scoring.in_batches(self, examples, self.encode, score_batches, advance, saved)
 
     def record(
         self, example: Example, probabilities: np.ndarray, label_mass: float, is_shortened: bool, head: float | None
     ) -> Prediction:
         """The record of a row from its probabilities over the labels [labels]."""
         if not np.isfinite(probabilities).all():
-            return self.failed(example, NO_LABEL)
+            return scoring.failed(self, example, NO_LABEL)
         extras: dict[str, object] = {"truncated": True} if is_shortened else {}
         if head is not None:
             extras["head_confidence"] = float(head)
         by_label = dict(zip(self.task.labels, probabilities.tolist(), strict=True))
         identity = self.task.identify(example)
-        return predictions.scored(*identity, by_label, label_mass, **self.record_fields, extras=extras)
-
-    def failed(self, example: Example, error: str) -> Prediction:
-        """The record of a row that could not be scored."""
-        return predictions.failed(*self.task.identify(example), error, **self.record_fields)
+        return predictions.scored(*identity, by_label, label_mass, **scoring.record_fields(self), extras=extras)
 
 
 def label_scorer(
@@ -287,11 +272,6 @@ class RemoteLabelScorer:
     def model_name(self) -> str:
         return self.server.name
 
-    @property
-    def record_fields(self) -> dict[str, str]:
-        """What all its records say."""
-        return scoring.record_fields(self)
-
     async def listing(self, text: str) -> Listing:
         return await self.server.first_token(self.ask(text), self.ids)
 
@@ -334,8 +314,8 @@ class RemoteLabelScorer:
             by_label, mass, extras = listed_probabilities(listing.tokens, self.task, listing.complete)
         except ValueError as error:
             extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
-            return predictions.failed(*identity, str(error), **self.record_fields, extras=extras)
-        return predictions.scored(*identity, by_label, mass, **self.record_fields, extras=extras)
+            return predictions.failed(*identity, str(error), **scoring.record_fields(self), extras=extras)
+        return predictions.scored(*identity, by_label, mass, **scoring.record_fields(self), extras=extras)
 
 
 def remote_label_scorer(server: Endpoint, task: Task) -> RemoteLabelScorer:

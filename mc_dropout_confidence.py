@@ -147,7 +147,7 @@ class DropoutScorer:
             identity = self.task.identify(examples[number])
             records[number] = predictions.scored(*identity, by_label, float(mean_mass[at]), **common, extras=extras)
         for number, error in errors.items():
-            records[number] = predictions.failed(*self.task.identify(examples[number]), error, **common)
+            records[number] = scoring.failed(self, examples[number], error)
         return [records[number] for number in range(len(examples))]
 
 

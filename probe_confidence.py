@@ -83,11 +83,6 @@ class ProbeScorer:
     def window(self) -> int:
         return self.reader.window
 
-    @property
-    def record_fields(self) -> dict[str, str]:
-        """What all its records say."""
-        return scoring.record_fields(self)
-
     def with_words(self, features: Mapping[str, np.ndarray], texts: Sequence[str]) -> dict[str, object]:
         """All that the probe's members read of some texts."""
         counts = {WORDS: word_counts(texts)} if any(m.name == WORDS for m in self.probe.members) else {}
@@ -138,32 +133,22 @@ class ProbeScorer:
         saved: SavedRows | None = None,
     ) -> list[Prediction]:
         """Score examples in one sorting by length, returned in their order."""
-        saved = saved or SavedRows()
-        encoded, errors = scoring.encode_all(examples, self.reader.encode)
-        records = {n: self.failed(examples[n], error) for n, error in errors.items()}
-        advance(len(records))
-        numbers = list(encoded)  # of the examples that the model reads, in the order of their features
-        done = {place: row for place, number in enumerate(numbers) if (row := saved.get(examples[number]))}
-        records |= {numbers[place]: row for place, row in done.items()}
-        for batch in self.reader.batches(list(encoded.values()), skip=done):
-            together = [numbers[place] for place in batch.rows]
-            features = self.with_words(batch.features, [examples[n].text for n in together])
-            probabilities = self.probe.probabilities(features)
-            fresh = [self.record(examples[n], encoded[n], p) for n, p in zip(together, probabilities, strict=True)]
-            records |= dict(zip(together, fresh, strict=True))
-            saved.keep(fresh)
-            advance(len(fresh))
-        return [records[number] for number in range(len(examples))]
+
+        def score_batches(encoded: dict[int, EncodedText], skip: frozenset[int]) -> Iterator[dict[int, Prediction]]:
+            numbers = list(encoded)
+            for batch in self.reader.batches(list(encoded.values()), skip=skip):
+                together = [numbers[place] for place in batch.rows]
+                features = self.with_words(batch.features, [examples[n].text for n in together])
+                probabilities = self.probe.probabilities(features)
+                yield {n: self.record(examples[n], encoded[n], p) for n, p in zip(together, probabilities, strict=True)}
+
+        return scoring.in_batches(self, examples, self.reader.encode, score_batches, advance, saved)
 
     def record(self, example: Example, encoded: EncodedText, probabilities: np.ndarray) -> Prediction:
         """The record of a row from its probabilities over the labels [labels]."""
         by_label = dict(zip(self.probe.labels, probabilities.tolist(), strict=True))
-        common = self.record_fields | {"extras": self.extras(example, encoded)}
+        common = scoring.record_fields(self) | {"extras": self.extras(example, encoded)}
         return predictions.scored(*self.task.identify(example), by_label, 1.0, **common)
-
-    def failed(self, example: Example, error: str) -> Prediction:
-        """The record of a row that could not be scored."""
-        return predictions.failed(*self.task.identify(example), error, **self.record_fields)
 
 
 def probe_scorer(

@@ -352,6 +352,40 @@ def by_windows(
         saved.drop()
 
 
+def failed(method: Method, example: Example, error: str) -> Prediction:
+    """The record of a row that a method could not score."""
+    return predictions.failed(*method.task.identify(example), error, **record_fields(method))
+
+
+def in_batches(
+    method: Method,
+    examples: Sequence[Example],
+    encode: Callable[[str], object],
+    score_batches: Callable[[dict[int, object], frozenset[int]], Iterator[dict[int, Prediction]]],
+    advance: Callable[[int], None] = lambda n: None,
+    saved: SavedRows | None = None,
+) -> list[Prediction]:
+    """Score examples in one sorting by length, returned in their order; errors and `saved` rows are not scored.
+
+    `score_batches(encoded, skip)` runs what `encode` made of the texts, by the example's number and in that order, a
+    batch at a time: but for the places `skip` in that order, which keep their part in how batches are made, so that a
+    continued run gives the same numbers. It yields the records of each batch by the example's number.
+    """
+    saved = saved or SavedRows()
+    encoded, errors = encode_all(examples, encode)
+    records = {number: failed(method, examples[number], error) for number, error in errors.items()}
+    done = {}
+    for place, number in enumerate(encoded):
+        if row := saved.get(examples[number]):
+            done[place] = records[number] = row
+    advance(len(records))
+    for fresh in score_batches(encoded, frozenset(done)):
+        advance(len(fresh.keys() - records.keys()))  # a batch of which some rows are saved runs whole
+        records |= fresh
+        saved.keep(fresh.values())
+    return [records[number] for number in range(len(examples))]
+
+
 def write_derived(
     path: str | Path, rows: Callable[[], Iterable[Prediction]], fingerprint: str, overwrite: bool = False
 ) -> None:
