@@ -15,7 +15,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,8 +36,10 @@ from calibrators import (
     VennAbersCalibrator,
     check_both_outcomes,
 )
+from decisions import conformal_selection
 from files import read_json, validated, write_text
 from label_calibration import LABEL_METHODS, ClasswiseCalibrator, PooledCalibrator, VectorScalingCalibrator
+from shortlists import Shortlist
 from tables import text_key
 
 __all__ = [  # the calibrators are this file's too: `from calibration import PlattScalingCalibrator`
@@ -59,6 +61,7 @@ FORMAT = "calibrated-confidence calibrator, version 1"
 # What a file may hold
 Count = Annotated[int, Strict(), Field(ge=1)]
 Name = Annotated[str, Strict(), Field(min_length=1)]
+Wrong = Annotated[tuple[Share, ...], Field(min_length=1)]
 TextKey = Annotated[str, Strict(), Field(pattern="^[0-9a-f]{12}$")]
 
 
@@ -119,10 +122,11 @@ def grouped_folds(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which calibrator, and whether it is given P(label) or the confidence."""
+    """Which calibrator, whether it is given P(label) or the confidence, and whether it may change predictions."""
 
     method: str
     class_aware: StrictBool
+    relabel: StrictBool = False  # the label that has become the most probable is the prediction
 
     def __post_init__(self) -> None:
         if self.method not in METHODS | LABEL_METHODS:
@@ -130,8 +134,12 @@ class Recipe:
             raise ValueError(f"method: no calibrator is called {self.method!r:.60}; there are {names}")
         if self.method in LABEL_METHODS and not self.class_aware:
             raise ValueError(f"class_aware: {self.method} is a calibrator of P(label)")
+        if self.relabel and self.method != "vector":
+            raise ValueError(f"relabel: {self.method} gives no probabilities of all labels")
 
     def __str__(self) -> str:
+        if self.relabel:
+            return f"{self.method}, of P(label), with new predictions"
         return f"{self.method}, of P(label)" if self.class_aware else f"{self.method}, of the confidence"
 
     def estimator(self) -> BaseEstimator:
@@ -256,16 +264,25 @@ class FittedCalibrator:
     fitted_on: Annotated[frozenset[TextKey], Field(min_length=1)]  # text_key of each row
     report_card: Mapping[str, Any]  # its out-of-fold numbers
     threshold: Mapping[str, Any] | None  # decisions.Threshold as a record
+    shortlist: Shortlist | None = None  # for the rows to review, with three labels or more
+    label_thresholds: Mapping[str, Mapping[str, Any]] | None = None  # of each predicted label, instead of `threshold`
+    wrong_confidences: Wrong | None = None  # cross-fitted, of the wrong rows among the n: for selecting in a batch
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) < len(self.labels):
             raise ValueError("labels: one stands twice")
+        if self.shortlist and len(self.shortlist.least) != len(self.labels):
+            raise ValueError("shortlist: not for these labels")
         if max(self.groups, len(self.fitted_on)) > self.n:
             raise ValueError(f"n: {self.n} rows, {self.groups} groups and fitted_on {len(self.fitted_on)} texts")
-        if self.threshold is not None:
-            if "value" not in self.threshold:
-                raise ValueError("threshold: it has no value")
-            validated(Share | None, self.threshold["value"], "threshold")
+        if self.label_thresholds is not None and self.label_thresholds.keys() != set(self.labels):
+            raise ValueError("label_thresholds: not one for each label")
+        named = {"threshold": self.threshold} if self.threshold is not None else {}
+        named |= {f"label_thresholds: {label}": record for label, record in (self.label_thresholds or {}).items()}
+        for name, record in named.items():
+            if "value" not in record:
+                raise ValueError(f"{name}: it has no value")
+            validated(Share | None, record["value"], name)
 
     def check(self, fingerprint: str, model: str, task: str, labels: Sequence[str]) -> None:
         """ValueError when the calibrator is for another model, task or method."""
@@ -277,61 +294,153 @@ class FittedCalibrator:
         if tuple(labels) != self.labels:
             raise ValueError(f"the calibrator's labels are {', '.join(self.labels)}, not {', '.join(labels)}")
 
+    def check_selects(self) -> None:
+        """ValueError when the file was made before it held what selecting in a batch takes."""
+        if self.wrong_confidences is None:
+            raise ValueError(
+                "the calibrator file does not hold the confidences of its wrong rows, which --select-fdr needs; fit it "
+                "anew with calibration_demo.py"
+            )
+
     def calibrate(self, rows: Sequence[predictions.Prediction]) -> np.ndarray:
         """Calibrated confidence [n] of scored rows; ValueError when they are another model's, task's or method's."""
+        probabilities = self._probabilities(rows)
+        if self.recipe.relabel:
+            return self.estimator.predict_labels(probabilities).max(axis=1)
+        return self.estimator.predict(probabilities if self.recipe.class_aware else probabilities.max(axis=1))
+
+    def _probabilities(self, rows: Sequence[predictions.Prediction]) -> np.ndarray:
+        """What the model said of scored rows, [n, labels]."""
+        rows = [predictions.uncalibrated(row) for row in rows]
         for row in rows:
             self.check(row.fingerprint, row.model, row.task, tuple(row.probabilities))
-        probabilities = np.array([[*predictions.smoothed(row).values()] for row in rows])
-        return self.estimator.predict(probabilities if self.recipe.class_aware else probabilities.max(axis=1))
+        return np.array([[*predictions.smoothed(row).values()] for row in rows])
+
+    def relabelled(self, rows: Sequence[predictions.Prediction]) -> list[predictions.Prediction]:
+        """Scored rows with the prediction that this calibrator gives them: another one, if it may change them."""
+        rows = [predictions.uncalibrated(row) for row in rows]
+        if not self.recipe.relabel or not rows:
+            return rows
+        by_label = self.estimator.predict_labels(self._probabilities(rows)).tolist()
+        pairs = zip(rows, by_label, strict=True)
+        return [predictions.relabelled(row, dict(zip(self.labels, values, strict=True))) for row, values in pairs]
 
     def apply(
         self, rows: Sequence[predictions.Prediction], threshold: float | None = None
     ) -> list[predictions.Prediction]:
         """The rows with `calibrated_confidence` and `decision`, and `fitted_on` where the calibrator has seen the text.
 
-        "automate" from `threshold` on, else from the file's own; without either all "review". Errors stay as they are.
+        "automate" from `threshold` on, else from the file's own, which may be one for each predicted label; without any
+        all "review". Errors stay as they are.
         """
+        return self.decide(rows, self.thresholds(threshold))
+
+    def thresholds(self, threshold: float | None = None) -> dict[str, float | None]:
+        """From which calibrated confidence on rows of each predicted label are automated; None: never."""
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"the threshold is {threshold}, outside [0, 1]")
+        if threshold is None and self.label_thresholds:
+            return {label: record["value"] for label, record in self.label_thresholds.items()}
         if threshold is None and self.threshold:
             threshold = self.threshold["value"]
+        return dict.fromkeys(self.labels, threshold)
+
+    def decide(
+        self, rows: Sequence[predictions.Prediction], thresholds: Mapping[str, float | None]
+    ) -> list[predictions.Prediction]:
+        """The rows as `apply` makes them, automated from the threshold of their predicted label on."""
         scored = [row for row in rows if row.error is None]
-        values = iter(self.calibrate(scored).tolist() if scored else [])
+        values = self.calibrate(scored).tolist() if scored else []
+        relabelled = self.relabelled(scored)
+        decided = zip(relabelled, values, self.shortlists(relabelled), strict=True)
         applied = []
         for row in rows:
             if row.error is None:
-                value = next(values)
-                extras = {k: v for k, v in row.extras.items() if k not in predictions.CALIBRATED}
-                extras["calibrated_confidence"] = value
+                row, value, shortlist = next(decided)
+                extras = {**row.extras, "calibrated_confidence": value}
+                threshold = thresholds[row.prediction]
                 extras["decision"] = "automate" if threshold is not None and value >= threshold else "review"
+                if shortlist and extras["decision"] == "review":
+                    extras["shortlist"] = shortlist
                 if text_key(row.text) in self.fitted_on:
                     extras["fitted_on"] = True
                 row = replace(row, extras=extras)
             applied.append(row)
         return applied
 
+    def shortlists(self, rows: Sequence[predictions.Prediction]) -> list[list[str]]:
+        """The labels on the list of each scored row, the most probable first; empty lists without a shortlist."""
+        if self.shortlist is None or not rows:
+            return [[] for _ in rows]
+        calibrated = self.shortlist.probabilities(self._probabilities(rows))
+        predicted = np.array([self.labels.index(row.prediction) for row in rows])
+        on_list, lists = self.shortlist.lists(calibrated, predicted), []
+        for order, listed in zip(np.argsort(-calibrated, axis=1, kind="stable"), on_list, strict=True):
+            lists.append([self.labels[number] for number in order if listed[number]])
+        return lists
 
-def calibrate_file(path: str | Path, calibrator: FittedCalibrator, threshold: float | None = None) -> str:
-    """Add calibrated confidence and decision to every row of a finished predictions file; returns what to say of it."""
+
+def calibrate_file(
+    path: str | Path,
+    calibrator: FittedCalibrator,
+    threshold: float | None = None,
+    select_fdr: float | None = None,
+) -> str:
+    """Add calibrated confidence and decision to every row of a finished predictions file; returns what to say of it.
+
+    With `select_fdr` the rows to automate are selected in this file as a whole, so that on average at most this share
+    of them is wrong; ValueError when the calibrator's file was made before it held what that takes.
+    """
+    thresholds = calibrator.thresholds(threshold)
+    if select_fdr is not None:
+        thresholds = dict.fromkeys(calibrator.labels, selecting_threshold(path, calibrator, select_fdr))
 
     def applied() -> Iterator[predictions.Prediction]:
         rows = predictions.iterate(path)
         while chunk := list(islice(rows, 4096)):
-            yield from calibrator.apply(chunk, threshold)
+            yield from calibrator.decide(chunk, thresholds)
 
-    decisions, changed = Counter(), False
+    made, changed = Counter(), False
     for row, before in zip(applied(), predictions.iterate(path), strict=True):
-        decisions[row.extras.get("decision", "not scored")] += 1
+        made[row.extras.get("decision", "not scored")] += 1
         changed = changed or row != before
     if changed:
         predictions.replace(path, applied())
-    counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(decisions.items()))
-    if threshold is None and calibrator.threshold:
-        threshold = calibrator.threshold["value"]
-    rule = "the calibrator guarantees nothing, so nothing is automated; --threshold sets a threshold of yours"
-    if threshold is not None:
-        rule = f"automated from {threshold:.4f} on"
-    return f"  calibrated: {counts} ({rule})"
+    counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(made.items()))
+    return f"  calibrated: {counts} ({rule_words(thresholds, select_fdr)})"
+
+
+def rule_words(thresholds: Mapping[str, float | None], select_fdr: float | None = None) -> str:
+    """How it was decided, in words."""
+    values = set(thresholds.values())
+    if select_fdr is not None:
+        selected = f"from {values.pop():.4f} on" if values != {None} else "none"
+        return (
+            f"selected in this file, {selected}: on average over labelled sets and files at most {select_fdr:.1%} of "
+            "what is automated is wrong, if these rows and the calibration rows are exchangeable, draws of one pool"
+        )
+    if values == {None}:
+        return "the calibrator guarantees nothing, so nothing is automated; --threshold sets a threshold of yours"
+    if len(values) == 1:
+        return f"automated from {values.pop():.4f} on"
+    each = (f"{label} {'never' if v is None else f'from {v:.4f} on'}" for label, v in thresholds.items())
+    return f"automated by predicted label: {', '.join(each)}"
+
+
+def selecting_threshold(path: str | Path, calibrator: FittedCalibrator, select_fdr: float) -> float | None:
+    """The least calibrated confidence that conformal selection takes from a predictions file; None where it takes none.
+
+    The labelled rows' confidences are cross-fitted, those of the file are by the calibrator that all of them fitted,
+    which is nearly exchangeable.
+    """
+    calibrator.check_selects()
+    found, rows = [np.empty(0)], predictions.iterate(path)
+    while chunk := list(islice(rows, 4096)):
+        if scored := [row for row in chunk if row.error is None]:
+            found.append(calibrator.calibrate(scored))
+    confidence = np.concatenate(found)
+    selected = conformal_selection(confidence, calibrator.wrong_confidences, calibrator.n, select_fdr)
+    return float(confidence[selected].min()) if selected.any() else None
 
 
 def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
@@ -340,11 +449,15 @@ def save_calibrator(path: str | Path, fitted: FittedCalibrator) -> None:
         "format": FORMAT,
         "method": fitted.recipe.method,
         "class_aware": fitted.recipe.class_aware,
+        **({"relabel": True} if fitted.recipe.relabel else {}),
         "labels": list(fitted.labels),
         "parameters": _parameters(fitted.estimator),
         **{name: getattr(fitted, name) for name in ("fingerprint", "model", "task", "n", "groups")},
         "report_card": dict(fitted.report_card),
         "threshold": fitted.threshold and dict(fitted.threshold),
+        "label_thresholds": fitted.label_thresholds and {k: dict(v) for k, v in fitted.label_thresholds.items()},
+        "wrong_confidences": fitted.wrong_confidences and list(fitted.wrong_confidences),
+        **({"shortlist": asdict(fitted.shortlist)} if fitted.shortlist else {}),
         "fitted_on": sorted(fitted.fitted_on),
     }
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -2,7 +2,7 @@
 
     write_export("predictions.jsonl", "result.xlsx", table=open_table("tickets.csv"))
 
-    their columns,  prediction, confidence, label_mass, p_LABEL ..., calibrated_confidence, decision, error
+    their columns,  prediction, confidence, label_mass, p_LABEL ..., calibrated_confidence, decision, shortlist, error
 
 A cell of text stays text: what a spreadsheet would take for a formula is marked with an apostrophe in a .csv, which
 knows no other way, and typed as text in an .xlsx. A column of ours whose name is taken is called `model_...`.
@@ -26,6 +26,12 @@ SUFFIXES = (".csv", ".parquet", ".xlsx")
 BATCH = 10_000  # rows in memory
 SHEET_ROWS = 1_048_576  # the most that Excel reads
 CELL_LENGTH = 32_767
+ADDED = {  # what a calibrator may have added, in the order of the columns
+    "calibrated_confidence": "number",
+    "decision": "text",
+    "shortlist": "text",
+    "original_prediction": "text",
+}
 
 
 def resumable_path(output: str | Path) -> Path:
@@ -52,7 +58,8 @@ class Column:
             return None
         if self.field.startswith("p_"):
             return (row.probabilities or {}).get(self.field.removeprefix("p_"))
-        return row.extras[self.field] if self.field in row.extras else getattr(row, self.field, None)
+        value = row.extras[self.field] if self.field in row.extras else getattr(row, self.field, None)
+        return "; ".join(value) if isinstance(value, list) else value
 
 
 def write_export(path: str | Path, output: str | Path, table: Table | None = None) -> int:
@@ -105,11 +112,10 @@ def model_columns(path: str | Path, taken: Iterable[str]) -> list[Column]:
     found = set()
     for row in predictions.iterate(path):
         labels = labels or list(row.probabilities or ())
-        found.update(name for name in ("calibrated_confidence", "decision") if name in row.extras)
+        found.update(name for name in ADDED if name in row.extras)
     fields = {"prediction": "text", "confidence": "number", "label_mass": "number"}
     fields |= {f"p_{label}": "number" for label in labels}
-    if "calibrated_confidence" in found:
-        fields |= {"calibrated_confidence": "number", "decision": "text"}
+    fields |= {name: kind for name, kind in ADDED.items() if name in found}
     fields["error"] = "text"
     taken = set(taken)
     return [Column(f"model_{name}" if name in taken else name, name, kind) for name, kind in fields.items()]

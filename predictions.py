@@ -100,13 +100,32 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 
 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
-CALIBRATED = ("calibrated_confidence", "decision", "fitted_on")  # extras that a calibrator adds
+ORIGINAL = ("original_prediction", "original_probabilities")  # extras where a calibrator may change the prediction
+CALIBRATED = ("calibrated_confidence", "decision", "fitted_on", "shortlist", *ORIGINAL)  # extras that a calibrator adds
 RETRY = "retry"  # the extra of a row that failed for a passing reason
 
 
 def uncalibrated(row: Prediction) -> Prediction:
-    """The record without what a calibrator has added."""
-    return replace_field(row, extras={name: value for name, value in row.extras.items() if name not in CALIBRATED})
+    """The record without what a calibrator has added, and with the prediction that it had before."""
+    extras = {name: value for name, value in row.extras.items() if name not in CALIBRATED}
+    if "original_prediction" not in row.extras:
+        return replace_field(row, extras=extras)
+    prediction, probabilities = (row.extras.get(name) for name in ORIGINAL)
+    if not isinstance(probabilities, Mapping) or prediction not in probabilities:
+        raise ValueError(f"row {row.id!r}: its original_probabilities are not those of its original_prediction")
+    confidence = probabilities[prediction]
+    return replace_field(row, prediction=prediction, confidence=confidence, probabilities=probabilities, extras=extras)
+
+
+def relabelled(row: Prediction, probabilities: Mapping[str, float]) -> Prediction:
+    """The record with calibrated probabilities, whose most probable label is its prediction now.
+
+    What the model said is kept in `original_prediction` and `original_probabilities`.
+    """
+    extras = {**row.extras, "original_prediction": row.prediction, "original_probabilities": row.probabilities}
+    prediction = max(probabilities, key=probabilities.__getitem__)
+    confidence = probabilities[prediction]
+    return replace_field(row, prediction=prediction, confidence=confidence, probabilities=probabilities, extras=extras)
 
 
 def fingerprint(**settings: object) -> str:
@@ -177,7 +196,8 @@ def check_ids(ids: Sequence[str], where: str) -> None:
 def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[list[Prediction], int]:
     """The scored rows of a file, all of one fingerprint, and how many rows have an error; ValueErrors name the file.
 
-    Raises as `confidence_and_correct` does, and for rows that were chosen to be labelled because they are hard: what is
+    `score` "confidence" is the model's: where a calibrator has changed predictions, the model's own come back. Raises
+    as `confidence_and_correct` does, and for rows that were chosen to be labelled because they are hard: what is
     measured on them is true of no others (scripts/label_next.py).
     """
     rows = read(path)
@@ -188,6 +208,8 @@ def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[l
             "purpose=random"
         )
     try:
+        if score == "confidence":
+            rows = [uncalibrated(row) if "original_prediction" in row.extras else row for row in rows]
         confidence_and_correct(rows, score)
         return one_fingerprint(rows), sum(row.error is not None for row in rows)
     except ValueError as error:
