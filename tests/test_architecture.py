@@ -37,29 +37,33 @@ ROWS = [
         *MODEL_SIDE,
         *CLOUD,
     },
-    {"calibration_metrics", "effective_rows"},
+    {"calibration_metrics", "effective_rows", "confusions"},
     {
+        "baselines",
+        "verdict",
         "calibration",
         "calibrators",
         "label_calibration",
+        "shortlists",
         "confidence_head",
         "probe",
         "decisions",
         "scoring",
         "task_search",
         "label_counts",
+        "label_decisions",
         "text_report",
         "html_report",
         "comparison_text",
     },
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
     | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
-    {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence"},
+    {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence", "study_tables"},
     {"main"},
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # Analysis runs without torch, on any laptop; these may not import it even inside a function.
-NUMBER_SIDE = set().union(*ROWS[:3], {"calibration_demo", "compare_base_vs_finetuned"}) - MODEL_SIDE - CLOUD
+NUMBER_SIDE = set().union(*ROWS[:3], {"calibration_demo", "compare_base_vs_finetuned", "study_tables"}) - MODEL_SIDE - CLOUD
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "gguf"}
 OTHER_NAMES = {"data", "docs", "images", "scripts", "tests", "requirements.txt", "README.md"}
 OTHER_NAMES |= {"fine_tuned_sentiment_model", "pyproject.toml", "Makefile", "LICENSE", ".gitignore", ".ci"}

@@ -1,0 +1,126 @@
+"""Recordings of the study, and the numbers that follow from them."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import study_tables
+from study_tables import BAG_OF_WORDS, DRAFT, PROBE, Run, Study, StudyRows
+
+ROOT = Path(__file__).parent.parent
+RECORDINGS = sorted((ROOT / "data" / "predictions" / "public").glob("*.jsonl.gz"))
+
+
+def made_study(labelled=120, unseen=100, n_labels=3, seed=0):
+    """A set with a draft that knows nothing and a probe that is right in nine of ten rows."""
+    draw, n = np.random.default_rng(seed), labelled + unseen
+    truth = draw.integers(n_labels, size=n)
+    keys = tuple(f"{number:012x}" for number in range(n))
+    labels = tuple("abcdefghijklmnopqrstuvwxyz"[:n_labels])
+    rows = StudyRows(labels, tuple(map(str, range(n))), keys, truth, np.arange(n), labelled)
+    said = np.where(draw.random(n) < 0.9, truth, (truth + 1) % n_labels)
+    knows = np.full((n, n_labels), 0.2 / (n_labels - 1))
+    knows[np.arange(n), said] = 0.8
+    guesses = draw.dirichlet(np.ones(n_labels), size=n)
+    whole = np.arange(labelled)
+    runs = (
+        Run(DRAFT, labelled, whole, guesses, draw.random(n), 60.0),
+        Run(PROBE, labelled, whole, knows, None, 30.0, {"chosen": "layer 3"}),
+    )
+    return Study("toy", "toy rows", "toy.csv", (60, labelled), rows, runs)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    study = made_study()
+    return study, study_tables.measure_study(study)
+
+
+@pytest.mark.parametrize("n_labels", [3, 20])
+def test_a_recording_gives_back_the_rows_and_probabilities_to_one_in_a_thousand_and_no_text(tmp_path, n_labels):
+    study = made_study(n_labels=n_labels)
+    path = tmp_path / "toy.jsonl.gz"
+    study_tables.write_study(path, study)
+    first = path.read_bytes()
+    study_tables.write_study(path, study)
+    assert path.read_bytes() == first
+    back = study_tables.read_study(path)
+    for name in ("ids", "text_keys", "labels", "labelled"):
+        assert getattr(back.rows, name) == getattr(study.rows, name)
+    np.testing.assert_array_equal(back.rows.truth, study.rows.truth)
+    for run, old in zip(back.runs, study.runs, strict=True):
+        assert (run.method, run.n, run.seconds, run.about) == (old.method, old.n, old.seconds, old.about)
+        np.testing.assert_allclose(run.probabilities.sum(axis=1), 1)
+        of_truth = np.arange(len(study.rows.truth)), study.rows.truth
+        np.testing.assert_allclose(run.probabilities[of_truth], old.probabilities[of_truth], rtol=0.002)
+        np.testing.assert_array_equal(run.probabilities.argmax(axis=1), old.probabilities.argmax(axis=1))
+
+
+def test_of_many_labels_the_likeliest_and_the_true_one_are_kept_and_the_rest_is_spread_evenly():
+    probabilities = np.array([0.3, 0.2, 0.1, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.02, 0.01])
+    numbers = study_tables.packed(probabilities, truth=10)
+    assert sorted(numbers[::2]) == [0, 1, 2, 3, 4, 5, 6, 7, 10]
+    back = study_tables.unpacked(numbers, 11)
+    np.testing.assert_allclose(back[[0, 10]], [0.3, 0.01], rtol=0.002)
+    np.testing.assert_allclose(back[[8, 9]], 0.025, rtol=0.05)
+
+
+def test_other_files_are_refused_in_one_line(tmp_path):
+    for content in (b"no gzip", gzip.compress(b"{}\n"), gzip.compress(b'{"format": "x"}\n{}\n'), gzip.compress(b"[]")):
+        (tmp_path / "x.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.gz is not a recording of the study"):
+            study_tables.read_study(tmp_path / "x.gz")
+
+
+def test_numbers_are_those_of_the_unseen_rows_alone(measured):
+    study, everything = measured
+    found = {(one.method, one.labels): one for one in everything}
+    assert set(found) == {("commonest label", 60), ("commonest label", 120), (DRAFT, 60), (DRAFT, 120), (PROBE, 120)}
+    rows, (draft, probe) = study.rows, study.runs
+    unseen, one = rows.unseen, found[PROBE, 120]
+    right = (probe.probabilities[unseen].argmax(axis=1) == rows.truth[unseen]).mean()
+    loss = -np.log(probe.probabilities[unseen, rows.truth[unseen]])
+    assert one.accuracy[0] == right and one.accuracy[1] < right < one.accuracy[2]
+    assert one.log_loss == pytest.approx(loss.mean())
+    drafted = -np.log(draft.probabilities[unseen, rows.truth[unseen]])
+    assert one.minus_draft[0] == pytest.approx((loss - drafted).mean()) and one.minus_draft[2] < 0
+    assert found[DRAFT, 60].label_mass == pytest.approx(draft.label_mass[unseen].mean())
+    commonest = np.bincount(rows.truth[:60]).argmax()
+    assert found["commonest label", 60].accuracy[0] == (rows.truth[unseen] == commonest).mean()
+    # Nine of ten rows are right whatever the confidence: 80 % can be guaranteed, 95 % cannot.
+    assert one.at(0.8).is_made and one.at(0.8).share > 0.5 and not one.at(0.8).is_broken
+    assert not one.at(0.95).is_made and not found[DRAFT, 120].at(0.8).is_made
+
+
+def test_a_guarantee_that_unseen_rows_break_is_counted_as_broken():
+    kept, broken = (study_tables.tested(0.9, 0.5, np.full(100, 0.7), np.arange(100) < right) for right in (93, 80))
+    assert (kept.right, kept.is_broken, kept.is_refuted) == (0.93, False, False)
+    assert (broken.right, broken.is_broken, broken.is_refuted) == (0.8, True, True)
+    assert study_tables.tested(0.9, 0.5, np.full(100, 0.7), np.arange(100) < 88).is_refuted is False
+    assert not study_tables.tested(0.9, None, np.full(3, 0.7), np.ones(3, bool)).is_made
+    assert study_tables.automated(broken) == "100 %, right .800, broken"
+
+
+def test_what_was_run_is_in_the_tables_and_what_was_not_is_not(measured):
+    study, found = measured
+    table = study_tables.study_table(study, found)
+    assert table.count("\n") == 1 + len(found) and BAG_OF_WORDS not in table
+    assert "toy rows" in study_tables.probe_table([(study, found)])
+    assert len(study_tables.improving_table([(study, found)]).splitlines()) == 2  # nothing was improved
+    assert study_tables.guarantees_table([(study, found)]).count("| probe |") == len(study_tables.TARGETS)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name)
+def test_recordings_hold_no_text_and_unseen_rows_share_no_group_with_labelled_ones(path):
+    lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    assert set(lines[1]) == {"id", "text", "label", "group"}
+    assert all(re.fullmatch("[0-9a-f]{12}", key) for key in lines[1]["text"])
+    assert all(re.fullmatch("[0-9]+", id) for id in lines[1]["id"])
+    rows = study_tables.read_study(path).rows
+    assert not set(rows.groups[rows.unseen]) & set(rows.groups[: rows.labelled])
+    assert not set(rows.text_keys[rows.labelled :]) & set(rows.text_keys[: rows.labelled])
+    assert len(rows.unseen) == 500
