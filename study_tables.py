@@ -6,7 +6,7 @@
 
 A recording is gzipped JSON Lines, made by scripts/public_study.py: a head, the rows (id in the source, hash of the
 text, label, near-duplicate group), then a run a line. Of a run it keeps P(label) of the labelled rows that may
-calibrate and of the unseen rows, as -1000 ln P in whole numbers: of the TOP most probable labels and the true one, the
+calibrate and of the unseen rows, as -250 ln P in whole numbers: of the TOP most probable labels and the true one, the
 rest of the probability in equal parts on the others. Every number here is of what is recorded.
 
 Confidences are calibrated on the labelled rows and thresholds chosen on them, as `calibration_demo.py --calibrate-on`
@@ -32,8 +32,8 @@ from files import whole_file
 from predictions import Prediction
 
 FORMAT = "public study 1"
-TOP = 8  # labels of a row whose probabilities are kept
-NATS = 1000  # whole numbers a nat
+TOP = 6  # labels of a row whose probabilities are kept
+NATS = 250  # whole numbers a nat: P to one part in 500
 TARGETS, DELTA = (0.8, 0.9, 0.95), 0.05
 COMMONEST, BAG_OF_WORDS, DRAFT, IMPROVED, PROBE, LORA = METHODS = (
     "commonest label",
@@ -124,7 +124,7 @@ def run_record(run: Run, rows: StudyRows) -> dict:
 
 
 def packed(probabilities: np.ndarray, truth: int) -> list[int]:
-    """-1000 ln P of all labels of a row; of more than TOP labels those that are kept, each after its number."""
+    """-NATS ln P of all labels of a row; of more than TOP labels those that are kept, each after its number."""
     nats = np.round(-NATS * np.log(np.maximum(probabilities, metrics.EPSILON))).astype(int)
     if len(nats) <= TOP:
         return nats.tolist()
@@ -326,13 +326,16 @@ def guaranteed(rows: StudyRows, run: Run, fit: np.ndarray) -> tuple[np.ndarray, 
     unseen = labelled_rows(rows, run, np.arange(m, len(run.probabilities)), rows.unseen)
     correct = unseen.scores.correct
     try:
-        study = calibration_demo.calibration_study(known, unseen, target_accuracy=TARGETS[0], delta=DELTA)
-        thresholds = [calibration_demo.guarantee_at(study, target)["threshold"]["value"] for target in TARGETS]
+        goal = calibration_demo.Goal(TARGETS[0], 1 - DELTA)
+        study = calibration_demo.calibration_study(known, unseen, goal)
+        chosen_on = study.cross_fitted, known.scores.correct
+        thresholds = [decisions.choose_threshold(*chosen_on, target, DELTA, known.groups).value for target in TARGETS]
         confidence, name = study.confidences["calibrated"], str(study.fitted.recipe)
     except ValueError:
         confidence, name = unseen.scores.confidence, ""
         raw = known.scores.confidence, known.scores.correct
-        thresholds = [decisions.choose_threshold(*raw, target, DELTA, known.groups).value for target in TARGETS]
+        given = DELTA, known.groups, "strictest"
+        thresholds = [decisions.choose_threshold(*raw, target, *given).value for target in TARGETS]
     return confidence, name, tuple(map(lambda t, v: tested(t, v, confidence, correct), TARGETS, thresholds))
 
 

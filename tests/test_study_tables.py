@@ -41,7 +41,7 @@ def measured():
 
 
 @pytest.mark.parametrize("n_labels", [3, 20])
-def test_a_recording_gives_back_the_rows_and_probabilities_to_one_in_a_thousand_and_no_text(tmp_path, n_labels):
+def test_a_recording_gives_back_the_rows_and_probabilities_to_one_part_in_500(tmp_path, n_labels):
     study = made_study(n_labels=n_labels)
     path = tmp_path / "toy.jsonl.gz"
     study_tables.write_study(path, study)
@@ -56,17 +56,17 @@ def test_a_recording_gives_back_the_rows_and_probabilities_to_one_in_a_thousand_
         assert (run.method, run.n, run.seconds, run.about) == (old.method, old.n, old.seconds, old.about)
         np.testing.assert_allclose(run.probabilities.sum(axis=1), 1)
         of_truth = np.arange(len(study.rows.truth)), study.rows.truth
-        np.testing.assert_allclose(run.probabilities[of_truth], old.probabilities[of_truth], rtol=0.002)
-        np.testing.assert_array_equal(run.probabilities.argmax(axis=1), old.probabilities.argmax(axis=1))
+        np.testing.assert_allclose(run.probabilities[of_truth], old.probabilities[of_truth], rtol=0.004)
+        assert (run.probabilities.argmax(axis=1) == old.probabilities.argmax(axis=1)).mean() > 0.98
 
 
 def test_of_many_labels_the_likeliest_and_the_true_one_are_kept_and_the_rest_is_spread_evenly():
     probabilities = np.array([0.3, 0.2, 0.1, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.02, 0.01])
     numbers = study_tables.packed(probabilities, truth=10)
-    assert sorted(numbers[::2]) == [0, 1, 2, 3, 4, 5, 6, 7, 10]
+    assert sorted(numbers[::2]) == [0, 1, 2, 3, 4, 5, 10]
     back = study_tables.unpacked(numbers, 11)
-    np.testing.assert_allclose(back[[0, 10]], [0.3, 0.01], rtol=0.002)
-    np.testing.assert_allclose(back[[8, 9]], 0.025, rtol=0.05)
+    np.testing.assert_allclose(back[[0, 10]], [0.3, 0.01], rtol=0.004)
+    np.testing.assert_allclose(back[6:10], 0.035, rtol=0.03)
 
 
 def test_other_files_are_refused_in_one_line(tmp_path):
