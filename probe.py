@@ -142,7 +142,8 @@ def weighted_counts(counts: object, columns: np.ndarray, inverse_frequency: np.n
     weighted = counts[:, columns].astype(np.float64)
     weighted.data = (1 + np.log(weighted.data)) * inverse_frequency[weighted.indices]
     words = int(np.searchsorted(columns, 2**WORD_BITS))
-    return hstack([normalize(weighted[:, :words]), normalize(weighted[:, words:])]).tocsr()
+    parts = [weighted[:, :words], weighted[:, words:]]
+    return hstack([normalize(part) if part.shape[1] else part for part in parts]).tocsr()  # of no columns it is refused
 
 
 # The pool

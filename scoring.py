@@ -16,18 +16,21 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+import calibration_metrics
+import confusions
 import exports
 import predictions
+import verdict
 from command_line import natural, progress
 from predictions import RETRY, Prediction
-from tables import Example, Table, add_table_arguments, column_arguments, open_table
+from tables import Example, Table, add_table_arguments, column_arguments, open_table, sampled
 from task import Task, add_task_argument, check_examples
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ class Job:
     overwrite: bool
     calibrator: FittedCalibrator | None
     threshold: float | None
+    select_fdr: float | None = None  # of a whole table: the share of errors among what is selected
 
     def check(self, method: Method) -> None:
         """ValueError when the calibrator is not for this method's predictions."""
@@ -111,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser, **task_default: str | None) -
     add(
         "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
     )
+    add("--select-fdr", type=float, metavar="Q", help="select what to automate of this table, at most Q of it wrong")
     add("--batch-size", type=natural, metavar="N", help="rows run together (default: by length and device)")
 
 
@@ -128,6 +133,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.batch_size == 0:
         parser.error("--batch-size 0: at least 1")
     check_calibrator_arguments(parser, args)
+    check_selection_arguments(parser, args)
 
 
 def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -136,6 +142,16 @@ def check_calibrator_arguments(parser: argparse.ArgumentParser, args: argparse.N
         parser.error("--calibrator needs a file name")
     if args.threshold is not None and not (args.calibrator and 0 <= args.threshold <= 1):
         parser.error("--threshold is a calibrated confidence between 0 and 1 and needs --calibrator")
+
+
+def check_selection_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse --select-fdr without a whole table and its calibrator, and beside another rule."""
+    if args.select_fdr is None:
+        return
+    if not 0 < args.select_fdr < 1:
+        parser.error(f"--select-fdr {args.select_fdr:g}: a share of errors between 0 and 1, both excluded")
+    if not (args.calibrator and args.output) or args.threshold is not None:
+        parser.error("--select-fdr is for a table (--output) with --calibrator, and takes the place of --threshold")
 
 
 def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Sequence[str] = ()) -> Job:
@@ -160,7 +176,11 @@ def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Seque
         from calibration import load_calibrator  # late: scikit-learn takes a second
 
         calibrator = load_calibrator(args.calibrator)
-    return Job(args.text, args.json, table, total, output, export, args.overwrite, calibrator, args.threshold)
+        if args.select_fdr is not None:
+            calibrator.check_selects()
+    return Job(
+        args.text, args.json, table, total, output, export, args.overwrite, calibrator, args.threshold, args.select_fdr
+    )
 
 
 def _warn_of_order(table: Table, limit: int) -> None:
@@ -413,55 +433,87 @@ def finish_table(job: Job, report_text: str) -> None:
         from calibration import calibrate_file
 
         with predictions.open_output(job.output):  # locked: a run that continued the file now would lose its rows
-            print(calibrate_file(job.output, job.calibrator, job.threshold))
+            print(calibrate_file(job.output, job.calibrator, job.threshold, job.select_fdr))
     if job.export:
         print(f"{job.export}: {exports.write_export(job.output, job.export, job.table):,} rows")
 
 
-def report(path: str | Path) -> str:
-    """Counts, label mass and confidence of a predictions file; with labels, accuracy beside the commonest label's."""
-    from calibration_metrics import auroc, exact_interval
+@dataclass
+class Tally:
+    """What a report counts while it reads rows: numbers alone, 36 bytes a row at most."""
 
-    total, labels = 0, []
-    confidence, label_mass = array("d"), array("d")
-    last_probability, truth, predicted = array("d"), array("i"), array("i")  # of the labelled rows
-    for row in predictions.iterate(path):
-        total += 1
-        if row.error is not None:
-            continue
-        labels = list(row.probabilities)
-        confidence.append(row.confidence)
-        label_mass.append(row.label_mass)
-        if row.label is not None:
-            last_probability.append(row.probabilities[labels[-1]])
-            truth.append(labels.index(row.label))
-            predicted.append(labels.index(row.prediction))
-    scored, labelled = len(confidence), len(truth)
-    lines = [f"{path}: {scored:,} of {total:,} rows scored, {total - scored:,} with an error"]
+    total: int = 0
+    chosen: int = 0  # labelled rows that were chosen to be labelled
+    labels: tuple[str, ...] = ()
+    confidence: array = field(default_factory=lambda: array("d"))  # of the scored rows
+    label_mass: array = field(default_factory=lambda: array("d"))
+    labelled_confidence: array = field(default_factory=lambda: array("d"))
+    labelled_mass: array = field(default_factory=lambda: array("d"))
+    truth: array = field(default_factory=lambda: array("i"))  # numbers of labels
+    predicted: array = field(default_factory=lambda: array("i"))
+
+    def counting(self, rows: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Count the rows that pass; those that are scored and labelled pass on."""
+        for row in rows:
+            self.total += 1
+            if row.error is not None:
+                continue
+            self.labels = self.labels or tuple(row.probabilities)
+            self.confidence.append(row.confidence)
+            self.label_mass.append(row.label_mass)
+            if row.label is not None:
+                self.labelled_confidence.append(row.confidence)
+                self.labelled_mass.append(row.label_mass)
+                self.truth.append(self.labels.index(row.label))
+                self.predicted.append(self.labels.index(row.prediction))
+                self.chosen += row.extras.get("purpose") == "chosen"
+                yield row
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the true and the predicted labels [labelled rows]."""
+        return np.frombuffer(self.truth, dtype=np.int32), np.frombuffer(self.predicted, dtype=np.int32)
+
+    def totals(self) -> verdict.Totals:
+        """What a verdict needs of all labelled rows."""
+        truth, predicted = self.arrays()
+        correct = truth == predicted
+        return verdict.Totals(
+            labels=self.labels,
+            true_rows=np.bincount(truth, minlength=len(self.labels)),
+            predicted_rows=np.bincount(predicted, minlength=len(self.labels)),
+            right=int(correct.sum()),
+            label_mass=float(np.mean(self.labelled_mass)),
+            log_loss=calibration_metrics.log_loss(np.frombuffer(self.labelled_confidence), correct),
+        )
+
+
+def report(path: str | Path) -> str:
+    """Counts, label mass and confidence of a predictions file; with labels the verdict on them first.
+
+    Rows are read one at a time; of the labelled ones a random sample is kept for what has to be learned from texts.
+    """
+    tally = Tally()
+    labelled = tally.counting(predictions.iterate(path))
+    sample = [row for _, row in sampled(enumerate(labelled), verdict.ROWS)]
+    scored = len(tally.confidence)
+    lines = [f"{path}: {scored:,} of {tally.total:,} rows scored, {tally.total - scored:,} with an error"]
+    if sample:
+        lines += verdict_lines(tally, sample)
     if scored:
-        lowest = f"(lowest {min(label_mass):.3f})"
-        lines.append(f"  mean confidence {np.mean(confidence):.3f}, label mass {np.mean(label_mass):.3f} {lowest}")
-    if labelled:
-        truth, predicted = np.frombuffer(truth, dtype=np.int32), np.frombuffer(predicted, dtype=np.int32)
-        right = int((truth == predicted).sum())
-        low, high = exact_interval(right, labelled)
-        interval = f"95 % exact interval {low:.3f} to {high:.3f}"
-        lines.append(f"  accuracy {right / labelled:.3f}, {interval}, n = {labelled:,} labelled rows")
-        lines += _beside_the_commonest_label(labels, truth, predicted, high)
-        is_last = truth == len(labels) - 1
-        if len(labels) == 2 and 0 < is_last.sum() < labelled:
-            lines.append(f"  AUC of P({labels[-1]}) {auroc(np.frombuffer(last_probability), is_last):.3f}")
+        mass, lowest = np.mean(tally.label_mass), f"(lowest {min(tally.label_mass):.3f})"
+        lines.append(f"  all rows: mean confidence {np.mean(tally.confidence):.3f}, label mass {mass:.3f} {lowest}")
     return "\n".join(lines)
 
 
-def _beside_the_commonest_label(
-    labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray, highest: float
-) -> Iterator[str]:
-    """What always giving the commonest label would get right, and what follows; `highest` bounds the accuracy."""
-    counts = np.bincount(truth, minlength=len(labels))
-    commonest, share = labels[counts.argmax()], counts.max() / len(truth)
-    yield f"  always answering {commonest!r} would be right in {share:.3f} of them"
-    if highest < share:
-        yield "  verdict: worse than that, so the question does not work: docs/improving.md"
-    elif len(set(predicted.tolist())) == 1 < np.count_nonzero(counts):
-        yield f"  verdict: only {labels[predicted[0]]!r} is ever predicted"
+def verdict_lines(tally: Tally, sample: Sequence[Prediction]) -> Iterator[str]:
+    """What labelled rows say, and of more than two labels the worst; where there is no verdict the accuracy alone."""
+    truth, predicted = tally.arrays()
+    right, n = int((truth == predicted).sum()), len(truth)
+    found = verdict.no_sample(tally.chosen, n) if tally.chosen else verdict.judge_sample(sample, tally.totals())
+    yield verdict.text(found.record())
+    if found.problem:
+        low, high = calibration_metrics.exact_interval(right, n)
+        interval = f"95 % exact interval {low:.3f} to {high:.3f}"
+        yield f"  accuracy {right / n:.3f}, {interval}, n = {n:,} labelled rows"
+    elif len(tally.labels) > 2:
+        yield from (f"  {line}" for line in confusions.worst_words(tally.labels, truth, predicted))

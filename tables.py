@@ -116,7 +116,7 @@ def examples_with_columns(
     """
     rows = enumerate(read_rows(source, header, encoding, delimiter, quoted, skip_bad_rows), 1)
     rows = islice((row for row in rows if _has_values(*row[1], where or {})), limit)
-    rows = rows if sample is None else _sampled(rows, sample, seed)
+    rows = rows if sample is None else sampled(rows, sample, seed)
     columns = _Columns(_named_in(text_template) or text_column, label_column, id_column, header, text_template)
     number = 0
     for number, (place, row) in rows:
@@ -201,7 +201,7 @@ def _named_in(template: str | None) -> list[str]:
     return list(dict.fromkeys(re.findall(r"\{([^{}]+)\}", template or "")))
 
 
-def _sampled(rows: Iterable[tuple[int, object]], size: int, seed: int) -> list[tuple[int, object]]:
+def sampled(rows: Iterable[tuple[int, object]], size: int, seed: int = 0) -> list[tuple[int, object]]:
     """`size` of the numbered rows, any set equally likely, in their order (reservoir sampling)."""
     draw = random.Random(seed)
     kept: list[tuple[int, object]] = []

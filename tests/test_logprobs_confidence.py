@@ -565,7 +565,7 @@ def test_the_report_is_what_scipy_and_counting_pairs_say(call, tmp_path):
     assert f"{output}: 39 of 40 rows scored, 1 with an error" in out
     assert f"mean confidence {np.mean([row['confidence'] for row in scored]):.3f}" in out
     assert f"label mass {np.mean(masses):.3f} (lowest {min(masses):.3f})" in out
-    assert f"accuracy {right / 37:.3f}, 95 % exact interval {interval.low:.3f} to {interval.high:.3f}, n = 37" in out
+    assert f"accuracy {right / 37:.3f} [{interval.low:.3f}, {interval.high:.3f}]" in out and "n = 37 labelled" in out
     # The last row has an error, which must not decide whether the area is shown.
     assert f"AUC of P(positive) {area:.3f}" in out
 

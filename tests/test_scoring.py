@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 import pytest
+from scipy.stats import binomtest
 
 import predictions
 import scoring
@@ -230,23 +231,59 @@ def test_what_one_calibrator_adds_is_all_that_is_added_to_an_explanation(capsys)
     assert capsys.readouterr().out == "  Calibrated confidence 60.00 %: automate\n"
 
 
+def table_of(path, truth, predicted, **fields):
+    """A predictions file of labels and predictions, n or p a row."""
+    names, rows = {"n": "negative", "p": "positive"}, []
+    for number, (label, answer) in enumerate(zip(truth, predicted, strict=True)):
+        p = 0.75 if answer == "p" else 0.25
+        row = scored(str(number), f"text {number}", names[label], {"negative": 1 - p, "positive": p}, 0.9, **COMMON)
+        rows.append(replace(row, **fields))
+    predictions.replace(path, rows)
+    return path
+
+
 @pytest.mark.parametrize(
     ("truth", "predicted", "verdict"),
     [
-        ("p" * 90 + "n" * 10, "p" * 20 + "n" * 80, "worse than that"),
+        ("p" * 90 + "n" * 10, "p" * 20 + "n" * 80, "worse than always answering 'positive' (0.900)"),
         ("p" * 60 + "n" * 40, "p" * 100, "only 'positive' is ever predicted"),
-        ("p" * 60 + "n" * 40, "p" * 60 + "n" * 40, None),
-        ("p" * 100, "p" * 100, None),
+        ("p" * 60 + "n" * 40, "p" * 60 + "n" * 40, "better than always answering 'positive' (0.600)"),
+        ("p" * 100, "p" * 90 + "n" * 10, "none: all 100 labelled rows are 'positive'"),
+        ("pnn", "pnp", "none: 3 labelled rows are too few"),
     ],
 )
-def test_accuracy_stands_beside_that_of_the_commonest_label(truth, predicted, verdict, tmp_path):
-    names = {"n": "negative", "p": "positive"}
-    rows = []
-    for number, (label, answer) in enumerate(zip(truth, predicted, strict=True)):
-        p = 0.75 if answer == "p" else 0.25
-        rows.append(scored(str(number), "x", names[label], {"negative": 1 - p, "positive": p}, 0.9, **COMMON))
+def test_a_report_opens_with_the_verdict(truth, predicted, verdict, tmp_path):
+    report = scoring.report(table_of(tmp_path / "p.jsonl", truth, predicted)).splitlines()
+    assert report[1].startswith(f"Verdict: {verdict}")
+    right = sum(a == b for a, b in zip(truth, predicted, strict=True))
+    assert any(f"accuracy {right / len(truth):.3f}" in line for line in report)
+    assert report[-1] == "  all rows: mean confidence 0.750, label mass 0.900 (lowest 0.900)"
+
+
+def test_rows_that_were_chosen_to_be_labelled_get_no_verdict(tmp_path):
+    path = table_of(tmp_path / "p.jsonl", "pn" * 30, "p" * 60, extras={"purpose": "chosen"})
+    report = scoring.report(path)
+    assert report.splitlines()[1].startswith("Verdict: none: 60 of 60 labelled rows were chosen to be labelled")
+    low, high = binomtest(30, 60).proportion_ci(0.95, "exact")
+    assert f"  accuracy 0.500, 95 % exact interval {low:.3f} to {high:.3f}, n = 60 labelled rows" in report
+
+
+def test_a_report_on_many_rows_keeps_few_texts_and_counts_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("verdict.ROWS", 50)
+    path = table_of(tmp_path / "p.jsonl", "pn" * 200, "p" * 100 + "pn" * 150)
+    report = scoring.report(path)
+    assert "n = 400 labelled rows, 50 of them drawn" in report and "accuracy 0.875" in report
+    assert report == scoring.report(path)
+
+
+def test_of_more_than_two_labels_the_worst_are_named(tmp_path):
+    rows, labels = [], ("a", "b", "c")
+    for number in range(60):
+        truth = number % 3
+        p = [0.1, 0.1, 0.1]
+        p[0 if truth == 1 else truth] = 0.8
+        by_label = dict(zip(labels, p, strict=True))
+        rows.append(scored(str(number), f"text {number}", labels[truth], by_label, 1, **COMMON))
     predictions.replace(tmp_path / "p.jsonl", rows)
     report = scoring.report(tmp_path / "p.jsonl")
-    share = truth.count("p") / 100
-    assert f"always answering 'positive' would be right in {share:.3f} of them" in report
-    assert ("verdict" in report) == (verdict is not None) and (verdict or "") in report
+    assert "lowest recall: 'b' 0.000 [0.000, 0.168] of 20" in report and "'b' for 'a' 20" in report
