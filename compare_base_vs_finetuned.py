@@ -3,6 +3,7 @@
     python compare_base_vs_finetuned.py                              # the recorded predictions of this repository
     python compare_base_vs_finetuned.py base.jsonl tuned.jsonl       # yours: the same rows by both, cross-fitted
     python compare_base_vs_finetuned.py base.jsonl tuned.jsonl --calibrate-on base_cal.jsonl tuned_cal.jsonl
+    python compare_base_vs_finetuned.py base.jsonl tuned.jsonl --also probe.jsonl --also words.jsonl      # in one table
 
     L(fine-tuned) - L(base) =   L(base, T) - L(base)                what a temperature T gives the base model
                               + L(fine-tuned, T) - L(base, T)       what fine-tuning gives beyond that
@@ -25,7 +26,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,14 @@ class ComparedModel:
 
 
 @dataclass(frozen=True)
+class FurtherModel:
+    """What else was asked about the test rows, by any method; `fit_groups` are None where nothing calibrates it."""
+
+    model: ComparedModel
+    fit_groups: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class ModelComparison:
     """Both models on the same rows."""
 
@@ -77,6 +86,7 @@ class ModelComparison:
     parts: dict[str, dict[str, np.ndarray]]  # column -> value -> which test rows, bool [n]
     first_tokens: list[dict]  # of each explained text: the text and what both models said
     seed: int
+    also: dict[str, FurtherModel] = field(default_factory=dict)  # by the names of their files
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table=args.rows,
         by=args.by,
         first_tokens=args.first_tokens,
+        also=args.also,
         seed=args.seed,
     )
     report = comparison_report(comparison, args.review_cost, args.error_cost, args.volume)
@@ -111,6 +122,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("base", metavar="BASE", nargs="?", help="predictions of the base model (default: the recorded ones)")
     add("fine_tuned", metavar="FINE_TUNED", nargs="?", help="predictions of the fine-tuned model, of the same rows")
     add("--calibrate-on", metavar=both, nargs=2, help="predictions of other rows, to fit and choose on")
+    add(
+        "--also",
+        metavar="FILE",
+        nargs="+",
+        action="append",
+        default=[],
+        help="a column more: predictions of the same rows by any method, and of other rows to calibrate them on "
+        "(repeatable; without these a file is cross-fitted if the two are)",
+    )
     add("--adapter", metavar="FOLDER", help="the LoRA folder, whose training_config.json knows the prompt; or none")
     add("--first-tokens", metavar=both, nargs=2, help="what logprobs_confidence.py --json said of texts")
     add("--rows", metavar="TABLE", help=f"a table of the rows' ids and columns (default: {OUR_ROWS} if they are those)")
@@ -124,6 +144,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.base and not args.fine_tuned:
         parser.error("two predictions files are compared: BASE and FINE_TUNED")
+    if any(len(paths) > 2 for paths in args.also):
+        parser.error("--also FILE [CALIBRATION_FILE]: once for each file")
     if args.calibrate_on and not args.base:
         parser.error("--calibrate-on goes with BASE and FINE_TUNED")
     if not args.base:
@@ -161,6 +183,7 @@ def read_comparison(
     table: str | None = None,
     by: Sequence[str] | None = None,
     first_tokens: Sequence[str] | None = None,
+    also: Sequence[Sequence[str]] = (),
     seed: int = 0,
 ) -> ModelComparison:
     """Read the predictions of both models, refuse what cannot be compared, and calibrate each model by itself."""
@@ -184,7 +207,63 @@ def read_comparison(
         except ValueError as error:
             raise ValueError(f"{fit_path}: {error}") from None
     explained = explained_texts.read_pairs(first_tokens, NAMES, [rows[0] for rows in tested]) if first_tokens else []
-    return ModelComparison(models, test_groups, fit_groups, about, parts, explained, seed)
+    others = {}
+    for path, *fit_path in also:
+        name = unused_name(Path(path).stem, (*NAMES, *others))
+        how = {"protocol": about["protocol"], "groups": groups, "seed": seed}
+        others[name] = further_model(path, *fit_path, tested=tested[0], **how)
+    return ModelComparison(models, test_groups, fit_groups, about, parts, explained, seed, others)
+
+
+def unused_name(name: str, used: Sequence[str]) -> str:
+    """The name, or the first of it with a number that is not in use."""
+    numbered = (f"{name} {number}" for number in range(2, len(used) + 3))
+    return next(found for found in (name, *numbered) if found not in used)
+
+
+def further_model(
+    path: str,
+    fit_path: str | None = None,
+    *,
+    tested: Sequence[Prediction],
+    protocol: str,
+    groups: str | None = None,
+    seed: int = 0,
+) -> FurtherModel:
+    """A further file's predictions of the tested rows; ValueError where it lacks one of them or says another label.
+
+    It is calibrated on the rows of `fit_path`; without them cross-fitted, where that is the protocol of the two.
+    """
+    wanted = {row.id for row in tested}
+    own = [row for row in predictions.read(path) if row.id in wanted]
+    try:
+        rows = [row for _, row in predictions.paired_rows(tested, own, ("base", "further"))]
+        predictions.confidence_and_correct(rows)
+        if failed := next((row for row in rows if row.error is not None), None):
+            raise ValueError(f"row {failed.id!r} was not scored: {failed.error}")
+    except ValueError as error:
+        raise ValueError(f"--also {path}: {error}") from None
+    if fit_path is None:
+        fit_groups = metrics.group_numbers(tables.groups_of(rows, groups))
+        if protocol == "out-of-fold":
+            return FurtherModel(compared_model(rows, None, fit_groups, seed, path), fit_groups)
+        return FurtherModel(uncalibrated_model(rows, path), None)
+    fitted, _ = predictions.read_labelled(fit_path)
+    if fitted[0].fingerprint != rows[0].fingerprint:
+        raise ValueError(f"{fit_path} is not by the model, task and settings of {path}: other fingerprints")
+    tables.check_disjoint(fitted, rows, fit_path, path)
+    fit_groups = metrics.group_numbers(tables.groups_of(fitted))
+    return FurtherModel(compared_model(rows, fitted, fit_groups, seed, path), fit_groups)
+
+
+def uncalibrated_model(rows: Sequence[Prediction], path: str) -> ComparedModel:
+    """One model's raw confidences alone."""
+    from calibration import scores_of
+
+    scores = scores_of(rows)
+    about = {"file": path, "model": rows[0].model, "fingerprint": rows[0].fingerprint, "calibrator": "none"}
+    nothing = np.empty(0)
+    return ComparedModel(about, scores, {"raw": scores.confidence}, nothing, nothing.astype(bool))
 
 
 def read_pairs(paths: Sequence[str]) -> tuple[list[list[Prediction]], int]:
@@ -239,7 +318,7 @@ def compared_model(
     path: str = "",
 ) -> ComparedModel:
     """One model's confidences before and after each calibrator, fitted on `fit_rows`; None: cross-fitted on `rows`."""
-    from calibration import LEAST_ROWS, Recipe, choose, cross_fit, scores_of
+    from calibration import LEAST_ROWS, Recipe, choose, cross_fit, recipe_of, scores_of
 
     test = scores_of(rows)
     fit = test if fit_rows is None else scores_of(fit_rows)
@@ -252,12 +331,12 @@ def compared_model(
         except ValueError:  # as a fold without one of the labels; the others can be shown
             return None
 
-    confidence = {"raw": test.confidence} | {name: calibrated(Recipe(name, True)) for name in CALIBRATORS}
+    confidence = {"raw": test.confidence} | {n: calibrated(recipe_of(n, len(test.labels))) for n in CALIBRATORS}
     chosen, confidence["calibrated"], out_of_fold = "raw, as every row is right", test.confidence, fit.confidence
     if not fit.correct.all() or len(fit.correct) < LEAST_ROWS:
         chosen, candidates = choose(fit, fit_groups, "auto", range(seed, seed + 5))
         confidence["calibrated"], out_of_fold = calibrated(chosen), candidates[chosen].mean(axis=0)
-    scaled = Recipe("temperature", True).estimator().fit(fit.probabilities, fit.truth).calibrators_["all"]
+    scaled = Recipe("temperature", True).estimator().fit(fit.probabilities, fit.truth).calibrator_
     about = {"file": path, "model": rows[0].model, "fingerprint": rows[0].fingerprint}
     about |= {"calibrator": str(chosen), "temperature": scaled.temperature_}
     return ComparedModel(about, test, confidence, out_of_fold, fit.correct)
@@ -340,6 +419,7 @@ def comparison_report(
     report["money"] = daily_dollars(comparison, **prices)
     report["parts"] = {column: accuracy_by_part(comparison, parts) for column, parts in comparison.parts.items()}
     report["first_tokens"] = comparison.first_tokens
+    report["all_models"] = all_models(comparison) if comparison.also else {}
     return report
 
 
@@ -452,18 +532,14 @@ def sure_answers(comparison: ModelComparison, score: str) -> dict[str, list[dict
 def guaranteed_automation(comparison: ModelComparison) -> list[dict]:
     """What each model can automate at a guaranteed accuracy: the threshold, how it fares on all test rows, the shares.
 
-    Thresholds come from out-of-fold scores of one fit row of each group. They stay as they are in the resamples of the
-    difference; what varies there is which rows come.
+    Thresholds come from out-of-fold scores of the fit rows. They stay as they are in the resamples of the difference;
+    what varies there is which rows come.
     """
-    alone, found = metrics.one_of_each(comparison.fit_groups), []
+    found = []
     for target in TARGETS:
         row = {"target": target}
         for name, model in comparison.models.items():
-            chosen = decisions.choose_threshold(model.out_of_fold[alone], model.fit_correct[alone], target, DELTA)
-            row[name] = {"threshold": chosen.record(), "measured": None}
-            if chosen.value is not None:
-                confidence, correct = model.confidence["calibrated"], model.scores.correct
-                (row[name]["measured"],) = decisions.automation(confidence, correct, [chosen.value])
+            row[name] = guarantee_of(model, comparison.fit_groups, target)
         found.append(row)
 
     def shares(name: str, rows: np.ndarray) -> dict[float, float]:
@@ -473,6 +549,54 @@ def guaranteed_automation(comparison: ModelComparison) -> list[dict]:
 
     share = paired(comparison, shares)
     return [row | {"share": share[row["target"]]} for row in found]
+
+
+OF_ALL_MODELS = ("accuracy", "log loss of the true label", "AUROC of the confidence")
+
+
+def all_models(comparison: ModelComparison) -> dict[str, dict]:
+    """The two models and the further ones: their scores, each minus the base model's, and what they can automate.
+
+    Differences are of the same rows, [value, low, high] with 95 % intervals from a bootstrap of whole groups.
+    """
+    both = {name: FurtherModel(model, comparison.fit_groups) for name, model in comparison.models.items()}
+    models = both | comparison.also
+
+    def of_rows(rows: np.ndarray) -> np.ndarray:  # [2, models, scores]: as they are, and minus the first model's
+        scores = []
+        for one in models.values():
+            raw, correct = one.model.confidence["raw"][rows], one.model.scores.correct[rows]
+            scores.append([correct.mean(), label_loss(one.model.scores, rows), metrics.auroc(raw, correct)])
+        return np.array([scores, np.subtract(scores, scores[0])])
+
+    def flat(rows: np.ndarray) -> np.ndarray:
+        return of_rows(rows).ravel()
+
+    value = of_rows(np.arange(len(comparison.groups)))
+    spans = metrics.bootstrap_interval(flat, comparison.groups, seed=comparison.seed).reshape(*value.shape, 2)
+    table = np.where(np.isnan(spans), None, spans)
+    found = {}
+    for number, (name, one) in enumerate(models.items()):
+        found[name] = {"about": one.model.about, "scores": {}, "minus base": {}, "guarantees": []}
+        for kind, key in enumerate(("scores", "minus base")):
+            for place, score in enumerate(OF_ALL_MODELS):
+                point = value[kind, number, place]
+                found[name][key][score] = [None if math.isnan(point) else point, *table[kind, number, place]]
+        if one.fit_groups is not None:
+            found[name]["guarantees"] = [
+                {"target": target} | guarantee_of(one.model, one.fit_groups, target) for target in TARGETS
+            ]
+    return found
+
+
+def guarantee_of(model: ComparedModel, fit_groups: np.ndarray, target: float) -> dict:
+    """The threshold of a guarantee, from out-of-fold scores of the fit rows, and how it fares on the test rows."""
+    chosen = decisions.choose_threshold(model.out_of_fold, model.fit_correct, target, DELTA, fit_groups)
+    found = {"threshold": chosen.record(), "measured": None}
+    if chosen.value is not None:
+        confidence, correct = model.confidence["calibrated"], model.scores.correct
+        (found["measured"],) = decisions.automation(confidence, correct, [chosen.value])
+    return found
 
 
 def daily_dollars(comparison: ModelComparison, review_cost: float, error_cost: float, volume: int) -> dict:

@@ -66,9 +66,43 @@ def summary(report: dict) -> str:
             records_table(guaranteed, guarantee_records(report)),
             records_table(truth, score_records(report)),
             records_table(day, dollar_records(report["money"])),
+            *([all_models_table(report)] if report.get("all_models") else []),
             "\n".join(map(printable, what_was_compared(report))),
         ]
     )
+
+
+def all_models_table(report: dict) -> str:
+    """The two models and the further files beside each other: a column each."""
+    models, records = report["all_models"], {}
+    for score in next(iter(models.values()))["scores"]:
+        records[score] = {name: found["scores"][score] for name, found in models.items()}
+        records[f"  {score}, minus base"] = {
+            name: cell(found["minus base"][score], "+") for name, found in models.items() if name != "base"
+        }
+    for found in models.values():
+        for row in found["guarantees"]:
+            records.setdefault(f"automated at {row['target']:.0%} guaranteed", {})
+    for name, found in models.items():
+        for row in found["guarantees"]:
+            records[f"automated at {row['target']:.0%} guaranteed"][name] = automated_share(row["measured"])
+        records.setdefault("calibrator", {})[name] = found["about"]["calibrator"]
+    source = "" if report["calibrated_on"] else ", in-sample where these rows chose the threshold"
+    title = f"All models, {where(report)}; scores raw, differences paired; automated: measured on these rows{source}"
+    return printable_lines(records_table(title, records))
+
+
+def automated_share(measured: Mapping | None) -> str:
+    """How much of the rows a threshold automates and how much of it is right."""
+    if measured is None:
+        return "nothing"
+    right = f", right {measured['accuracy']:.3f}" if measured["automated"] else ""
+    return f"{measured['share']:.1%}{right}"
+
+
+def printable_lines(text: str) -> str:
+    """Names of files are in it."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def verdicts(report: dict) -> Iterator[str]:

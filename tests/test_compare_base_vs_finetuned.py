@@ -132,7 +132,7 @@ def arrays(rows):
 def small():
     """Fewer resamples, fewer candidates to choose from, coarser pictures: what is tested does not depend on them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "recipes", lambda n, method="auto": RECIPES(100, method))
+        patch.setattr(calibration, "recipes", lambda n, method="auto", n_labels=2: RECIPES(100, method, n_labels))
         patch.setattr(
             calibration, "choose", lambda rows, groups, method, seeds: CHOOSE(rows, groups, method, seeds[:2])
         )
@@ -568,6 +568,54 @@ def test_files_that_cannot_be_compared_are_refused(base, tuned, calibrate_on, me
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_further_files_get_a_column_with_differences_from_the_first_model(quick, tmp_path):
+    truth, (one, two) = views(240, 5)
+    words = {"method": "words", "model": "bag of words", "fingerprint": "cccc3333"}
+    base, tuned = pair(240, 5)
+    third = rows_of(truth, one + two, seed=5, **words)  # knows what both know
+    cal_truth, (cal_one, cal_two) = views(120, 6)
+    known = save(tmp_path / "known.jsonl", rows_of(cal_truth, cal_one + cal_two, "k", seed=6, **words))
+    path = save(tmp_path / "words.jsonl", third[::-1])
+    cal = pair(200, 7, "c")
+    found = compared(tmp_path, base, tuned, cal, also=[[path], [path, known]])
+    models = found.report["all_models"]
+    assert [*models] == ["base", "fine-tuned", "words", "words 2"]
+    (p, y, _, right), (q, _, d, right_too) = arrays(base), arrays(third)
+    losses = [log_loss(y, of, labels=[0, 1]) for of in (p, q)]
+    scores, apart = models["words"]["scores"], models["words"]["minus base"]
+    assert scores["accuracy"][0] == pytest.approx(right_too.mean())
+    assert scores["log loss of the true label"][0] == pytest.approx(losses[1])
+    assert scores["AUROC of the confidence"][0] == pytest.approx(roc_auc_score(right_too, d))
+    assert apart["accuracy"][0] == pytest.approx(right_too.mean() - right.mean())
+    assert apart["log loss of the true label"][0] == pytest.approx(losses[1] - losses[0])
+    assert apart["log loss of the true label"][2] < 0  # beyond doubt
+    assert models["base"]["minus base"]["accuracy"] == [0, 0, 0]
+    assert models["words"]["guarantees"] == [] and models["words"]["about"]["calibrator"] == "none"
+    chosen = models["words 2"]["guarantees"][0]
+    assert chosen["threshold"]["n"] == 120 and chosen["target"] == compare.TARGETS[0]
+    (table,) = re.findall(r"All models, .*?\n\n", found.out, re.S)
+    assert f"{scores['accuracy'][0]:.3f}" in table and "words 2" in table and "in-sample" not in table
+    crossed = compared(tmp_path, base, tuned, also=[[path]])
+    (row, *_) = crossed.report["all_models"]["words"]["guarantees"]
+    assert row["threshold"]["n"] == 240 and "in-sample where these rows chose" in crossed.out
+
+
+def test_further_files_of_other_rows_or_of_rows_that_calibrate_them_are_refused(quick, tmp_path):
+    words = {"method": "words", "fingerprint": "cccc3333"}
+    third = changed(SHORT[0], **words)
+    path = save(tmp_path / "words.jsonl", third)
+    for rows, more, message in (
+        (third[:-1], [], "row 'r39' of the base file is not in the further file"),
+        (changed(third, label="negative"), [], "its text, label or task differs"),
+        ([*third[:-1], unscored(third[-1])], [], "row 'r39' was not scored"),
+        (third, [path], r"rows of .*further\.jsonl are in .*words\.jsonl too"),
+        (third, [save(tmp_path / "other.jsonl", CAL[0])], "other.jsonl is not by the model, task and settings of"),
+    ):
+        other = save(tmp_path / "further.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            compared(tmp_path, *SHORT, also=[[other, *more]])
+
+
 def test_near_duplicates_of_calibration_rows_are_counted(quick, tmp_path):
     near = [row["text"] + " indeed" for row in SHORT[0][:3]]
     cal = [changed(rows, text=lambda r, i: near[i] if i < 3 else r["text"]) for rows in CAL]
@@ -578,6 +626,7 @@ def test_near_duplicates_of_calibration_rows_are_counted(quick, tmp_path):
 
 FLAGS = {
     "--volume 0": "--volume 0",
+    "--also a.jsonl b.jsonl c.jsonl": "--also FILE [CALIBRATION_FILE]: once for each file",
     "--by kind": "--by needs --rows TABLE",
     "--rows none.csv": "no such file: none.csv",
     "--rows noid.csv": "--rows needs the column id; it has name",
