@@ -7,9 +7,11 @@
     llama.answer_log_probs(rows_of_ids, answers)         # [n, answers], in batches
     llama.sample(rows_of_ids, seeds)                     # answers drawn from the model, one for each seed of a row
 
-In batches, the rows' common beginning runs through the model once and its key-value cache is reused; rows are sorted
-by length and padded on the right, where a causal model never looks; the vocabulary head is computed for the last real
-tokens only. None of it changes a result: the tests hold every row to one plain forward pass.
+In batches, the rows' common beginning runs through the model once and its keys and values are reused; what the rows
+have of their own runs packed into one sequence (packed.py), all answers of a row behind it; the vocabulary head is
+computed where an answer goes on. A family whose attention cannot be told to runs batches that are sorted by length and
+padded on the right, where a causal model never looks. None of it changes a result: the tests compare every row with one
+plain forward pass.
 
 Importing this file imports no torch. Weights come from safetensors only; no pickle, no remote code.
 """
@@ -31,14 +33,15 @@ import numpy as np
 
 from lora import check_adapter, check_base, choose_adapter, with_adapter
 from model_files import folder_hash, loading, locate
+from packed import CannotPackError, PackedRows, answer_tree, answers_of, pack_rows, packed_attention
 from prompts import SLOT, RenderedPrompt, rendered_chat
+from sampling import can_continue_padded, sample
 from tables import check_text
-from tensors import choose_device, choose_dtype, inference, inverse_cdf, last_and_mean, log_softmax, map_cache
+from tensors import choose_device, choose_dtype, inference, last_and_mean, log_softmax, map_cache
 
-# Padded tokens in a batch, by device. On 2 CPU cores more gains nothing; on a GPU this bounds the expanded cache.
+# Tokens in a batch, padding included, by device: they bound its memory. On 2 CPU cores more gains nothing.
 TOKENS_PER_BATCH = {"cpu": 512, "mps": 4096, "cuda": 8192}
-# Sampling, by device: prompts in a batch, and positions in its caches if no two of its answers began alike.
-SAMPLED = {"cpu": (32, 1 << 16), "mps": (64, 1 << 16), "cuda": (256, 1 << 17)}
+LOGITS_PER_BATCH = 1 << 28  # numbers of the vocabulary head
 
 
 @dataclass(frozen=True)
@@ -51,21 +54,6 @@ class AnsweredBatch:
 
 
 @dataclass
-class Draw:
-    """A continuation that is being drawn: which row of the batch it continues, its random numbers, its ids so far."""
-
-    row: int
-    random: np.random.Generator
-    ids: list[int] = field(default_factory=list)
-    at: int = 0  # the row of the last pass that gives its next token
-
-    @property
-    def beginning(self) -> tuple[int, ...]:
-        """The same for all draws that go on alike."""
-        return self.row, *self.ids
-
-
-@dataclass
 class Llama:
     """A loaded model with its tokenizer; `identity` is what a fingerprint must know of the weights in use."""
 
@@ -75,6 +63,7 @@ class Llama:
     path: Path
     identity: dict[str, str]
     adapter: Path | None = None  # its folder
+    packs: bool | None = None  # whether rows can run packed; None until tried
     shares_prefix: bool | None = None  # whether the cache of a prefix can serve a batch; None until tried
     _prefix: tuple = field(default=((), None), repr=False)  # the last shared prefix: its ids and its cache
 
@@ -186,7 +175,7 @@ class Llama:
         if len(ids) > (self.context_length or len(ids)):
             raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {self.context_length}")
         with inference():
-            log_probs, _ = self._forward([list(ids)])
+            log_probs, _ = self.forward([list(ids)])
             return log_probs[0].cpu().double().numpy()
 
     def answer_log_probs(
@@ -225,17 +214,17 @@ class Llama:
         """
         with inference():
             prefix, cache = self.shared_prefix(rows)
-        lengths = [len(row) - len(prefix) for row in rows]
-        for batch in self.batches(lengths, batch_size, self.needs_one_length(answers)):
+            if len(rows) > 1 or self._go_on(answers):
+                self.try_packing(rows)
+        tails = [list(row[len(prefix) :]) for row in rows]
+        for batch in self.run_together(tails, answers, batch_size):
             if all(i in skip for i in batch):
                 continue
-            tails = [list(rows[i][len(prefix) :]) for i in batch]
-            with inference():
-                with self._head_inputs() if with_hidden else contextlib.nullcontext() as seen:
-                    log_probs = self.answers_after(tails, cache, answers, self.shares_prefix is True)
-                hidden = self._last_of(tails, seen[0]).float().cpu().numpy() if with_hidden else None
-                found = AnsweredBatch(batch, log_probs.cpu().double().numpy(), hidden)
-            yield found
+            with inference(), self._head_inputs() if with_hidden else contextlib.nullcontext() as seen:
+                together = [tails[i] for i in batch]
+                log_probs = self.answers_after(together, cache, answers).cpu().double().numpy()
+                hidden = self._last_of(together, seen[0]).float().cpu().numpy() if with_hidden else None
+            yield AnsweredBatch(batch, log_probs, hidden)
 
     def hidden_states(
         self,
@@ -253,14 +242,15 @@ class Llama:
         """
         with inference():  # no more is shared than what comes before every span: its tokens must run to be seen
             prefix, cache = self.shared_prefix([row[: start + 1] for row, (start, _) in zip(rows, spans, strict=True)])
+            self.try_packing(rows)
         shared = len(prefix)
-        for batch in self.batches([len(row) - shared for row in rows], batch_size, self._length_matters):
+        tails = [list(row[shared:]) for row in rows]
+        for batch in self.run_together(tails, [[answer] for answer in answers], batch_size):
             if all(i in skip for i in batch):
                 continue
-            tails = [list(rows[i][shared:]) for i in batch]
             inner = [(spans[i][0] - shared, spans[i][1] - shared) for i in batch]
             with inference():
-                log_probs, hidden = self._states(tails, inner, cache, layers, answers)
+                log_probs, hidden = self._states([tails[i] for i in batch], inner, cache, layers, answers)
                 found = AnsweredBatch(batch, log_probs.cpu().double().numpy(), hidden.cpu().numpy())
             yield found
 
@@ -268,27 +258,36 @@ class Llama:
         """(log-probabilities [tails, answers], states [tails, layers, 2, hidden]) of tails after a shared cache."""
         import torch
 
-        ids, ends = self._padded(tails)
-        kept, inverse = torch.unique(ends, return_inverse=True)
-        each = torch.arange(len(tails), device=ids.device)
-        output = self._output(ids, cache, kept if answers else None, output_hidden_states=True)
+        ends = torch.tensor([len(tail) - 1 for tail in tails], device=self.model.device)
         log_probs = torch.empty(len(tails), 0)
-        if answers:
-            log_probs = log_softmax(output.logits[each, inverse])[:, list(answers)]
-        states = [last_and_mean(output.hidden_states[layer], ends, spans) for layer in layers]
-        return log_probs, torch.stack(states, dim=1)
+        if self.packs:
+            tree = answer_tree([[answer] for answer in answers])
+            packed = pack_rows(tails, tree, cache, self.model.device)
+            output = self._packed_output(packed, bool(answers), output_hidden_states=True)
+            states = [packed.side_by_side(output.hidden_states[layer]) for layer in layers]
+            if answers:
+                log_probs = answers_of(output.logits[0], tree)
+        else:
+            kept, inverse = torch.unique(ends, return_inverse=True)
+            output = self._output(self._padded(tails), cache, kept if answers else None, output_hidden_states=True)
+            states = [output.hidden_states[layer] for layer in layers]
+            if answers:
+                each = torch.arange(len(tails), device=ends.device)
+                log_probs = log_softmax(output.logits[each, inverse])[:, list(answers)]
+        return log_probs, torch.stack([last_and_mean(of_layer, ends, spans) for of_layer in states], dim=1)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model as it answers: no dropout, no gradients, no cache of weights that have changed since."""
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.forget_prefix()
         self.model.eval()
         try:
             with inference():
                 yield
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
             self.forget_prefix()
 
     def forget_prefix(self) -> None:
@@ -300,19 +299,37 @@ class Llama:
         """The width of the last hidden state."""
         return self.model.get_output_embeddings().weight.shape[1]
 
+    @staticmethod
+    def _go_on(answers: Sequence[Sequence[int]]) -> bool:
+        """Whether an answer has more than one token."""
+        return any(len(answer) > 1 for answer in answers)
+
     def needs_one_length(self, answers: Sequence[Sequence[int]]) -> bool:
         """Whether the rows of a batch must be of one length."""
-        return self._length_matters or any(len(answer) > 1 for answer in answers)
+        return not self.packs and (self._length_matters or self._go_on(answers))
 
-    def answers_after(self, tails: list[list[int]], cache: object, answers: Sequence[Sequence[int]], continues: bool):
-        """Log-probability of each answer after each tail, float32 tensor [tails, answers].
+    def run_together(
+        self, tails: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int | None
+    ) -> Iterator[list[int]]:
+        """The numbers of the tails of each batch, for `answers_after`."""
+        lengths = [len(tail) for tail in tails]
+        if not self.packs:
+            return self.batches(lengths, batch_size, self.needs_one_length(answers))
+        tree = answer_tree(answers)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        rows = batch_size or max(1, LOGITS_PER_BATCH // (vocabulary * tree.nodes))
+        return self._packed_batches([length + tree.nodes - 1 for length in lengths], rows, batch_size is None)
 
-        `continues`: whether a row's own cache, grown by its tail, can go on to the later tokens of an answer.
-        """
+    def answers_after(self, tails: list[list[int]], cache: object, answers: Sequence[Sequence[int]]):
+        """Log-probability of each answer after each tail, float32 tensor [tails, answers]."""
         import torch
 
-        continues = continues and any(len(answer) > 1 for answer in answers)
-        log_probs, grown = self._forward(tails, cache, keep_cache=continues)
+        if self.packs:
+            tree = answer_tree(answers)
+            packed = pack_rows(tails, tree, cache, self.model.device)
+            return answers_of(self._packed_output(packed).logits[0], tree)
+        continues = self.shares_prefix is True and self._go_on(answers)  # a row's own cache, grown by its tail
+        log_probs, grown = self.forward(tails, cache, keep_cache=continues)
         result = log_probs[:, [answer[0] for answer in answers]]
         rest = [
             self._continuation(tails, cache, grown if continues else None, answer)
@@ -333,9 +350,11 @@ class Llama:
             hook.remove()
 
     def _last_of(self, tails: list[list[int]], states):
-        """Of states [rows, positions, width] at the positions that the head computes: those of the last real tokens."""
+        """Of the states that the head was given those at the last token of each tail, [tails, hidden]."""
         import torch
 
+        if self.packs:
+            return states[0].view(len(tails), -1, states.shape[-1])[:, 0]
         ends = torch.tensor([len(tail) - 1 for tail in tails], device=states.device)
         if self._head_selects:
             ends = torch.unique(ends, return_inverse=True)[1]
@@ -357,105 +376,15 @@ class Llama:
         then it runs again for every token. A continuation depends on its prompt and its seed alone, not on other rows
         or on `batch_size`, but for rounding, which in about one of 700 moves a draw to a neighbouring rare token.
         """
-        if not rows:
-            return []
-        texts: list[list[str]] = [[] for _ in rows]
-        with inference():
-            # Two copies of a single row share all of it but the last token.
-            prefix, cache = self.shared_prefix(rows if len(rows) > 1 else [*rows, *rows])
-            prompts, positions = SAMPLED.get(self.device, SAMPLED["cpu"])
-            longest = max(1, *map(len, seeds)) * max(map(len, rows))
-            size = batch_size or max(1, min(prompts, positions // longest))
-            one_length = not (self.shares_prefix and self._continues_padded)
-            for batch in self.batches([len(row) - len(prefix) for row in rows], size, one_length):
-                tails = [list(rows[i][len(prefix) :]) for i in batch]
-                draws = [Draw(row, np.random.default_rng(seed)) for row, i in enumerate(batch) for seed in seeds[i]]
-                self._run(draws, tails, cache, temperature, max_tokens, stop)
-                for draw in draws:
-                    texts[batch[draw.row]].append(self._text(draw.ids, stop))
-        return texts
-
-    def _run(
-        self, draws: list[Draw], tails: list[list[int]], cache: object, temperature: float, max_tokens: int, stop: str
-    ) -> None:
-        """Draw the ids of continuations of tails after a shared cache. Those that begin alike run as one."""
-        import torch
-
-        log_probs, grown = self._forward(tails, cache, keep_cache=self.shares_prefix is True)
-        real = self._real_positions(tails, grown) if self.shares_prefix else None
-        for draw in draws:
-            draw.at = draw.row
-        live = draws
-        for length in range(1, max_tokens + 1):
-            points = [draw.random.random() for draw in live]
-            tokens = inverse_cdf(log_probs, temperature, [draw.at for draw in live], points)
-            for draw, token in zip(live, tokens, strict=True):
-                draw.ids.append(token)
-            live = [draw for draw in live if not self._ends(draw.ids, stop)]
-            if not live or length == max_tokens:
-                return
-            # Each distinct beginning runs once, and all draws that begin so go on from its row.
-            distinct: dict[tuple, Draw] = {}
-            for draw in live:
-                distinct.setdefault(draw.beginning, draw)
-            running = list(distinct.values())
-            if self.shares_prefix:
-                chosen = torch.tensor([draw.at for draw in running], device=log_probs.device)
-                grown.batch_select_indices(chosen)
-                log_probs, real = self._step([draw.ids[-1] for draw in running], grown, real[chosen])
-            else:  # a cache that cannot be cut to rows: the rows run again
-                log_probs, _ = self._forward([tails[draw.row] + draw.ids for draw in running], cache)
-            row_of = {beginning: row for row, beginning in enumerate(distinct)}
-            for draw in live:
-                draw.at = row_of[draw.beginning]
-
-    def _text(self, ids: list[int], stop: str) -> str:
-        """What a continuation says, up to `stop` and without the tokens that only end it."""
-        text = self.tokenizer.decode([token for token in ids if token not in self._end_ids])
-        return text.partition(stop)[0] if stop else text
-
-    def _real_positions(self, tails: list[list[int]], cache: object):
-        """Which positions of a cache, grown by tails padded on the right, are a row's own; bool [rows, width]."""
-        import torch
-
-        width = max(map(len, tails))
-        padding = torch.tensor([width - len(tail) for tail in tails], device=self.model.device)
-        places = torch.arange(cache.get_seq_length(), device=self.model.device)
-        return places < cache.get_seq_length() - padding[:, None]
-
-    def _step(self, tokens: list[int], cache: object, real) -> tuple:
-        """Log-softmax after one more token of each row, whose own cache grows in place, and `real` grown by it."""
-        import torch
-
-        options = {"past_key_values": cache, "use_cache": True}
-        grown = torch.cat([real, torch.ones_like(real[:, :1])], dim=1)
-        if not real.all():  # padding lies before the new token, which must not see it
-            options |= {"attention_mask": grown.long(), "position_ids": real.sum(dim=1)[:, None]}
-        ids = torch.tensor(tokens, device=self.model.device)[:, None]
-        return log_softmax(self.model(input_ids=ids, **options).logits[:, -1]), grown
+        return sample(self, rows, seeds, temperature, max_tokens, stop, batch_size)
 
     @cached_property
-    def _continues_padded(self) -> bool:
-        """Whether rows of several lengths can go on together, padding masked and positions told; it is tried."""
-        import torch
-        from transformers.cache_utils import DynamicLayer
-
-        if not {"attention_mask", "position_ids"} <= self._parameters:
-            return False
-        with inference():
-            rows = [[5, 6, 7], [8]]
-            _, cache = self._forward(rows, keep_cache=True)
-            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window would count the padding
-                return False
-            padded, _ = self._step([9, 9], cache, self._real_positions(rows, cache))
-            plain, _ = self._forward([[8, 9]])
-            return bool(torch.allclose(padded[1].exp(), plain[0].exp(), atol=self._tolerance))
-
-    def _ends(self, ids: list[int], stop: str) -> bool:
-        return ids[-1] in self._end_ids or bool(stop and stop in self.tokenizer.decode(ids[-1:]))
+    def continues_padded(self) -> bool:
+        """Whether sampled answers to rows of several lengths can go on together."""
+        return can_continue_padded(self)
 
     @cached_property
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
         """The tokens that end an answer."""
         ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ends = [] if ends is None else ends
@@ -471,6 +400,16 @@ class Llama:
             yield batch
             del order[: len(batch)]
 
+    def _packed_batches(self, lengths: Sequence[int], rows: int, bounded: bool) -> Iterator[list[int]]:
+        """Row numbers, longest first, at most `rows` a batch; `bounded`: of no more tokens than a batch may have."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            tokens = np.cumsum([lengths[i] for i in order[:rows]])
+            fit = np.count_nonzero(tokens <= TOKENS_PER_BATCH.get(self.device, 4096)) if bounded else rows
+            batch = order[: max(1, fit)]
+            yield batch
+            del order[: len(batch)]
+
     def shared_prefix(self, rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], object]:
         """The ids with which all rows begin (at least one token of each is left over) and their key-value cache."""
         if len(rows) < 2 or self.shares_prefix is False:
@@ -480,14 +419,20 @@ class Llama:
         length = next((i for i in range(shortest) if first[i] != last[i]), shortest)
         prefix = tuple(first[:length])
         if prefix and prefix != self._prefix[0]:
-            _, cache = self._forward([list(prefix)], keep_cache=True)
+            _, cache = self.forward([list(prefix)], keep_cache=True)
             if self.shares_prefix is None:
-                self.shares_prefix = self._can_share(cache, list(first), length)
+                self._try_sharing(cache, list(last), length)
                 if not self.shares_prefix:
                     print(f"note: {self.name} cannot share a prompt's cache; running plain batches", file=sys.stderr)
                     return (), None
             self._prefix = (prefix, cache)
         return (prefix, self._prefix[1]) if prefix else ((), None)
+
+    def try_packing(self, rows: Sequence[Sequence[int]]) -> None:
+        """Find out, once, whether rows can run packed: the longest of them, behind a beginning of its own."""
+        longest = max(rows, key=len, default=())
+        if self.packs is None and len(longest) > 1:
+            self.shared_prefix([longest, longest[: len(longest) // 2 + 1]])
 
     @cached_property
     def _length_matters(self) -> bool:
@@ -496,45 +441,77 @@ class Llama:
         settings = [rotary, *(value for value in rotary.values() if isinstance(value, dict))]
         return any(s.get("rope_type") in ("dynamic", "longrope") for s in settings)
 
-    def _can_share(self, cache: object, row: list[int], length: int) -> bool:
-        """Whether a batch may continue from the cache: it holds only keys and values, and a row comes out the same."""
+    def _try_sharing(self, cache: object, row: list[int], length: int) -> None:
+        """Find out whether a row with `length` tokens in the cache comes out the same packed, or else in a batch."""
+        plain, _ = self.forward([row])
+        is_plain = self._holds_keys_and_values_only(cache)
+
+        def comes_out(log_probs) -> bool:
+            return bool((log_probs.exp() - plain[0].exp()).abs().max() < self.tolerance)
+
+        if self.packs is None:
+            self.packs = is_plain and self._takes_packed and self._packs_as(comes_out, row[length:], cache)
+        if self.packs:
+            self.shares_prefix = True
+        else:
+            self.shares_prefix = is_plain and comes_out(self.forward([row[length:]] * 2, cache)[0][0])
+
+    def _packs_as(self, comes_out: Callable, tail: list[int], cache: object) -> bool:
+        """Whether a tail comes out right behind another in one sequence."""
+        packed = pack_rows([tail[:1], tail], answer_tree([tail[:1]]), cache, self.model.device)
+        try:
+            logits = self._packed_output(packed).logits[0]
+        except (CannotPackError, TypeError):  # of a layer that does not know what it is given
+            return False
+        return comes_out(log_softmax(logits)[1])
+
+    def _holds_keys_and_values_only(self, cache: object) -> bool:
         from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-        layers = getattr(cache, "layers", [])
         if self._length_matters or type(cache) is not DynamicCache:  # some families subclass it and keep states besides
             return False
-        if not all(isinstance(x, DynamicLayer) for x in layers):
-            return False
-        if any(isinstance(x, LinearAttentionCacheLayerMixin) for x in layers):
-            return False
-        cached, _ = self._forward([row[length:]] * 2, cache)
-        plain, _ = self._forward([row])
-        return bool((cached[0].exp() - plain[0].exp()).abs().max() < self._tolerance)
+        layers = cache.layers
+        return all(isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
 
     @property
-    def _tolerance(self) -> float:
+    def _takes_packed(self) -> bool:
+        """Whether the model's forward pass takes what packed rows give it."""
+        return {"position_ids", "logits_to_keep"} <= self.parameters
+
+    def _packed_output(self, packed: PackedRows, with_head: bool = True, **wanted: bool):
+        """What one pass over packed rows gives, with logits [1, rows * nodes, vocabulary] if the head runs."""
+        with self.packing():
+            if not with_head:
+                return self._causal.base_model(**packed.inputs, **wanted)
+            return self.model(**packed.inputs, logits_to_keep=packed.nodes, **wanted)
+
+    def packing(self) -> contextlib.AbstractContextManager:
+        """The model with the attention of packed rows; CannotPackError if its layers have one of their own."""
+        return packed_attention(self._causal)
+
+    @property
+    def tolerance(self) -> float:
         """How far two ways to the same probability may differ by rounding."""
         return 1e-4 if self.identity.get("precision") == "float32" else 0.05
 
-    def _forward(self, rows: list[list[int]], cache=None, keep_cache: bool = False) -> tuple:
+    def forward(self, rows: list[list[int]], cache=None, keep_cache: bool = False) -> tuple:
         """Log-softmax at the last token of each row (float32 [rows, vocabulary]), and the grown cache if asked for.
 
         Rows are padded on the right and no mask is needed: a causal model's real tokens never see what follows them.
         """
         import torch
 
-        ids, ends = self._padded(rows)
-        kept, inverse = torch.unique(ends, return_inverse=True)
+        ids = self._padded(rows)
+        kept, inverse = torch.unique(torch.tensor([len(r) - 1 for r in rows], device=ids.device), return_inverse=True)
         logits, cache = self._logits(ids, cache, kept, keep_cache)
         return log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse]), cache
 
-    def _padded(self, rows: list[list[int]]) -> tuple:
-        """Rows padded on the right by their own last token, ids [rows, width], and where each ends [rows]."""
+    def _padded(self, rows: list[list[int]]):
+        """Ids [rows, width] of rows padded on the right by their own last token."""
         import torch
 
         width = max(map(len, rows))
-        ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
-        return ids, torch.tensor([len(row) - 1 for row in rows], device=ids.device)
+        return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
 
     def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
         """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
@@ -563,10 +540,10 @@ class Llama:
     @cached_property
     def _head_selects(self) -> bool:
         """Whether the model can compute its vocabulary head for chosen positions only."""
-        return "logits_to_keep" in self._parameters
+        return "logits_to_keep" in self.parameters
 
     @cached_property
-    def _parameters(self) -> set[str]:
+    def parameters(self) -> set[str]:
         """What the model's forward pass takes."""
         return set(inspect.signature(self._causal.forward).parameters)
 

@@ -213,20 +213,20 @@ def add_gradients(
     the sum of these goes back through the prefix at the end. By the chain rule that is the gradient of running
     whole rows, in the memory of a batch.
     """
-    if share_prefix and llama.shares_prefix is None:  # tried without dropout, or two passes would differ
+    if llama.packs is None:  # tried without dropout, or two passes would differ
         with llama.evaluating():
-            llama.shared_prefix(rows)
+            llama.try_packing(rows)
     llama.forget_prefix()  # it was computed with other weights, and without a graph
     with out_of_memory_advice("a smaller --micro-batch-size, --gradient-checkpointing or --load-in-4bit"):
         prefix, cache = llama.shared_prefix(rows) if share_prefix else ((), None)
         llama.forget_prefix()
         copies = _copies_of(cache) if prefix else {}
-        continues = share_prefix and llama.shares_prefix is True
         tails = [list(row[len(prefix) :]) for row in rows]
-        for batch in llama.batches([len(tail) for tail in tails], batch_size, llama.needs_one_length(answers)):
-            copied = map_cache(cache, lambda tensor: copies[id(tensor)].to(tensor.dtype)) if prefix else None
-            log_probs = llama.answers_after([tails[i] for i in batch], copied, answers, continues)
-            loss(log_probs, batch).backward()
+        # A layer that is checkpointed runs again on the way back, so the attention of packed rows stays until then.
+        with llama.packing() if llama.packs else contextlib.nullcontext():
+            for batch in llama.run_together(tails, answers, batch_size):
+                copied = map_cache(cache, lambda tensor: copies[id(tensor)].to(tensor.dtype)) if prefix else None
+                loss(llama.answers_after([tails[i] for i in batch], copied, answers), batch).backward()
         if prefix:
             _back_through(cache, copies)
 

@@ -385,7 +385,7 @@ def check_batches(llama: Llama, scorer: LabelScorer) -> Finding:
     """The same texts alone, padded in a batch, and after the shared prefix: the largest difference of a probability."""
     rows = [llama.encode(scorer.prompt, text) for text, _ in EASY[-4:]]
     answers, labels = [answer.ids for answer in scorer.answers], list(scorer.task.labels)
-    plain = replace(llama, shares_prefix=False)
+    plain = replace(llama, packs=False, shares_prefix=False)
     ways = [
         np.concatenate([plain.answer_log_probs([row], answers) for row in rows]),
         plain.answer_log_probs(rows, answers, len(rows)),

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MODEL_SIDE = {"llama", "prompts", "lora", "tensors", "model_files", "embedded_model", "endpoint", "server_replies"}
+MODEL_SIDE = {"llama", "packed", "sampling", "prompts", "lora", "tensors", "model_files", "embedded_model"}
+MODEL_SIDE |= {"endpoint", "server_replies"}
 CLOUD = {"aws", "sagemaker_job", "sagemaker_endpoint"}
 ROWS = [
     {
@@ -44,6 +45,8 @@ ROWS = [
         "calibration",
         "calibrators",
         "label_calibration",
+        "guarantee_audit",
+        "relabelling",
         "shortlists",
         "confidence_head",
         "probe",
@@ -58,12 +61,12 @@ ROWS = [
     },
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
     | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
-    {"calibration_demo", "compare_base_vs_finetuned", "combined_confidence", "study_tables"},
+    {"calibration_demo", "calibration_figures", "compare_base_vs_finetuned", "combined_confidence", "study_tables"},
     {"main"},
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # Analysis runs without torch, on any laptop; these may not import it even inside a function.
-NUMBER_SIDE = set().union(*ROWS[:3], {"calibration_demo", "compare_base_vs_finetuned", "study_tables"}) - MODEL_SIDE - CLOUD
+NUMBER_SIDE = set().union(*ROWS[:3], ROWS[4]) - {"combined_confidence"} - MODEL_SIDE - CLOUD
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "gguf"}
 OTHER_NAMES = {"data", "docs", "images", "scripts", "tests", "requirements.txt", "README.md"}
 OTHER_NAMES |= {"fine_tuned_sentiment_model", "pyproject.toml", "Makefile", "LICENSE", ".gitignore", ".ci"}

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import chi2_contingency, chisquare
 from small_models import BEGINNING, KINDS, LONG_ROTARY, SIZES, TABLES, VOCABULARY, numbers, random_model
 
-import llama as loader
+import sampling
 from llama import Llama
 from tensors import inverse_cdf
 
@@ -53,7 +53,7 @@ def drawn_one_by_one(model, row, seed, temperature: float, max_tokens: int) -> s
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_an_answer_depends_on_its_prompt_and_its_seed_alone(name, monkeypatch):
-    monkeypatch.setitem(loader.SAMPLED, "cpu", (2, 1 << 16))  # so that the default makes several batches of these rows
+    monkeypatch.setitem(sampling.SAMPLED, "cpu", (2, 1 << 16))  # so the default makes several batches
     llama, temperature, longest = letters_of(name), 1.3, 5
     several = TABLES["a shared beginning"] + TABLES["no shared beginning"][:2] + TABLES["a row of one token"]
     seeds = [[100 * i, 100 * i + 1, 7] for i in range(len(several))]
@@ -230,7 +230,7 @@ def test_rows_of_several_lengths_are_answered_together(counted):
     heads.clear()
     llama.sample(rows, seeds, max_tokens=4, stop="", batch_size=6)
     assert len(heads) == 4 and heads[1][0] > 12  # one pass for each token, most answers still under way
-    assert letters_of("absolute positions")._continues_padded
+    assert letters_of("absolute positions").continues_padded
 
 
 def test_a_point_of_the_cdf_names_the_token_it_falls_on_and_never_one_without_probability():
