@@ -95,6 +95,7 @@ SETS = {
     ),
     "agnews": DataSet(
         title="AG News, test part",
+        draft_rows=300,
         files=("agnews_test.csv",),
         columns={
             "header": False,
@@ -284,22 +285,23 @@ def run_probe(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
     from probe import FIRST_TOKEN, WORDS, fit_probe, word_counts
     from probe_training import hash_of
 
-    task, rows = replace(work.task, examples=()), work.rows
-    texts, labels = [e.text for e in work.examples], [e.label for e in work.examples]
+    task, rows, most = replace(work.task, examples=()), work.rows, max(sizes)
+    examples = [*work.examples[:most], *work.examples[rows.labelled :]]
+    texts, labels = [e.text for e in examples], [e.label for e in examples]
     llama = load_llama("default", adapter="none", task=task.settings())
     reader = feature_reader(llama, task)
-    encoded, errors = scoring.encode_all(work.examples, reader.encode)
+    encoded, errors = scoring.encode_all(examples, reader.encode)
     if errors:
         raise ValueError(f"{work.name}: {len(errors):,} rows cannot be read, as {next(iter(errors.values()))}")
     key = predictions.fingerprint(**llama.identity, task=task.settings(), layers=reader.layers, texts=hash_of(texts))
     started = time.process_time()
     with command_line.progress(len(texts), 0) as advance:
-        features = written_features(reader, list(encoded.values()), work.folder / "features.f32", key, advance)
-    work.add_seconds("features", time.process_time() - started)
+        features = written_features(reader, list(encoded.values()), work.folder / f"features_{most}.f32", key, advance)
+    stage = f"features {most}"
+    work.add_seconds(stage, time.process_time() - started)
     first_token = features.pop(FIRST_TOKEN, None)
-    unseen = {name: states[rows.unseen] for name, states in features.items()}
-    unseen |= {WORDS: word_counts([texts[n] for n in rows.unseen.tolist()])}
-    unseen |= {} if first_token is None else {FIRST_TOKEN: first_token[rows.unseen]}
+    unseen = {name: states[most:] for name, states in features.items()} | {WORDS: word_counts(texts[most:])}
+    unseen |= {} if first_token is None else {FIRST_TOKEN: first_token[most:]}
     for n in sizes:
         started = time.process_time()
         fitted = fit_probe(
@@ -312,7 +314,7 @@ def run_probe(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
             seed=SEED,
         )
         told = fitted.probe.probabilities(unseen)
-        reading = work.seconds("features") * (n + len(rows.unseen)) / len(texts)
+        reading = work.seconds(stage) * (n + len(rows.unseen)) / len(texts)
         about = {"chosen": fitted.chosen.name, "out_of_fold_log_loss": fitted.chosen.log_loss, **llama.identity}
         seconds = reading + time.process_time() - started
         yield Run(PROBE, n, np.arange(n), np.vstack([fitted.out_of_fold, told]), None, seconds, about)
@@ -376,20 +378,29 @@ def scored_run(
 # The study
 
 
-def sizes_of(chosen: DataSet, method: str) -> tuple[int, ...]:
-    """With how many labels a method is run on a set: one run of the draft serves all sizes."""
-    if method == DRAFT:
-        return (chosen.draft_rows,)
-    return (CHOOSING,) if method in (IMPROVED, LORA) else chosen.sizes
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be run: methods, with which numbers of labels (None: all), and how long a search may take."""
+
+    methods: Sequence[str]
+    labels: Sequence[int] | None
+    minutes: float
+
+    def sizes(self, chosen: DataSet, method: str) -> list[int]:
+        """With how many labels a method is to be run on a set; one run of the draft serves all."""
+        if method == DRAFT:
+            return [chosen.draft_rows]
+        sizes = (CHOOSING,) if method in (IMPROVED, LORA) else chosen.sizes
+        return [n for n in sizes if self.labels is None or n in self.labels]
 
 
-def run_set(
-    name: str, work_folder: Path, data: Path | None, source: str | None, methods: Sequence[str], minutes: float
-):
+def run_set(name: str, work_folder: Path, data: Path | None, source: str | None, wanted: Wanted) -> None:
     """Run what is not recorded yet of a data set, and record each run when it is finished."""
     chosen, path = SETS[name], RECORDINGS / f"{name}.jsonl.gz"
     study = study_tables.read_study(path) if path.exists() else None
-    missing = {m: [n for n in sizes_of(chosen, m) if not (study and study.has(m, n))] for m in methods}
+    missing = {}
+    for method in wanted.methods:
+        missing[method] = [n for n in wanted.sizes(chosen, method) if not (study and study.has(method, n))]
     if not any(missing.values()):
         print(f"{name}: all recorded", file=sys.stderr)
         return
@@ -401,13 +412,19 @@ def run_set(
     for method, sizes in missing.items():
         if not sizes:
             continue
-        makers = {BAG_OF_WORDS: run_bag_of_words, PROBE: run_probe, DRAFT: run_draft, LORA: run_lora}
-        made = run_improved(work, sizes, minutes) if method == IMPROVED else makers[method](work, sizes)
-        for run in made:
+        for run in runs_of(method, work, sizes, wanted.minutes):
             study = study.with_run(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             study_tables.write_study(path, study)
             print(f"{name}: {method}, {run.n:,} labels, recorded", file=sys.stderr, flush=True)
+
+
+def runs_of(method: str, work: Work, sizes: Sequence[int], minutes: float) -> Iterator[Run]:
+    """The runs of a method, one after the other."""
+    if method == IMPROVED:
+        return run_improved(work, sizes, minutes)
+    makers = {BAG_OF_WORDS: run_bag_of_words, PROBE: run_probe, DRAFT: run_draft, LORA: run_lora}
+    return makers[method](work, sizes)
 
 
 def prepare(name: str, work_folder: Path, data: Path | None, source: str | None) -> tuple[Work, str]:
@@ -500,6 +517,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--source", metavar="SET=TABLE", action="append", default=[], help="a set from a table, hf:NAME:SPLIT too")
     add("--work", metavar="FOLDER", help="where texts, features and adapters are kept meanwhile, outside the project")
     add("--method", choices=RUN, action="append", help="run only this (repeatable; default: all)")
+    add("--labels", type=command_line.natural, metavar="N", action="append", help="run only so many (repeatable)")
     add("--minutes", type=float, default=4.0, metavar="M", help="of a search for a better prompt (default: 4)")
     args = parser.parse_args(argv)
     for name in [*args.sets, *(pair.partition("=")[0] for pair in args.source)]:
@@ -524,9 +542,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     data, work_folder = Path(args.data) if args.data else None, Path(args.work).resolve()
     sources = dict(pair.split("=", 1) for pair in args.source)
+    wanted = Wanted([RUN[method] for method in args.method or RUN], args.labels, args.minutes)
     for name in names:
-        methods = [RUN[method] for method in args.method or RUN]
-        run_set(name, work_folder, data, sources.get(name), methods, args.minutes)
+        run_set(name, work_folder, data, sources.get(name), wanted)
 
 
 if __name__ == "__main__":
