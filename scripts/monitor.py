@@ -1,18 +1,22 @@
 """Are today's predictions still like those the calibrator was fitted on, and is what is automated still right?
 
     python scripts/monitor.py reference.jsonl today.jsonl --calibrator calibrator.json
-    python scripts/monitor.py reference.jsonl today.jsonl --calibrator calibrator.json --target-accuracy 0.9 --looks 12
+    python scripts/monitor.py reference.jsonl today.jsonl --calibrator calibrator.json --state audit.json
 
 Three questions, from the cheapest to the one that counts:
 
 1. Drift: do confidence and predicted labels still come as often? Population stability index over the reference's
-   deciles against its own null distribution, and Kolmogorov and Smirnov's test. No labels needed.
+   deciles, and Kolmogorov and Smirnov's test, against what they show when whole groups are shuffled between the files:
+   rows that belong together (--groups, else near-duplicate texts) would otherwise pass for drift. No labels needed.
 2. Accuracy without labels, by three estimates. They hold only while P(right | confidence) stays what it was: they
    cannot see a task that changed, or a model that was exchanged behind its name.
 3. Audit: of the automated rows of today that have a label (a small random sample, labelled by hand), are too many
-   wrong? An exact test. Divide its risk by the number of looks at one guarantee, with --looks.
+   wrong? --state keeps the evidence between looks, of which there may be any number: the risk of ever raising a false
+   alarm is that of the guarantee. Target, certainty and threshold are the calibrator file's. A row counts once, so a
+   command may be repeated.
 
-Recalibrate when the audit alarms; drift alone is a reason to audit. Exit code: 0, or 1 when the audit alarms.
+The reference must not be what the calibrator was fitted on: split a labelled table in two first. Recalibrate when the
+audit alarms; drift alone is a reason to audit. Exit code: 0, 1 when the audit has alarmed, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,14 +37,28 @@ sys.path.insert(0, str(ROOT))
 import command_line  # noqa: E402
 import predictions  # noqa: E402
 import scoring  # noqa: E402
+import tables  # noqa: E402
+from calibration_metrics import exact_interval, group_numbers, resamples  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
 if TYPE_CHECKING:
     from calibration import FittedCalibrator
+    from guarantee_audit import AuditedRow, AuditState
 
 FEWEST = 200  # rows of a file that can say anything about drift
 BINS = 10
 N_RESAMPLES = 500
+N_SHUFFLES = 999
+MANY_ROWS, N_SHUFFLES_OF_MANY = 50_000, 199
+ALPHA = 0.05  # of a guarantee that has no risk of its own
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The scored rows of a file, and the number of each one's group [n]; no number is in both files."""
+
+    rows: list[Prediction]
+    groups: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,20 +69,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         calibrator = load_calibrator(args.calibrator)
     predictions.read_labelled(args.reference)  # refuses a reference without labels
-    reference, current = (read_scored(path, calibrator, args.threshold) for path in (args.reference, args.current))
-    if reference[0].fingerprint != current[0].fingerprint:
-        raise ValueError(
-            f"{args.reference} and {args.current} have the fingerprints {reference[0].fingerprint} and "
-            f"{current[0].fingerprint}: another model, task or method is no drift; fit a new calibrator"
-        )
-    print(f"reference {command_line.printable(args.reference)}: {len(reference):,} rows")
-    print(f"current {command_line.printable(args.current)}: {len(current):,} rows")
-    if min(len(reference), len(current)) < FEWEST:
+    rows = [read_scored(path, calibrator, args.threshold) for path in (args.reference, args.current)]
+    check_pair(*rows, args.reference, args.current)
+    targets, alpha = audited_targets(calibrator, args.threshold, args.target_accuracy, args.alpha)
+    state = audit_state(rows[1], calibrator, args.threshold, targets, alpha, args.state)
+    reference, current = in_groups(*rows, args.groups)
+    for name, path, watched in (("reference", args.reference, reference), ("current", args.current, current)):
+        groups = len(np.unique(watched.groups))
+        print(f"{name} {command_line.printable(path)}: {len(watched.rows):,} rows in {groups:,} groups")
+    if min(len(reference.rows), len(current.rows)) < FEWEST:
         print(f"fewer than {FEWEST} rows in a file: most drift would go unseen")
-    print_drift(reference, current)
+    print_drift(reference, current, args.seed)
     print_estimates(reference, current, args.seed)
-    alarm = print_audit(current, args.target_accuracy, args.alpha / args.looks)
-    sys.exit(1 if alarm else 0)
+    after = print_audit(current, state, calibrator)
+    if args.state and after != state:
+        from guarantee_audit import save_state
+
+        save_state(args.state, after)
+    sys.exit(0 if after is None or after.alarm_at is None else 1)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,18 +98,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
     )
-    add("--target-accuracy", type=float, default=0.9, metavar="A", help="guaranteed of automated rows (default: 0.9)")
-    add("--alpha", type=float, default=0.05, metavar="P", help="risk of a false alarm, over all looks (default: 0.05)")
-    add("--looks", type=int, default=1, metavar="N", help="how often this guarantee is audited (default: 1)")
-    add("--seed", type=command_line.natural, metavar="N", default=0, help="of the bootstrap (default: 0)")
+    tables.add_groups_argument(parser)
+    add("--state", metavar="FILE", help="keep the evidence of the audit in this file, for the next look")
+    add("--target-accuracy", type=float, metavar="A", help="guaranteed of automated rows (default: the calibrator's)")
+    add("--alpha", type=float, metavar="P", help="risk of a false alarm, ever (default: 1 - the certainty, or 0.05)")
+    add("--seed", type=command_line.natural, metavar="N", default=0, help="of shuffles and bootstrap (default: 0)")
     args = parser.parse_args(argv)
     for name in ("target_accuracy", "alpha"):
-        if not 0 < getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: between 0 and 1, both excluded")
-    if not 1 <= args.looks <= 10**6:
-        parser.error(f"--looks {args.looks}: from 1 to a million")
+        if (value := getattr(args, name)) is not None and not 0 < value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: between 0 and 1, both excluded")
+    if args.state is not None:
+        predictions.check_output(args.state)
     scoring.check_calibrator_arguments(parser, args)
     return args
+
+
+# The two files
 
 
 def read_scored(path: str, calibrator: FittedCalibrator | None, threshold: float | None) -> list[Prediction]:
@@ -104,23 +131,42 @@ def read_scored(path: str, calibrator: FittedCalibrator | None, threshold: float
     return calibrator.apply(rows, threshold) if calibrator else rows
 
 
+def check_pair(
+    reference: Sequence[Prediction], current: Sequence[Prediction], reference_name: str, current_name: str
+) -> None:
+    """ValueError for files that cannot be compared, and for a reference that the calibrator was fitted on."""
+    if reference[0].fingerprint != current[0].fingerprint:
+        raise ValueError(
+            f"{reference_name} and {current_name} have the fingerprints {reference[0].fingerprint} and "
+            f"{current[0].fingerprint}: another model, task or method is no drift; fit a new calibrator"
+        )
+    if seen := sum(bool(row.extras.get("fitted_on")) for row in reference):
+        raise ValueError(
+            f"{reference_name}: the calibrator was fitted on {seen:,} of its {len(reference):,} texts, on which it "
+            "looks better than it is; take a part of the labelled rows that it has not seen (scripts/split_table.py)"
+        )
+
+
+def in_groups(reference: list[Prediction], current: list[Prediction], table: str | None) -> tuple[Watched, Watched]:
+    """Both files with their groups. What a group has in each file stays together there."""
+    numbers = group_numbers(tables.groups_of([*reference, *current], table))
+    files = np.repeat([0, 1], [len(reference), len(current)])
+    units = group_numbers([*zip(numbers.tolist(), files.tolist(), strict=True)])
+    return Watched(reference, units[: len(reference)]), Watched(current, units[len(reference) :])
+
+
 # Drift
 
 
-def population_stability_index(reference: np.ndarray, current: np.ndarray) -> tuple[float, float]:
-    """(PSI, its p-value) of counts [bins]: sum (q - p) ln(q / p), half a row added to each bin.
+def population_stability_index(reference: np.ndarray, current: np.ndarray) -> float:
+    """PSI of counts [bins]: sum (q - p) ln(q / p), half a row added to each bin.
 
-    Without drift it is about (1/n + 1/m) chi-square with bins - 1 degrees of freedom (Yurdakul, 2018), which grows as
-    the files shrink; the customary limits of 0.1 and 0.25 ignore that.
+    Without drift it is about (1/n + 1/m) chi-square with bins - 1 degrees of freedom for independent rows (Yurdakul,
+    2018), which grows as the files shrink, and more so where rows are alike; the customary limits of 0.1 and 0.25
+    ignore that.
     """
-    from scipy.stats import chi2
-
-    if len(reference) < 2:
-        return 0.0, 1.0  # all in one bin
-    n, m = reference.sum(), current.sum()
     p, q = ((counts + 0.5) / (counts + 0.5).sum() for counts in (reference, current))
-    index = float(np.sum((q - p) * np.log(q / p)))
-    return index, float(chi2.sf(index / (1 / n + 1 / m), len(reference) - 1))
+    return float(np.sum((q - p) * np.log(q / p)))
 
 
 def decile_counts(reference: np.ndarray, current: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,23 +178,67 @@ def decile_counts(reference: np.ndarray, current: np.ndarray) -> tuple[np.ndarra
     )
 
 
-def print_drift(reference: Sequence[Prediction], current: Sequence[Prediction]) -> None:
-    from scipy.stats import ks_2samp
+def kolmogorov_smirnov(reference: np.ndarray, current: np.ndarray) -> float:
+    """The largest distance between the two shares of values up to a value."""
+    values = np.sort(np.concatenate([reference, current]))
+    shares = [np.searchsorted(np.sort(side), values, side="right") / len(side) for side in (reference, current)]
+    return float(np.abs(shares[0] - shares[1]).max())
 
-    files = (reference, current)
-    confidences = [np.array([row.confidence for row in rows]) for rows in files]
-    means = [f"{confidence.mean():.3f}" for confidence in confidences]
-    index, p = population_stability_index(*decile_counts(*confidences))
-    ks = ks_2samp(*confidences)
-    table = [["1. Drift", "reference", "current", "statistic", "p if nothing changed"]]
-    table.append(["mean confidence, PSI of its deciles", *means, f"{index:.4f}", f"{p:.3g}"])
-    table.append(["the same, Kolmogorov-Smirnov", "", "", f"{ks.statistic:.4f}", f"{ks.pvalue:.3g}"])
+
+def shuffled_p_values(
+    statistics: Callable[[np.ndarray], Sequence[float]], reference: Watched, current: Watched, seed: int
+) -> list[float]:
+    """P(a statistic as large | nothing changed), of each: whole groups are shuffled between the files.
+
+    `statistics` takes which rows of both files together are the reference's, bool [n + m]. If groups come from one
+    stream, every way to divide them is as likely as the one that was found, so no p-value is too small, whatever rows
+    of a group have in common: (1 + how many are as large) / (1 + shuffles).
+    """
+    units = np.concatenate([reference.groups, current.groups])
+    is_reference = np.zeros(units.max() + 1, dtype=bool)
+    is_reference[reference.groups] = True
+    found, draw = np.array(statistics(is_reference[units])), np.random.default_rng(seed)
+    shuffles = N_SHUFFLES if len(units) <= MANY_ROWS else N_SHUFFLES_OF_MANY
+    as_large = sum(
+        np.array(statistics(draw.permutation(is_reference)[units])) >= found - 1e-12 for _ in range(shuffles)
+    )
+    return ((1 + as_large) / (1 + shuffles)).tolist()
+
+
+def drift_statistics(confidence: np.ndarray, predicted: np.ndarray, is_reference: np.ndarray) -> list[float]:
+    """PSI of the confidences' deciles, Kolmogorov-Smirnov of them, and PSI of the predicted labels' numbers."""
+    sides = confidence[is_reference], confidence[~is_reference]
+    counts = [
+        np.bincount(side, minlength=predicted.max() + 1) for side in (predicted[is_reference], predicted[~is_reference])
+    ]
+    return [
+        population_stability_index(*decile_counts(*sides)),
+        kolmogorov_smirnov(*sides),
+        population_stability_index(*counts),
+    ]
+
+
+def print_drift(reference: Watched, current: Watched, seed: int) -> None:
+    files = reference.rows, current.rows
+    confidence = np.array([row.confidence for rows in files for row in rows])
     labels = sorted({row.prediction for rows in files for row in rows})
+    number = {label: number for number, label in enumerate(labels)}
+    predicted = np.array([number[row.prediction] for rows in files for row in rows])
+
+    def statistics(is_reference: np.ndarray) -> list[float]:
+        return drift_statistics(confidence, predicted, is_reference)
+
+    found = statistics(np.arange(len(confidence)) < len(reference.rows))
+    p_values = shuffled_p_values(statistics, reference, current, seed)
+    cells = [[f"{statistic:.4f}", f"{p:.3g}"] for statistic, p in zip(found, p_values, strict=True)]
+    means = [f"{np.mean([row.confidence for row in rows]):.3f}" for rows in files]
+    table = [["1. Drift", "reference", "current", "statistic", "p if nothing changed"]]
+    table.append(["mean confidence, PSI of its deciles", *means, *cells[0]])
+    table.append(["the same, Kolmogorov-Smirnov", "", "", *cells[1]])
     if len(labels) > 1:
         counts = [Counter(row.prediction for row in rows) for rows in files]
-        index, p = population_stability_index(*(np.array([float(c[label]) for label in labels]) for c in counts))
         shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in labels) for c in counts]
-        table.append(["predicted labels, PSI", *shares, f"{index:.4f}", f"{p:.3g}"])
+        table.append(["predicted labels, PSI", *shares, *cells[2]])
     masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in files]
     table.append(["mean label mass", *masses, "", ""])
     print("\n" + command_line.columns(table))
@@ -168,25 +258,24 @@ def estimates(reference: np.ndarray, right: np.ndarray, current: np.ndarray) -> 
     return float(np.clip(accuracy + current.mean() - reference.mean(), 0, 1)), float(np.mean(current >= threshold))
 
 
-def print_estimates(reference: Sequence[Prediction], current: Sequence[Prediction], seed: int) -> None:
-    """Three label-free estimates with a bootstrap over the rows of both files."""
-    before, right = predictions.confidence_and_correct(reference)
-    now = np.array([row.confidence for row in current])
-    draw, drawn = np.random.default_rng(seed), []
-    for _ in range(N_RESAMPLES):
-        i, j = draw.integers(len(before), size=len(before)), draw.integers(len(now), size=len(now))
-        drawn.append(estimates(before[i], right[i], now[j]))
-    by_difference, by_threshold = np.transpose(drawn)
+def print_estimates(reference: Watched, current: Watched, seed: int) -> None:
+    """Three label-free estimates with a bootstrap over the groups of both files."""
+    before, right = predictions.confidence_and_correct(reference.rows)
+    now = np.array([row.confidence for row in current.rows])
+    redrawn = [*resamples(current.groups, N_RESAMPLES, seed + 1)]
+    pairs = zip(resamples(reference.groups, N_RESAMPLES, seed), redrawn, strict=True)
+    by_difference, by_threshold = np.transpose([estimates(before[i], right[i], now[j]) for i, j in pairs])
     difference, thresholded = estimates(before, right, now)
     table = [["2. Accuracy today, estimated", "", "95 % band"]]
     table.append(["change of mean confidence", f"{difference:.3f}", band(by_difference)])
     table.append(["thresholded confidence", f"{thresholded:.3f}", band(by_threshold)])
-    calibrated = [row.extras.get("calibrated_confidence") for row in current]
+    calibrated = [row.extras.get("calibrated_confidence") for row in current.rows]
     if None in calibrated:
         table.append(["mean calibrated confidence", "-", "needs --calibrator"])
     else:
-        means = [np.mean(draw.choice(calibrated, len(calibrated))) for _ in range(N_RESAMPLES)]
-        table.append(["mean calibrated confidence", f"{np.mean(calibrated):.3f}", band(means)])
+        calibrated = np.array(calibrated)
+        means = [calibrated[rows].mean() for rows in redrawn]
+        table.append(["mean calibrated confidence", f"{calibrated.mean():.3f}", band(means)])
     print(f"\n{command_line.columns(table)}")
     print(
         f"reference accuracy {right.mean():.3f}, n = {len(right):,}; a change of P(right | confidence) is not seen here"
@@ -201,49 +290,115 @@ def band(values: Sequence[float]) -> str:
 # Audit
 
 
-def print_audit(current: Sequence[Prediction], target_accuracy: float, level: float) -> bool:
-    """Test the labelled automated rows against the guarantee, at this risk of a false alarm; True for an alarm."""
-    from scipy.stats import binom
+def audited_targets(
+    calibrator: FittedCalibrator | None, threshold: float | None, target_accuracy: float | None, alpha: float | None
+) -> tuple[dict[str, float], float]:
+    """The guaranteed accuracy of all automated rows, or of those of each predicted label; and the risk of an alarm.
 
-    from calibration_metrics import exact_interval
-
-    print(f"\n3. Audit of the guarantee that {target_accuracy:.1%} of automated rows are right")
-    if not any("decision" in row.extras for row in current):
-        print("no row has a decision; --calibrator gives one")
-        return False
-    automated = [row for row in current if row.extras.get("decision") == "automate"]
-    labelled = [row for row in automated if row.label is not None and not row.extras.get("fitted_on")]
-    print(f"{len(automated):,} of {len(current):,} rows automated, {len(labelled):,} of them labelled")
-    if seen := sum(bool(row.extras.get("fitted_on")) for row in automated):
-        print(f"{seen:,} left out: the calibrator was fitted on their texts")
-    needed = rows_for_power(target_accuracy, level)
-    if not labelled:
-        print("nothing to test; label a random sample of " + (f"{needed:,} automated rows" if needed else "them"))
-        return False
-    n, right = len(labelled), sum(row.prediction == row.label for row in labelled)
-    low, high = exact_interval(right, n)
-    p = float(binom.cdf(right, n, target_accuracy))
-    print(f"{right:,} of {n:,} right, {right / n:.3f} [{low:.3f}, {high:.3f}]; so few by chance: p = {p:.3g}")
-    print("ALARM: the guarantee is broken; recalibrate" if p <= level else f"no alarm at {level:.3g}")
-    if needed and n < needed:
-        print(f"a fall by ten points would be seen four times in five with {needed:,} labelled rows")
-    return p <= level
-
-
-def rows_for_power(target_accuracy: float, level: float, fall: float = 0.1, power: float = 0.8) -> int | None:
-    """The number of labelled rows from which on the test alarms with this power if the accuracy has fallen by `fall`.
-
-    None when 5,000 are too few.
+    Those of the calibrator file, unless they are given. ValueError without both.
     """
-    from scipy.stats import binom
+    from guarantee_audit import EVERYTHING
 
-    n = np.arange(5, 5001)
-    most = binom.ppf(level, n, target_accuracy)  # smallest k with P(X <= k) >= level
-    most -= binom.cdf(most, n, target_accuracy) > level
-    enough = binom.cdf(most, n, max(target_accuracy - fall, 0)) >= power
-    # The test is discrete and its power saws up and down: from here on it stays above.
-    first = 0 if enough.all() else len(n) - int(np.argmin(enough[::-1]))
-    return int(n[first]) if first < len(n) else None
+    records = {}
+    if calibrator and calibrator.label_thresholds:
+        records = {
+            label: record for label, record in calibrator.label_thresholds.items() if record["value"] is not None
+        }
+    elif calibrator and calibrator.threshold and (calibrator.threshold["value"] is not None or threshold is not None):
+        records = {EVERYTHING: calibrator.threshold}
+    targets = {name: record["target_accuracy"] for name, record in records.items()}
+    if target_accuracy is not None:
+        targets = {EVERYTHING: target_accuracy}
+    if alpha is None:
+        deltas = [record["delta"] for record in records.values() if record.get("delta") is not None]
+        alpha = max(deltas, default=ALPHA)
+    return targets, alpha
+
+
+def audit_state(
+    current: Sequence[Prediction],
+    calibrator: FittedCalibrator | None,
+    threshold: float | None,
+    targets: dict[str, float],
+    alpha: float,
+    path: str | None,
+) -> AuditState | None:
+    """The evidence so far: that of the state file if there is one. None where no target is known."""
+    from guarantee_audit import load_state, new_state
+
+    if not targets:
+        return None
+    thresholds = calibrator.thresholds(threshold) if calibrator else None
+    guarantee = predictions.fingerprint(of=current[0].fingerprint, thresholds=thresholds, targets=targets)
+    state = new_state(guarantee, targets, alpha)
+    return load_state(path, state) if path and Path(path).exists() else state
+
+
+def rows_to_audit(current: Watched) -> list[AuditedRow]:
+    """The labelled automated rows that may count, and a line on those that may not."""
+    from guarantee_audit import AuditedRow
+
+    pairs = [*zip(current.rows, current.groups.tolist(), strict=True)]
+    automated = [AuditedRow(row, group) for row, group in pairs if row.extras.get("decision") == "automate"]
+    labelled = [each for each in automated if each.row.label is not None]
+    print(f"{len(automated):,} of {len(current.rows):,} rows automated, {len(labelled):,} of them labelled")
+    fair = []
+    fitted = chosen = 0
+    for each in labelled:
+        if each.row.extras.get("fitted_on"):
+            fitted += 1
+        elif each.row.extras.get("purpose") == "chosen":
+            chosen += 1
+        else:
+            fair.append(each)
+    if fitted:
+        print(f"{fitted:,} left out: the calibrator was fitted on their texts")
+    if chosen:
+        print(f"{chosen:,} left out: they were chosen to be labelled, so they are no random sample")
+    return fair
+
+
+def print_audit(current: Watched, state: AuditState | None, calibrator: FittedCalibrator | None) -> AuditState | None:
+    """Add today's labelled automated rows to the evidence against each guarantee, and say what there is now."""
+    from guarantee_audit import after_look, unseen
+
+    print("\n3. Audit of what is guaranteed")
+    if not any("decision" in row.extras for row in current.rows):
+        print("no row has a decision; --calibrator gives one")
+        return state
+    if state is None:
+        print("nothing is guaranteed, so there is nothing to audit; --target-accuracy audits a target of yours")
+        return None
+    rows = rows_to_audit(current)
+    after, new = after_look(state, rows), unseen(state, rows)
+    if known := len(rows) - len(new):
+        print(f"{known:,} of them have counted before")
+    print_evidence(after)
+    if calibrator and calibrator.threshold and calibrator.threshold.get("kind") == "average":
+        print("a threshold that is right on average over labelled sets is below its target about every second time")
+    if after.alarm_at is not None:
+        print(f"ALARM at look {after.alarm_at}: the guarantee is broken; recalibrate, and begin a new --state file")
+    elif not new:
+        print("nothing new to count; label a random sample of the automated rows")
+    else:
+        print(f"no alarm at look {after.looks}; it takes evidence of {after.alarm_level:.4g}")
+    return after
+
+
+def print_evidence(state: AuditState) -> None:
+    """Of each guarantee: rows so far, how many are right, the evidence, and how many rows an alarm would take."""
+    from guarantee_audit import rows_until_alarm
+
+    table = [["", "guaranteed", "labelled", "right so far", "evidence", "alarm if ten points fewer are right"]]
+    for name, audited in state.audited.items():
+        cells = [name, f"{audited.target:.1%}", f"{audited.rows:,}", "-", f"{audited.e_value:.3g}"]
+        if audited.rows:
+            low, high = exact_interval(audited.right, audited.rows)
+            cells[3] = f"{audited.right / audited.rows:.3f} [{low:.3f}, {high:.3f}]"
+        half, most = rows_until_alarm(audited.target, 1 / state.alarm_level, max(audited.target - 0.1, 0.0))
+        delay = f"by {half:.0f} labelled rows in half of all cases" if half < np.inf else "rather late"
+        table.append([*cells, delay + (f", by {most:.0f} in four of five" if most < np.inf else "")])
+    print(command_line.columns(table))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,37 @@
 """scripts/monitor.py: does it see what changed, stay quiet when nothing did, and alarm no more often than it says?
 
-Recorded values, sums by hand, binomial tails in fractions, scipy's binomtest and simulations whose truth is known say
-what is right. The script runs in this process; only its exit code and its pipe need processes of their own.
+Recorded values, sums by hand, scipy's tests and simulations whose truth is known say what is right. The script runs in
+this process; only its exit code needs a process of its own.
 """
 
 import json
 import math
 import re
 from dataclasses import replace
-from fractions import Fraction
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, chi2
+from scipy.stats import binom, binomtest, chi2, ks_2samp
 
 import command_line
 import monitor
 import predictions
 from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator
-from monitor import decile_counts, estimates, population_stability_index, print_audit, rows_for_power
-from tables import text_key
+from monitor import (
+    Watched,
+    decile_counts,
+    drift_statistics,
+    estimates,
+    kolmogorov_smirnov,
+    population_stability_index,
+    shuffled_p_values,
+)
+from tables import groups_of, text_key
 
+ROOT = Path(__file__).parent.parent
 VECTORS = json.loads((Path(__file__).parent / "data/reference_vectors.json").read_text(encoding="utf-8"))
 CONFIDENCE, DECILES, KS = "change of mean confidence", "mean confidence, PSI of its deciles", "the same, Kolmogorov"
 THRESHOLDED, CALIBRATED, LABELS = "thresholded confidence", "mean calibrated confidence", "predicted labels, PSI"
@@ -51,11 +59,18 @@ def write(path, rows):
     return path
 
 
-def calibrator(path, threshold=0.9, slope=1.0, seen="another text"):
+def apart(path, n):
+    """A table that says of the rows r0, r1, ... that none belongs to another."""
+    path.write_text("id,group\n" + "".join(f"r{i},{i}\n" for i in range(n)))
+    return path
+
+
+def calibrator(path, threshold=0.9, slope=1.0, seen="another text", **record):
     """A calibrator file with P = sigma(slope logit(c)): with slope 1 the calibrated confidence is the confidence."""
     platt, keys = PlattScalingCalibrator(), frozenset([text_key(seen)])
     platt.slope_, platt.intercept_ = slope, 0.0
-    fitted = (Recipe("platt", False), platt, ("a", "b"), "0123abcd", "m", "t", 100, 100, keys, {}, {"value": threshold})
+    goal = {"value": threshold, "target_accuracy": 0.9, "delta": 0.05, "kind": "exact"}
+    fitted = (Recipe("platt", False), platt, ("a", "b"), "0123abcd", "m", "t", 100, 100, keys, {}, goal | record)
     save_calibrator(path, FittedCalibrator(*fitted))
     return path
 
@@ -74,12 +89,15 @@ def call(capsys):
 
 
 @pytest.fixture
-def report_on(call, tmp_path):
-    """The same on rows, with a calibrator that automates from .9 on."""
+def report_on(call, tmp_path, monkeypatch):
+    """The same on rows, with a calibrator that guarantees 90 % from .9 on; each row is its own group."""
+    monkeypatch.setattr(monitor, "N_SHUFFLES", 99)
+    monkeypatch.setattr(monitor, "N_RESAMPLES", 50)
 
     def run_on(reference, current, *flags, **settings):
         files = write(tmp_path / "r.jsonl", reference), write(tmp_path / "c.jsonl", current)
-        return call(*files, "--calibrator", calibrator(tmp_path / "k.json", **settings), *flags)
+        groups = apart(tmp_path / "groups.csv", max(len(reference), len(current)))
+        return call(*files, "--groups", groups, "--calibrator", calibrator(tmp_path / "k.json", **settings), *flags)
 
     return run_on
 
@@ -99,9 +117,8 @@ def test_the_recorded_drift_values_come_out_and_are_printed(call, tmp_path):
     current = np.array(recorded["current_values"])
     # The recorded deciles lie halfway between two rows. Ours are rows, so that tied confidences leave no bin empty.
     recorded_counts = [np.histogram(side, recorded["psi_edges"])[0] for side in (reference, current)]
-    index, p = population_stability_index(*recorded_counts)
-    tail = chi2.sf(30 * recorded["psi_deciles_add_half"], 9)  # 1/60 + 1/60 = 1/30
-    assert (index, p) == pytest.approx((recorded["psi_deciles_add_half"], tail), rel=1e-9)
+    index = population_stability_index(*recorded_counts)
+    assert index == pytest.approx(recorded["psi_deciles_add_half"], rel=1e-9)
     edges = [-1, *np.sort(reference)[5:54:6], 2]  # rows 6, 12, ... 54 begin the upper bins
     counts = [[sum(low <= c < high for c in side) for low, high in pairwise(edges)] for side in (reference, current)]
     assert [c.tolist() for c in decile_counts(reference, current)] == counts
@@ -112,50 +129,105 @@ def test_the_recorded_drift_values_come_out_and_are_printed(call, tmp_path):
     assert estimates(reference, right, reference) == pytest.approx((0.65, recorded["atc_estimate_source"]), abs=1e-12)
 
     files = write(tmp_path / "r", rows_of(reference, right)), write(tmp_path / "c", rows_of(current, right))
-    code, out, err = call(*files)
+    code, out, err = call(*files, "--groups", apart(tmp_path / "groups.csv", 60))
     assert (code, err) == (0, "") and "no row has a decision" in out and LABELS not in out
     assert cells(out, DECILES) == [
         f"{reference.mean():.3f}",
         f"{current.mean():.3f}",
         f"{ours:.4f}",
-        f"{chi2.sf(30 * ours, 9):.3g}",
+        "0.001",  # none of 999 shuffles is as large; by the chi-square approximation the chance is 2e-4
     ]
-    assert cells(out, KS) == ["0.4167", f"{recorded['ks']['pvalue']:.3g}"]
+    assert chi2.sf(30 * ours, 9) < 1e-3 and recorded["ks"]["pvalue"] < 1e-3
+    assert cells(out, KS) == ["0.4167", "0.001"]
     assert (cells(out, CONFIDENCE)[0], cells(out, THRESHOLDED)[0]) == ("0.762", "1.000")
     assert "reference accuracy 0.650, n = 60" in out and cells(out, "mean label mass") == ["0.900", "0.900"]
 
 
-@pytest.mark.parametrize(("m", "point"), [(100, 0.186), (200, 0.102), (500, 0.051), (1000, 0.034), (10_000, 0.019)])
-def test_the_5_percent_points_are_the_published_ones(m, point):
-    # What is beyond the published point must have a p below 5 %, for windows of m rows and 1,000 reference rows.
-    draw, reference = np.random.default_rng(m), np.full(10, 100)
-    for strength in np.linspace(0, 0.9, 200):
-        weights = 1 + strength * np.linspace(-1, 1, 10)
-        index, p = population_stability_index(reference, draw.multinomial(m, weights / weights.sum()))
-        assert abs(index - point) < 0.01 * point + 0.0005 or (p < 0.05) == (index > point), (index, p)
+def watched(groups):
+    """Rows of a file of which only the groups count."""
+    return Watched([None] * len(groups), np.asarray(groups))
 
 
-REPEATS = 1000
+def p_values_of(confidence, groups, is_reference, seed=0):
+    """Of the three drift tests; all rows predict the same label but where the confidence is above .8."""
+    order = np.argsort(~is_reference, kind="stable")
+    confidence, groups, n = confidence[order], groups[order], int(is_reference.sum())
+    predicted = (confidence > 0.8).astype(int)
+
+    def statistics(mask):
+        return drift_statistics(confidence, predicted, mask)
+
+    return shuffled_p_values(statistics, watched(groups[:n]), watched(groups[n:]), seed)
 
 
-def alarms(counts):
-    return sum(population_stability_index(*next(counts))[1] < 0.05 for _ in range(REPEATS))
+def test_of_few_rows_the_p_value_is_the_share_of_all_divisions(monkeypatch):
+    monkeypatch.setattr(monitor, "N_SHUFFLES", 4000)
+    values = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    found = np.arange(6) < 2
+
+    def statistic(mask):
+        return [abs(values[mask].mean() - values[~mask].mean())]
+
+    divisions = [np.isin(np.arange(6), pair) for pair in combinations(range(6), 2)]
+    exact = np.mean([statistic(mask)[0] >= statistic(found)[0] - 1e-9 for mask in divisions])
+    (p,) = shuffled_p_values(statistic, watched([0, 1]), watched([2, 3, 4, 5]), seed=0)
+    assert p == pytest.approx(exact, abs=0.03)
+    # In two groups of three there are two divisions, and both are as far apart.
+    (p,) = shuffled_p_values(lambda mask: [abs(values[mask].mean() - 3.5)], watched([0] * 3), watched([1] * 3), seed=0)
+    assert p == 1
 
 
-@pytest.mark.parametrize("pile", [False, True])
-@pytest.mark.parametrize(("n", "m"), [(1000, 200), (300, 600)])
-def test_without_drift_one_p_value_in_twenty_is_below_5_percent(n, m, pile):
-    draw = np.random.default_rng(n + m)
+def test_kolmogorov_smirnov_is_scipys():
+    draw = np.random.default_rng(0)
+    for n, m in ((5, 9), (200, 130)):
+        one, two = np.round(draw.random(n), 1), np.round(draw.random(m) ** 1.3, 1)
+        assert kolmogorov_smirnov(one, two) == pytest.approx(ks_2samp(one, two).statistic, abs=1e-12)
 
-    def world(size, a=5):
-        return np.minimum(draw.uniform(0.6, 1.4, size), 1.0) if pile else draw.beta(a, 1, size)
 
-    small = alarms(decile_counts(world(n), world(m)) for _ in range(REPEATS))
-    side = "greater" if pile else "two-sided"  # a pile at 1 is one wide bin: the test is cautious there
-    assert binomtest(small, REPEATS, 0.05, alternative=side).pvalue > 1e-3, small
-    small = alarms([draw.multinomial(size, [0.5, 0.3, 0.2]) for size in (n, m)] for _ in range(REPEATS))
-    assert binomtest(small, REPEATS, 0.05).pvalue > 1e-3, small
-    assert pile or population_stability_index(*decile_counts(world(n), world(m, a=3)))[1] < 1e-4
+@pytest.mark.parametrize(("m", "point"), [(200, 0.102), (1000, 0.034)])
+def test_for_independent_rows_the_5_percent_points_are_the_published_ones(m, point):
+    # Of 1,000 reference rows and m others, the deciles' PSI that one shuffle in twenty exceeds.
+    draw = np.random.default_rng(m)
+    values, mask, found = draw.random(1000 + m), np.arange(1000 + m) < 1000, []
+    for _ in range(600):
+        shuffled = draw.permutation(mask)
+        found.append(population_stability_index(*decile_counts(values[shuffled], values[~shuffled])))
+    assert np.quantile(found, 0.95) == pytest.approx(point, rel=0.15)
+
+
+@cache
+def recorded_groups():
+    """Confidences and groups of the recorded test rows, in which many rows are alike."""
+    rows = predictions.read(ROOT / "data/predictions/base_test.jsonl")
+    numbers = np.unique(groups_of(rows, ROOT / "data/sentiment/splits.csv"), return_inverse=True)[1]
+    return np.array([row.confidence for row in rows]), numbers
+
+
+def false_alarms(repeats, as_groups=True):
+    """How often each drift test is below 5 % when the groups of one file are divided at random."""
+    confidence, groups = recorded_groups()
+    count = np.zeros(3)
+    for seed in range(repeats):
+        is_reference = np.random.default_rng(seed).permutation(groups.max() + 1)[groups] < (groups.max() + 1) / 2
+        units = groups if as_groups else np.arange(len(groups))
+        count += np.array(p_values_of(confidence, units, is_reference, seed)) < 0.05
+    return count
+
+
+def test_rows_that_belong_together_are_no_drift(monkeypatch):
+    monkeypatch.setattr(monitor, "N_SHUFFLES", 59)
+    assert (false_alarms(20) <= binom.ppf(0.999, 20, 0.05)).all()
+    confidence, groups = recorded_groups()
+    shifted = np.where(groups % 2 == 0, confidence, confidence**1.5)  # and what has drifted is still found
+    assert max(p_values_of(shifted, groups, groups % 2 == 0)[:2]) < 0.02
+
+
+@pytest.mark.study
+def test_drift_tests_that_take_rows_for_independent_raise_false_alarms_and_those_of_groups_do_not(monkeypatch):
+    monkeypatch.setattr(monitor, "N_SHUFFLES", 199)
+    by_group, as_independent = false_alarms(200), false_alarms(200, as_groups=False)
+    assert (by_group <= binom.ppf(0.999, 200, 0.05)).all(), by_group
+    assert (as_independent > binom.ppf(0.999, 200, 0.05)).sum() >= 2, as_independent
 
 
 def test_equal_confidences_stay_together_and_constant_ones_are_no_drift(report_on):
@@ -165,7 +237,7 @@ def test_equal_confidences_stay_together_and_constant_ones_are_no_drift(report_o
     _, out, _ = report_on([row(1.0)] * 300, [row(1.0)] * 200)
     assert float(cells(out, DECILES)[-1]) > 0.8 and cells(out, KS) == ["0.0000", "1"]
     for other in (0.9, 0.7):
-        assert float(cells(report_on([row(0.8)] * 300, [row(other)] * 5)[1], KS)[-1]) < 1e-6
+        assert float(cells(report_on([row(0.8)] * 300, [row(other)] * 5)[1], KS)[-1]) == 0.01
 
 
 def test_predicted_labels_that_come_more_often_are_shown(report_on):
@@ -173,11 +245,10 @@ def test_predicted_labels_that_come_more_often_are_shown(report_on):
     _, out, _ = report_on(reference, [row(0.8)] * 100 + [row(0.8, predicted="a")] * 100)
     p, q = (60.5 / 301, 240.5 / 301), (0.5, 0.5)
     index = sum((b - a) * math.log(b / a) for a, b in zip(p, q, strict=True))
-    tail = math.erfc(math.sqrt(index / (1 / 300 + 1 / 200) / 2))  # of chi-square with one degree of freedom
-    assert cells(out, LABELS) == ["20.0% a, 80.0% b", "50.0% a, 50.0% b", f"{index:.4f}", f"{tail:.3g}"]
-    assert tail < 1e-9 and float(cells(report_on(reference, reference[::-1] * 2)[1], LABELS)[-1]) > 0.9
+    assert cells(out, LABELS) == ["20.0% a, 80.0% b", "50.0% a, 50.0% b", f"{index:.4f}", "0.01"]
+    assert float(cells(report_on(reference, reference[::-1] * 2)[1], LABELS)[-1]) > 0.9
     _, out, _ = report_on([row(0.8)] * 300, [row(0.8, predicted="a")] * 200)
-    assert cells(out, LABELS)[:2] == ["0.0% a, 100.0% b", "100.0% a, 0.0% b"] and float(cells(out, LABELS)[-1]) < 1e-50
+    assert cells(out, LABELS)[:2] == ["0.0% a, 100.0% b", "100.0% a, 0.0% b"] and cells(out, LABELS)[-1] == "0.01"
 
 
 # Accuracy without labels
@@ -199,8 +270,8 @@ def test_the_label_free_estimates_by_hand(report_on, call, tmp_path):
 
 def world(draw, low, loss):
     """Confidences from `low` to 1 with P(right) = confidence - loss."""
-    confidence = draw.uniform(low, 1, 4000)
-    return rows_of(confidence, draw.uniform(size=4000) < confidence - loss)
+    confidence = draw.uniform(low, 1, 2000)
+    return rows_of(confidence, draw.uniform(size=2000) < confidence - loss)
 
 
 def test_the_estimates_follow_a_shift_of_confidence_but_only_the_audit_sees_a_changed_task(report_on):
@@ -217,10 +288,11 @@ def test_the_estimates_follow_a_shift_of_confidence_but_only_the_audit_sees_a_ch
             assert value == pytest.approx(truth, abs=0.03) and low <= value <= high
         assert (code, "ALARM" in out) == ((1, True) if rows is changed else (0, False))
         drift = [float(cells(out, name)[-1]) for name in (DECILES, KS)]
-        assert min(drift) > 0.01 if rows is changed else max(drift) < 1e-9
+        assert min(drift) > 0.01 if rows is changed else max(drift) == 0.01
 
 
-def test_the_bands_are_as_wide_as_the_sampling_error_and_follow_the_seed(report_on):
+def test_the_bands_are_as_wide_as_the_sampling_error_and_follow_the_seed(report_on, monkeypatch):
+    monkeypatch.setattr(monitor, "N_RESAMPLES", 500)
     draw = np.random.default_rng(1)
     confidence, right = draw.uniform(0.5, 1, 2500), draw.uniform(size=2500) < 0.75
     files = rows_of(confidence, right), rows_of(draw.uniform(0.5, 1, 200), [True] * 200)
@@ -236,93 +308,87 @@ def test_the_bands_are_as_wide_as_the_sampling_error_and_follow_the_seed(report_
 # Audit
 
 
-def audit(right, n, target=0.9, level=0.05):
-    """Whether n labelled automated rows of which `right` are right raise the alarm."""
-    rows = [row(0.95, i < right, extras={"decision": "automate"}) for i in range(n)]
-    return print_audit(rows, target, level)
-
-
-def tails(n, target):
-    """P(Bin(n, target) <= k) for k = 0 ... n, exactly."""
-    share = Fraction(str(target))
-    terms = [math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(n + 1)]
-    return [sum(terms[: k + 1]) for k in range(n + 1)]
-
-
-AUDITS = [(50, 0.9, "1/20"), (50, 0.9, "1/240"), (20, 0.8, "1/10"), (25, 0.99, "1/300"), (1, 0.96, "1/20")]
-AUDITS += [(3, 0.5, "1/8")]  # here a tail is exactly the level, and the alarm is due
-
-
-@pytest.mark.parametrize(("n", "target", "level"), AUDITS)
-def test_the_audit_alarms_exactly_where_the_binomial_tail_is_small(n, target, level, capsys):
-    level = Fraction(level)
-    alarmed = [audit(k, n, target, float(level)) for k in range(n + 1)]
-    assert alarmed == [tail <= level for tail in tails(n, target)]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "by chance" in line]
-    for k, line in enumerate(lines):
-        low, high = binomtest(k, n).proportion_ci(0.95, "exact")
-        assert line.startswith(f"{k} of {n} right, {k / n:.3f} [{low:.3f}, {high:.3f}]")
-        assert line.endswith(f"p = {binomtest(k, n, target, alternative='less').pvalue:.3g}")
-    assert len(lines) == n + 1
+def evidence_line(out):
+    return cells(out, "all automated rows")
 
 
 def test_only_automated_rows_with_a_label_are_audited(report_on):
     reference = [row(0.9)] * 20
     current = [row(0.95, i % 10 > 0) for i in range(100)] + [row(0.95, None)] * 50 + [row(0.6, False)] * 40
     code, out, _ = report_on(reference, current)
-    assert code == 0 and "150 of 190 rows automated, 100 of them labelled" in out and "90 of 100 right" in out
+    low, high = binomtest(90, 100).proportion_ci(0.95, "exact")
+    assert code == 0 and "150 of 190 rows automated, 100 of them labelled" in out
+    assert evidence_line(out)[:3] == ["90.0%", "100", f"0.900 [{low:.3f}, {high:.3f}]"]
     code, out, _ = report_on(reference, current, "--threshold", 0.5)  # now the wrong ones below .9 count too
-    assert code == 1 and "190 of 190 rows automated, 140 of them labelled" in out and "90 of 140 right" in out
+    assert code == 1 and "190 of 190 rows automated, 140 of them labelled" in out and evidence_line(out)[1] == "140"
     code, out, _ = report_on(reference, [row(0.95, None)] * 30)
-    assert code == 0 and f"nothing to test; label a random sample of {power_rows(0.9, 0.8)} automated rows" in out
-    code, out, _ = report_on(reference, [row(1.0, False)] * 30, threshold=None)  # no guarantee, no decision to automate
-    assert code == 0 and "0 of 30 rows automated, 0 of them labelled" in out
+    assert code == 0 and "nothing new to count" in out
+    code, out, _ = report_on(reference, [row(1.0, False)] * 30, threshold=None)
+    assert code == 0 and "nothing is guaranteed, so there is nothing to audit" in out
 
 
-def test_decisions_already_in_the_file_are_used_and_looks_divide_the_risk(call, tmp_path):
+def test_target_and_risk_are_the_calibrators_unless_they_are_given(report_on):
+    reference, current = [row(0.9)] * 20, [row(0.95, i % 5 > 0) for i in range(60)]  # .8 of them right
+    for flags, record, code, target, level in (
+        ((), {}, 0, "90.0%", 20),
+        ((), {"target_accuracy": 0.97}, 1, "97.0%", 20),
+        ((), {"target_accuracy": 0.97, "delta": 1e-6}, 0, "97.0%", 1e6),
+        ((), {"target_accuracy": 0.75, "delta": 0.2}, 0, "75.0%", 5),
+        ((), {"delta": None, "kind": "average"}, 0, "90.0%", 20),
+        (("--target-accuracy", 0.95), {}, 1, "95.0%", 20),
+        (("--alpha", 0.5), {}, 1, "90.0%", 2),
+    ):
+        found, out, _ = report_on(reference, current, *flags, **record)
+        assert found == code and evidence_line(out)[0] == target, out
+        assert ("ALARM at look 1" in out) == bool(code) and (code or f"it takes evidence of {level:.4g}" in out)
+        assert ("below its target about every second time" in out) == (record.get("kind") == "average")
+
+
+def test_evidence_adds_up_in_the_state_file_each_row_once_and_an_alarm_stays(report_on, tmp_path):
+    reference, state = [row(0.9)] * 20, tmp_path / "audit.json"
+    day = [row(0.95, i >= 5) for i in range(20)]  # 15 of 20 right, day after day
+    codes = []
+    for number in range(1, 6):
+        rows = [replace(each, text=f"day {number}") for each in day]
+        codes.append(report_on(reference, rows, "--state", state)[0])
+        before = state.read_bytes()
+        code, out, _ = report_on(reference, rows, "--state", state)  # the same command again
+        assert code == codes[-1] and state.read_bytes() == before and "20 of them have counted before" in out
+        assert evidence_line(out)[1] == str(20 * number)
+    first = codes.index(1)
+    assert codes == [0] * first + [1] * (5 - first) and 1 <= first <= 4
+    good = [replace(row(0.95), text=f"later {i}") for i in range(200)]
+    code, out, _ = report_on(reference, good, "--state", state)
+    assert code == 1 and f"ALARM at look {first + 1}" in out
+    code, out, err = report_on(reference, good, "--state", state, "--target-accuracy", 0.8)
+    assert code == 2 and "another guarantee" in err and err.count("\n") == 1
+
+
+def test_rows_chosen_to_be_labelled_are_no_sample(report_on):
+    chosen = [row(0.95, False, extras={"purpose": "chosen"})] * 50
+    code, out, _ = report_on([row(0.9)] * 20, chosen + [row(0.95, extras={"purpose": "random"})] * 30)
+    assert code == 0 and "50 left out: they were chosen to be labelled" in out and evidence_line(out)[1] == "30"
+
+
+def test_rows_that_belong_together_are_evidence_once(report_on, call, tmp_path):
+    reference, current = [row(0.9)] * 20, [row(0.95, False)] * 12
+    assert report_on(reference, current)[0] == 1
+    (tmp_path / "groups.csv").write_text("id,group\n" + "".join(f"r{i},one\n" for i in range(20)))
+    files = tmp_path / "r.jsonl", tmp_path / "c.jsonl", "--calibrator", tmp_path / "k.json"
+    code, out, _ = call(*files, "--groups", tmp_path / "groups.csv")
+    assert code == 0 and "12 rows in 1 groups" in out
+
+
+def test_decisions_already_in_the_file_are_used(call, tmp_path):
     extras = {"calibrated_confidence": 0.95, "decision": "automate"}
-    reference = write(tmp_path / "r.jsonl", [row(0.9)] * 9)
-    current = write(tmp_path / "c.jsonl", [row(0.95, i >= 9, extras=extras) for i in range(50)])
-    assert 0.05 < tails(50, 0.9)[41] < 0.1
-    for flags, code in (("", 0), ("--alpha 0.1", 1), ("--alpha 0.1 --looks 2", 0), ("--target-accuracy 0.95", 1)):
-        done = call(reference, current, *flags.split())
-        assert done[0] == code and ("ALARM" if code else "no alarm at 0.05") in done[1]
-    assert cells(done[1], CALIBRATED) == ["0.950", "[0.950, 0.950]"]
-
-
-@cache
-def power_of(n, guaranteed, true, level):
-    """P(alarm) of n rows, the alarms found by going through all counts."""
-    alarmed = np.flatnonzero(binom.cdf(np.arange(n + 1), n, guaranteed) <= level)
-    return binom.cdf(alarmed[-1], n, true) if len(alarmed) else 0.0
-
-
-def power_rows(guaranteed, true, level=0.05):
-    """The least n from which on every n has a power of 80 %."""
-    return max(n for n in range(1, 400) if power_of(n, guaranteed, true, level) < 0.8) + 1
-
-
-# The literature's 180 and 284 only begin a stretch of n: with 188 and 290 rows the power is below 80 % once more.
-POWER = [(0.95, 0.90, 180, 188), (0.95, 0.85, 59, None), (0.90, 0.85, 284, 290), (0.90, 0.80, 89, None)]
-
-
-@pytest.mark.parametrize(("guaranteed", "true", "published", "too_few"), [*POWER, (0.99, 0.95, 110, None)])
-def test_the_rows_for_power_are_those_of_brute_force_and_of_the_literature(guaranteed, true, published, too_few):
-    found = rows_for_power(guaranteed, 0.05, fall=guaranteed - true)
-    assert found == power_rows(guaranteed, true) and power_of(published, guaranteed, true, 0.05) >= 0.8
-    if too_few:
-        assert published < too_few < found and power_of(too_few, guaranteed, true, 0.05) < 0.8
-    else:
-        assert found == published
-
-
-def test_more_looks_need_more_rows_and_so_says_the_report(capsys):
-    found = [rows_for_power(0.9, 0.05 / looks) for looks in (1, 2, 4)]
-    assert found == [power_rows(0.9, 0.8, 0.05 / looks) for looks in (1, 2, 4)] and found == sorted(set(found))
-    audit(95, 100, level=0.05 / 4)
-    assert f"four times in five with {found[2]} labelled rows" in capsys.readouterr().out
-    audit(found[0] - 5, found[0])
-    assert "four times in five" not in capsys.readouterr().out
+    files = (
+        write(tmp_path / "r.jsonl", [row(0.9)] * 9),
+        write(tmp_path / "c.jsonl", [row(0.95, i >= 15, extras=extras) for i in range(50)]),
+    )
+    groups = "--groups", apart(tmp_path / "groups.csv", 50)
+    assert call(*files, *groups)[0] == 0 and "nothing is guaranteed" in call(*files, *groups)[1]
+    code, out, _ = call(*files, *groups, "--target-accuracy", 0.9)
+    assert code == 1 and cells(out, CALIBRATED) == ["0.950", "[0.950, 0.950]"]
 
 
 # Small files and hostile ones
@@ -332,7 +398,7 @@ def test_more_looks_need_more_rows_and_so_says_the_report(capsys):
 def test_a_few_rows_give_a_report_and_a_warning(right, report_on):
     for n, m in ((1, 1), (2, 3), (1, 200), (200, 200)):
         code, out, err = report_on([row(1.0, right)] * n, [row(0.95, right)] * m)
-        assert (code, err) == (int(not right and m > 1), "") and "nan" not in out
+        assert (code, err) == (int(not right and m > 3), "") and "nan" not in out
         assert ("fewer than 200 rows" in out) == (n < 200)
 
 
@@ -346,8 +412,10 @@ def test_rows_with_an_error_are_counted_and_are_no_numbers(report_on):
 def test_rows_that_the_calibrator_was_fitted_on_are_not_audited(report_on):
     known, others = [row(0.95, False)] * 50, [replace(row(0.95), text="unknown")] * 30
     code, out, err = report_on(others, known + others, seen="text")
-    assert (code, err) == (0, "") and "80 of 80 rows automated, 30 of them labelled" in out
-    assert "50 left out: the calibrator was fitted on" in out and "30 of 30 right" in out
+    assert (code, err) == (0, "") and "80 of 80 rows automated, 80 of them labelled" in out
+    assert "50 left out: the calibrator was fitted on" in out and evidence_line(out)[1] == "30"
+    code, out, err = report_on(known + others, others, seen="text")
+    assert (code, out) == (2, "") and "r.jsonl: the calibrator was fitted on 50 of its 80 texts" in err
 
 
 HOSTILE = "\x1b[2J\nerror: \u202e"
@@ -369,9 +437,9 @@ def test_a_hostile_name_cannot_command_the_terminal(report_on, call, tmp_path):
 
 
 def test_an_alarm_is_the_process_s_exit_code_1(run, tmp_path):
-    rows = write(tmp_path / "r.jsonl", [row(0.95, False)] * 30)
-    done = run("scripts/monitor.py", rows, rows, "--calibrator", calibrator(tmp_path / "k.json"))
-    assert (done.returncode, done.stderr) == (1, "") and "ALARM: the guarantee is broken" in done.stdout
+    rows, groups = write(tmp_path / "r.jsonl", [row(0.95, False)] * 30), apart(tmp_path / "groups.csv", 30)
+    done = run("scripts/monitor.py", rows, rows, "--groups", groups, "--calibrator", calibrator(tmp_path / "k.json"))
+    assert (done.returncode, done.stderr) == (1, "") and "ALARM at look 1: the guarantee is broken" in done.stdout
 
 
 FILES = {
@@ -398,7 +466,9 @@ COMMANDS = {
     "good good --calibrator nothing.json": "nothing.json is not a calibrator file",
     "good good --threshold 0.9": "--threshold",
     "good": "CURRENT",
-    "good good --looks 0": "--looks",
+    "good good --state folder/s.json": "folder does not exist",
+    "good good --calibrator k.json --state nothing.json": "nothing.json: damaged, or no state file",
+    "good good --groups nothing.json": "nothing.json",
     "good good --alpha nan": "--alpha",
     "good good --target-accuracy 90": "--target-accuracy",
 }
