@@ -1,6 +1,8 @@
 # make demo   install what is missing, fetch the embedded model once, take the guided tour
 # make test   installs too, then runs the tests;   make lint   ruff;   make benchmark   this machine's speed
-# make test-servers   compiles llama.cpp's server once (minutes), then tests --endpoint against it
+# make test-servers   --endpoint against llama.cpp's own server, two of them, one of which is killed (minutes)
+# make test-vllm   the same against vLLM, on a processor with AVX-512: installs its CPU build once (minutes)
+# make test-ray   scripts/score_on_ray.py: two actors, two simulated nodes, kills (minutes)
 # make test-study   makes the README's numbers, outputs and figures again and compares (minutes)
 # make test-browser   the interactive report in headless Chromium (apt-get install chromium)
 # make test-stops   kills and interrupts every scoring script, again and again (minutes)
@@ -10,7 +12,7 @@ BIN := .venv/bin
 # One thread a process: two processes of one thread are faster than one of two.
 PARALLEL = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-servers test-study test-browser test-sagemaker test-stops lint benchmark clean
+.PHONY: demo test test-servers test-vllm test-ray test-study test-browser test-sagemaker test-stops lint benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python main.py
@@ -20,6 +22,9 @@ test: .venv/installed-tests
 
 test-servers: .venv/installed-servers
 	$(BIN)/python -m pytest -m servers tests/test_servers.py
+
+test-ray: .venv/installed-tests .venv/installed-ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/test_ray.py
 
 test-study: .venv/installed-tests
 	$(PARALLEL) -m study
@@ -55,6 +60,10 @@ clean:
 
 .venv/installed-tests: .venv/installed tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+.venv/installed-ray: .venv/installed requirements-ray.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-ray.txt
 	@touch $@
 
 .venv/installed-servers: .venv/installed-tests tests/requirements-servers.txt

@@ -20,7 +20,7 @@ cross-fitted.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -37,17 +37,20 @@ import pooling
 import predictions
 import scoring
 import tables
+from endpoint import Endpoint
 from llama import add_arguments as add_model_arguments
 from llama import load_llama, model_arguments
 from logprobs_confidence import label_scorer, remote_label_scorer
 from pooling import Combination, Pair, combine, read_pairs, scored_by_both
+from scoring import SavedRows
+from tables import Example
 from task import Task, read_task
 
 TARGETS = (0.8, 0.9, 0.95)  # accuracies that the comparison asks a guarantee for
 DELTA = 0.05
 MEMBER_SUFFIXES = (".logprobs.jsonl", ".consistency.jsonl")
 OF_FILES = {"logprobs", "consistency", "calibrate_on", "groups", "figure", "output", "overwrite", "seed"}
-OF_FILES |= {"calibrator", "threshold"}  # the flags that have a part in joining two files
+OF_FILES |= {"calibrator", "threshold", "select_fdr"}  # the flags that have a part in joining two files
 
 
 # Both methods, run
@@ -86,6 +89,12 @@ class CombinedScorer:
             "confidence": row.confidence,
             "fingerprint": row.fingerprint,
         }
+
+    def score(self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows) -> Iterator:
+        """The rows of Method 1, then those of Method 2; for a plan of what they cost."""
+        together = list(examples)
+        for method in (self.logprobs, self.consistency):
+            yield from method.score(iter(together), advance, saved)
 
     def score_members(self, job: scoring.Job) -> dict[str, float]:
         """Write or continue each method's file of a table; the seconds a row took, where any was scored now."""
@@ -369,6 +378,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, con
     if args.logprobs:
         command_line.allow_only_arguments(parser, args, OF_FILES, "two predictions files are joined without a model")
         scoring.check_calibrator_arguments(parser, args)
+        scoring.check_selection_arguments(parser, args)
         if args.calibrator and not args.output:
             parser.error("--calibrator adds to the rows of --output")
     else:
@@ -393,10 +403,25 @@ def methods_from_arguments(
     """Method 1 and Method 2 by the model or server that the flags name; a connection is closed with `stack`."""
     if args.endpoint:
         server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))
-        return remote_label_scorer(server, task), consistency.remote_answer_sampler(server, task, sampling)
+        return remote_methods(server, task, sampling)
     llama = load_llama(**model_arguments(args), task=task.settings())
     second = consistency.answer_sampler(llama, task, sampling, args.truncate, args.batch_size)
     return label_scorer(llama, task, args.truncate, args.batch_size), second
+
+
+def remote_methods(server: Endpoint, task: Task, sampling: consistency.Sampling) -> tuple[scoring.Method, ...]:
+    """Method 1 and Method 2 by a server."""
+    return remote_label_scorer(server, task), consistency.remote_answer_sampler(server, task, sampling)
+
+
+def plan_from_arguments(
+    args: argparse.Namespace, examples: Iterable[Example], task: Task, sampling: consistency.Sampling
+) -> str:
+    """What --dry-run prints: one request of Method 1 and those of Method 2."""
+    least, most = sampling.calls
+    method_of = lambda server: combined_scorer(*remote_methods(server, task, sampling))  # noqa: E731
+    options = sampling.wordings(task), (1 + least, 1 + most), sampling.max_tokens, method_of
+    return endpoint.plan_from_arguments(args, examples, *options)
 
 
 def read_fit_pairs(one: str, two: str) -> list[Pair]:
@@ -429,7 +454,7 @@ def comparison_or_reason(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, sampling = parse_arguments(argv)
-    task, seconds = read_task(args.task), {}
+    task, seconds, spent = read_task(args.task), {}, ""
     fit_pairs = read_fit_pairs(*args.calibrate_on) if args.calibrate_on else None
     job = combined_job_from_arguments(args, task)
     if args.logprobs:
@@ -437,6 +462,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         combination, one = pooling.combination_of(pairs, fit_pairs), scored_by_both(pairs)[0]
         if job.calibrator:
             job.calibrator.check(combination.fingerprint, one.model, one.logprobs.task, [*one.logprobs.probabilities])
+    elif args.dry_run is not None:
+        print(plan_from_arguments(args, job.table, task, sampling))
+        return
     else:
         with ExitStack() as stack:
             scorer = combined_scorer(*methods_from_arguments(args, task, sampling, stack), fit_pairs)
@@ -445,6 +473,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 scoring.explain_texts(job, scorer, print_explanation)
                 return
             seconds = scorer.score_members(job)
+            if args.endpoint:
+                spent = f"\n{scorer.logprobs.server.spent()}"
         pairs, combination = read_pairs(*member_files(args.output)), scorer.combination
     both = scored_by_both(pairs)
     is_needed = bool(args.figure or not args.output)
@@ -453,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_combined(job.output, pairs, combination, job.overwrite)
         apart = sum(one.prediction != two.prediction for one, two in both)
         more = f"  {combination.rule}; the methods name different labels in {apart:,} of {len(both):,} rows"
-        scoring.finish_table(job, f"{scoring.report(job.output)}\n{more}")
+        scoring.finish_table(job, f"{scoring.report(job.output)}\n{more}{spent}")
     if isinstance(comparison, str):
         print(f"  the methods are not compared: {comparison}")
         return

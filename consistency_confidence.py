@@ -28,7 +28,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,7 @@ from logprobs_confidence import label_scorer, verdict
 from predictions import Prediction
 from prompts import RenderedPrompt
 from scoring import SavedRows
+from served_identity import check_identity
 from tables import Example
 from task import TASKS, Task, read_task
 from voting import Sampling
@@ -275,20 +276,25 @@ class RemoteAnswerSampler:
 
     async def score_one(self, example: Example) -> Prediction:
         try:
-            return answered(self, example, await self._ask(example))
+            return answered(
+                self, example, await self.server.once((self.name, example.text), partial(self._ask, example))
+            )
         except ValueError as error:
             return failed(self, example, str(error), isinstance(error, PassingError))
 
     async def _ask(self, example: Example) -> list[str]:
-        """The answers to one example, those of a round at the same time; the first that fails ends it."""
+        """The answers to one example, those of a round at the same time; the first that fails ends it.
+
+        The seeds are the text's, whatever its id, because equal texts are asked once.
+        """
         prompts = [ask(example.text) for ask in self.questions]
-        options = self.sampling.options(self.task)
+        options, alike = self.sampling.options(self.task), replace(example, id="")
         answers: list[str] = []
         numbers = self.sampling.next_numbers(answers, self.task)
         while numbers:
             calls = []
             for number in numbers:
-                prompt, seed = prompts[number % len(prompts)], self.sampling.seed_of(example, number)
+                prompt, seed = prompts[number % len(prompts)], self.sampling.seed_of(alike, number)
                 calls.append(self.server.sample(prompt, seed, **options))
             answers += await endpoint.all_of(calls)
             numbers = self.sampling.next_numbers(answers, self.task)
@@ -301,6 +307,7 @@ def remote_answer_sampler(server: Endpoint, task: Task, sampling: Sampling) -> R
     answer = server.probe(lambda: server.sample(questions[0]("A text."), 0, **sampling.options(task)))
     if sampling.choice and voting.parse_answer(answer, task) is None:
         raise ValueError(f"{server.name} ignores --choice: asked to choose a label, it answered {answer!r}")
+    check_identity(server, task, questions[0])
     sent = server.sent(temperature=sampling.temperature) | ({"choice": True} if sampling.choice else {})
     fingerprint = sampling.fingerprint(server.identity, task, sent)
     return RemoteAnswerSampler(server, task, sampling, questions, sent, fingerprint)
@@ -502,6 +509,7 @@ def sampling_from_arguments(parser: argparse.ArgumentParser, args: argparse.Name
 
 
 OF_RECOUNT = {"recount", "output", "overwrite", "samples", "adaptive", "task", "calibrator", "threshold"}
+OF_RECOUNT |= {"select_fdr"}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sampling, list[int]]:
@@ -528,6 +536,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Sam
     return args, sampling, sizes
 
 
+def plan_from_arguments(args: argparse.Namespace, examples: Iterable[Example], task: Task, sampling: Sampling) -> str:
+    """What --dry-run prints."""
+    method_of = partial(remote_answer_sampler, task=task, sampling=sampling)
+    wordings = sampling.wordings(task)
+    return endpoint.plan_from_arguments(args, examples, wordings, sampling.calls, sampling.max_tokens, method_of)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args, sampling, sizes = parse_arguments(argv)
     task = read_task(args.task)
@@ -535,6 +550,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.recount:
         scoring.finish_table(job, recount(job, task, sampling.samples if args.samples else None, args.adaptive))
         return
+    if args.dry_run is not None:
+        print(plan_from_arguments(args, job.table, task, sampling))
+        return
+    spent = []
     with ExitStack() as stack:
         if args.endpoint:
             server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))
@@ -547,7 +566,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             scoring.explain_texts(job, sampler, print_explanation)
             return
         scoring.score_table(sampler, job.table, job.total, job.output, job.overwrite, "asked about")
-    lines = [report(job.output)]
+        if args.endpoint:
+            spent = [server.spent()]
+    lines = [report(job.output), *spent]
     if args.first_token and not args.paraphrase:
         lines += convergence(job, sampler, args.figure)
     scoring.finish_table(job, "\n".join(lines))

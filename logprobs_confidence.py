@@ -60,6 +60,7 @@ from lora import HEAD
 from predictions import Prediction
 from prompts import SLOT, RenderedPrompt
 from scoring import SavedRows
+from served_identity import check_identity
 from tables import Example
 from task import TASKS, Answer, Task, debias, find_answers, label_probabilities, listed_probabilities, read_task
 
@@ -307,11 +308,17 @@ class RemoteLabelScorer:
             advance(1)
             yield row
 
+    async def listed(self, text: str) -> tuple[dict[str, float], float, dict[str, object]]:
+        """(probabilities, label mass, extras) of a text, from what the server lists."""
+        listing = await self.listing(text)
+        return listed_probabilities(listing.tokens, self.task, listing.complete)
+
     async def score_one(self, example: Example) -> Prediction:
         identity = self.task.identify(example)
         try:
-            listing = await self.listing(example.text)
-            by_label, mass, extras = listed_probabilities(listing.tokens, self.task, listing.complete)
+            by_label, mass, extras = await self.server.once(
+                (self.name, example.text), partial(self.listed, example.text)
+            )
         except ValueError as error:
             extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
             return predictions.failed(*identity, str(error), **scoring.record_fields(self), extras=extras)
@@ -328,7 +335,8 @@ def remote_label_scorer(server: Endpoint, task: Task) -> RemoteLabelScorer:
     if server.reader:
         rendered = server.reader.task_prompt(task).render("text")
         ids = tuple(answer.ids[0] for answer in find_answers(task, server.reader.tokenizer, rendered))
-    server.probe(lambda: server.first_token(ask("A text."), ids))
+    server.probe_first_token(ask("A text."), ids)
+    check_identity(server, task, ask)
     settings = {"sent": server.sent(temperature=1.0), "listed": "ids" if server.by_id else server.top_tokens}
     if not server.by_id:
         settings["not listed"] = "counts against the prediction"
@@ -494,7 +502,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = read_task(args.task)
     job = scoring.job_from_arguments(args, task, more_outputs=[".raw.jsonl"] if args.debias else [])
+    if args.dry_run is not None:
+        method_of = partial(remote_label_scorer, task=task)
+        print(endpoint.plan_from_arguments(args, job.table, [task], (1, 1), 1, method_of))
+        return
     raw = job.output.with_suffix(".raw.jsonl") if args.debias else job.output  # the model's own answers
+    spent = ""
     with ExitStack() as stack:
         if args.endpoint:
             server = stack.enter_context(endpoint.connect(**endpoint.connection_arguments(args)))
@@ -512,11 +525,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             scoring.explain_texts(job, scorer, print_explanation)
             return
         scoring.score_table(scorer, job.table, job.total, raw, job.overwrite)
+        if args.endpoint:
+            spent = f"\n{server.spent()}"
     if args.debias:
         print(scoring.report(raw))
         rows = partial(debiased_rows, raw, list(task.labels), fingerprint)
         scoring.write_derived(job.output, rows, fingerprint, job.overwrite)
-    scoring.finish_table(job, scoring.report(job.output))
+    scoring.finish_table(job, scoring.report(job.output) + spent)
 
 
 if __name__ == "__main__":

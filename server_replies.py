@@ -38,6 +38,14 @@ class PassingError(ValueError):
     """A row failed for a reason that may pass: a server's error, a lost connection, a broken reply."""
 
 
+class NoLogprobsError(ValueError):
+    """A reply has no log-probabilities, although they were asked for."""
+
+
+class NoServerError(OSError):
+    """Nobody answers at an address."""
+
+
 @dataclass(eq=False)
 class StatusError(Exception):
     """A server answered with a status other than success, and said why."""
@@ -81,6 +89,17 @@ def check_whole(part: Mapping, reason_name: str, secret: str) -> None:
     if str(reason).casefold() not in WHOLE:
         kind = ValueError if LASTING.search(str(reason)) else PassingError
         raise kind(f"the server ended the answer with {reason_name} {shown(str(reason), secret)!r}")
+
+
+def begins_with_thought(reply: Mapping) -> bool:
+    """Whether a chat's answer begins with a thought, written out or in a field of its own."""
+    choices = reply.get("choices")
+    message = choices[0].get("message") if isinstance(choices, list) and choices else None
+    if not isinstance(message, Mapping):
+        return False
+    content, thought = message.get("content"), message.get("reasoning_content") or message.get("reasoning")
+    begins = isinstance(content, str) and content.lstrip().startswith("<think")
+    return begins or (isinstance(thought, str) and bool(thought))
 
 
 def first_choice(reply: Mapping) -> Mapping:
@@ -165,7 +184,7 @@ def listed_tokens(reply: Mapping, model: str, gave_before: bool = False) -> list
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError):  # null, or another layout
         if gave_before:
             raise PassingError(f"the reply has no log-probabilities, which {model} gave before") from None
-        raise ValueError(NO_LOGPROBS.format(model)) from None
+        raise NoLogprobsError(NO_LOGPROBS.format(model)) from None
     total = math.fsum(math.exp(min(value, 1.0)) for _, value in tokens)
     if not total <= 1.001:  # also when one of them is NaN
         raise PassingError(f"the listed probabilities sum to {total:.3f}")
@@ -214,20 +233,39 @@ def shown(words: str, secret: str = "") -> str:
 # What a failure means
 
 
+def named_parameter(error: StatusError, names: Sequence[str]) -> str | None:
+    """Which of some parameters a refusal names, whatever it says of it."""
+    if error.status not in (400, 413, 422):
+        return None
+    return next((name for name in names if re.search(rf"\b{name}\b", error.said)), None)
+
+
+def limit_of_list(error: StatusError, asked: int) -> int | None:
+    """The length of the list of tokens that a refusal allows, where it names one shorter than was asked for."""
+    if error.status not in (400, 413, 422) or not re.search(r"log_?prob|top_n_tokens", error.said):
+        return None
+    numbers = [int(number) for number in re.findall(r"(?<![\w.])\d{1,4}(?![\w.]*\w)", error.said)]
+    return max((number for number in numbers if 0 < number < asked), default=None)
+
+
 def rejected_parameter(error: StatusError, optional: Sequence[str]) -> str | None:
     """Which of the parameters that may be left out an error rejects."""
-    if error.status not in (400, 413, 422) or VALUE_REFUSED.search(error.said):
-        return None
-    return next((name for name in optional if re.search(rf"\b{name}\b", error.said)), None)
+    return None if VALUE_REFUSED.search(error.said) else named_parameter(error, optional)
 
 
-def status_failure(
-    error: StatusError, attempts: int, url: str, model: str = "", asked_logprobs: bool = False
-) -> Exception:
-    """What a status means: a ValueError for the row, PassingError where a try may yet help, an OSError for the run."""
+def status_failure(error: StatusError, attempts: int, url: str, model: str = "", asked_tokens: int = 0) -> Exception:
+    """What a status means: a ValueError for the row, PassingError where a try may yet help, an OSError for the run.
+
+    `asked_tokens`: how many tokens were to be listed, of a request for log-probabilities.
+    """
     status, said = error.status, error.said
     if status in (400, 413, 422):
-        if asked_logprobs and "logprob" in said:
+        if asked_tokens and (limit := limit_of_list(error, asked_tokens)):
+            return ValueError(
+                f"{model} lists at most {limit} tokens, --top-tokens asks for {asked_tokens} ({said}); give "
+                f"--top-tokens {limit}, or use Method 2"
+            )
+        if asked_tokens and "logprob" in said:
             return ValueError(f"{model} gives no such log-probabilities ({said}); use Method 2 or --top-tokens")
         return ValueError(f"the server refuses the request: {said}")
     if status >= 500 or status in (408, 409):

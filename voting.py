@@ -81,6 +81,11 @@ class Sampling:
         """The seed of a row's answer."""
         return answer_seed(self.seed, row.id, row.text, number)
 
+    @property
+    def calls(self) -> tuple[int, int]:
+        """How many answers a text takes, at least and at most."""
+        return min(FIRST, self.samples) if self.adaptive else self.samples, self.samples
+
     def options(self, task: Task) -> dict:
         """What is asked of a server, as keyword arguments of `Endpoint.sample`."""
         choice = [word for words in task.labels.values() for word in words] if self.choice else ()

@@ -511,6 +511,8 @@ def check_remote_sampling(server: Endpoint, task: Task) -> Finding:
 def check_parameters(server: Endpoint, _: object) -> Finding:
     """What its API did not take in the requests before."""
     rejected = ", ".join(sorted(server.rejected))
+    if server.replaced:
+        rejected = f"{rejected or 'none'}; with other values: {server.replaced}"
     return Finding("ok", f"left out, as it rejects them: {rejected}" if rejected else "all are taken")
 
 
@@ -577,7 +579,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.run("packages", check_packages)
     if args.endpoint:
         connect = lambda: endpoint.connect(**endpoint.connection_arguments(args))  # noqa: E731
-        examine_server(report, task, args.endpoint, connect)
+        examine_server(report, task, ", ".join(args.endpoint), connect)
     else:
         examine_model(report, task, **models.model_arguments(args))
     if args.sagemaker:

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODEL_SIDE = {"llama", "packed", "sampling", "prompts", "lora", "tensors", "model_files", "embedded_model"}
-MODEL_SIDE |= {"endpoint", "server_replies"}
+MODEL_SIDE |= {"endpoint", "server_connections", "server_replies", "served_identity"}
 CLOUD = {"aws", "sagemaker_job", "sagemaker_endpoint"}
 ROWS = [
     {
@@ -34,6 +34,9 @@ ROWS = [
         "answers",
         "pooling",
         "exports",
+        "endpoint_costs",
+        "ray_sources",
+        "ray_parts",
         "plotting",
         *MODEL_SIDE,
         *CLOUD,
@@ -61,14 +64,15 @@ ROWS = [
     },
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
     | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
-    {"calibration_demo", "calibration_figures", "compare_base_vs_finetuned", "combined_confidence", "study_tables"},
+    {"calibration_demo", "calibration_figures", "compare_base_vs_finetuned", "combined_confidence", "study_tables"}
+    | {"ray_worker"},
     {"main"},
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 # Analysis runs without torch, on any laptop; these may not import it even inside a function.
-NUMBER_SIDE = set().union(*ROWS[:3], ROWS[4]) - {"combined_confidence"} - MODEL_SIDE - CLOUD
+NUMBER_SIDE = set().union(*ROWS[:3], ROWS[4]) - {"combined_confidence", "ray_worker"} - MODEL_SIDE - CLOUD
 MODEL_LIBRARIES = {"torch", "transformers", "peft", "accelerate", "bitsandbytes", "safetensors", "tokenizers", "gguf"}
-OTHER_NAMES = {"data", "docs", "images", "scripts", "tests", "requirements.txt", "README.md"}
+OTHER_NAMES = {"data", "docs", "images", "scripts", "tests", "requirements.txt", "requirements-ray.txt", "README.md"}
 OTHER_NAMES |= {"fine_tuned_sentiment_model", "pyproject.toml", "Makefile", "LICENSE", ".gitignore", ".ci"}
 
 MODULES = sorted(ROOT.glob("*.py"))
@@ -164,8 +168,13 @@ def test_the_number_side_never_imports_a_model_library_and_the_model_side_only_i
             assert in_function or name not in MODEL_LIBRARIES, f"{path.name} imports {name} at its top"
 
 
+def all_requirements():
+    """What is installed for a user, needed or optional."""
+    return "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt"))
+
+
 def test_nothing_is_imported_that_the_requirements_do_not_pin():
-    pinned = {name.replace("-", "_") for name in re.findall(r"([\w-]+)==", (ROOT / "requirements.txt").read_text())}
+    pinned = {name.replace("-", "_") for name in re.findall(r"([\w-]+)(?:\[\w+\])?==", all_requirements())}
     pinned |= {"sklearn"} if "scikit_learn" in pinned else set()
     known = set(sys.stdlib_module_names) | set(ROW) | pinned
     assert {(path.name, name) for path in SOURCES for name, _ in imported(path) if name not in known} == set()
@@ -293,7 +302,7 @@ def test_randomness_comes_from_an_explicit_seed():
 
 
 def test_requirements_are_pinned_and_each_says_why_it_is_there():
-    for path in (ROOT / "requirements.txt", *sorted((ROOT / "tests").glob("requirements*.txt"))):
+    for path in sorted([*ROOT.glob("requirements*.txt"), *(ROOT / "tests").glob("requirements*.txt")]):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line and not line.startswith(("#", "-r ")):
                 assert re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?==\d[\w.]* +# \S.*", line), f"{path.name}: {line}"

@@ -21,8 +21,8 @@ from test_model_files import TOKEN, Hub
 import aws
 import command_line
 import doctor
-import endpoint
 import llama as models
+import server_connections
 from llama import Llama
 from logprobs_confidence import label_scorer
 from task import TASKS
@@ -44,7 +44,7 @@ def environment(monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nowhere")
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(server_connections, "RETRIES", 0)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from botocore.response import StreamingBody
 from botocore.stub import ANY, Stubber
 
 import endpoint
+import server_connections
 from consistency_confidence import Sampling, remote_answer_sampler
 from endpoint import CONTINUE, PassingError, connect
 from llama import load_reader
@@ -36,8 +37,8 @@ def environment(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIANOBODY")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(endpoint, "RETRIES", 2)
+    monkeypatch.setattr(server_connections, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(server_connections, "RETRIES", 2)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import command_line
 import consistency_confidence
 import endpoint
 import logprobs_confidence
+import server_connections
 from endpoint import PassingError, connect
 from llama import load_reader
 from task import TASKS
@@ -52,7 +53,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_ORG_ID", ORGANIZATION)
     monkeypatch.setenv("OPENAI_PROJECT_ID", PROJECT)
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))  # an empty one is read in no time
-    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    monkeypatch.setattr(server_connections, "RETRIES", 1)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
@@ -477,9 +478,9 @@ WRONG = [
     ("completions", 500, b"oops", "failed with status 500, 2 times: oops"),
     ("completions", 418, b"", "answers with status 418: I'm a Teapot"),
     ("completions", 200, b"<html>Log in</html>", "is not JSON; is this the URL of an API?"),
-    ("completions", 200, {"choices": [{"text": "x"}]}, "no log-probabilities; use Method 2, consistency_conf"),
+    ("completions", 200, {"choices": [{"text": "x"}]}, "log-probabilities on chat only; use a task with format = "),
     ("completions", 400, said("logprobs are not supported"), "(logprobs are not supported); use Method 2 or --top-tok"),
-    ("completions", 422, TOO_MANY, "gives no such log-probabilities"),
+    ("completions", 422, TOO_MANY, "at most 5"),
     ("models", 401, said("no key"), "refuses the key (401: no key)"),
     ("models", 404, said("not found"), "lists no models; is it the URL of an API? Most end in /v1"),
     ("models", 500, b"", "failed with status 500, 2 times: Internal Server Error"),
