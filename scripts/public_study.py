@@ -38,6 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import calibration_metrics as metrics  # noqa: E402
 import command_line  # noqa: E402
 import predictions  # noqa: E402
 import study_tables  # noqa: E402
@@ -51,6 +52,8 @@ from task import Task, read_task  # noqa: E402
 RECORDINGS, TASKS = ROOT / "data" / "predictions" / "public", ROOT / "data" / "public_tasks"
 UNSEEN, CHOOSING = 500, 300  # rows to judge by; labelled rows of a search or a training
 SEED = 0
+OURS = "ours"  # the dataset of this repository; it has its own split, and a fine-tuned model is recorded elsewhere
+OF_OURS = (BAG_OF_WORDS, PROBE)
 RUN = {"bag-of-words": BAG_OF_WORDS, "probe": PROBE, "draft": DRAFT, "improved": IMPROVED, "lora": LORA}
 
 
@@ -65,6 +68,8 @@ class DataSet:
     draft_rows: int = 1000  # labelled rows that the draft is asked about
     label_first: bool = False  # each line is a label, perhaps with a subclass, and the text
     cut: int | None = None  # characters of a text that are used
+    task: str | None = None  # a built-in one (default: the draft in data/public_tasks/)
+    groups: str | None = None  # a table of id and group; the last file is the unseen rows then
 
 
 SETS = {
@@ -119,6 +124,13 @@ SETS = {
         sizes=(1500, 5000),
         draft_rows=300,
     ),
+    OURS: DataSet(
+        title="this repository's sentences",
+        files=("data:train", "data:test"),
+        sizes=(200, 1000, 6000),
+        task="sentiment",
+        groups=str(ROOT / "data" / "sentiment" / "splits.csv"),
+    ),
 }
 
 
@@ -126,12 +138,16 @@ SETS = {
 
 
 def read_set(chosen: DataSet, folder: Path | None, source: str | None) -> tuple[str, list[Example]]:
-    """(what was read, all rows with a text and a label), numbered through; ValueError where there is no table."""
+    """(what was read, all rows with a text and a label); ValueError where there is no table.
+
+    Ids are row numbers, through all files, but where a table of groups knows the rows by their own.
+    """
     if source is not None:
         table, *named = source.split(",")
         found = [(table, dict(zip(("text_column", "label_column"), named, strict=False)) | {"id_column": ""})]
-    elif folder is not None:
-        found = [(str(folder / name), dict(chosen.columns)) for name in chosen.files]
+    elif folder is not None or chosen.groups:
+        places = [name if name.startswith("data:") else str(folder / name) for name in chosen.files]
+        found = [(place, dict(chosen.columns)) for place in places]
     else:
         raise ValueError(f"{chosen.title}: --data FOLDER with {' and '.join(chosen.files)}, or --source")
     examples = [example for table, columns in found for example in tables.read_examples(table, **columns)]
@@ -139,8 +155,9 @@ def read_set(chosen: DataSet, folder: Path | None, source: str | None) -> tuple[
         examples = [with_label_first(example) for example in examples]
     if chosen.cut:
         examples = [Example(e.id, e.text[: chosen.cut], e.label) for e in examples]
-    numbered = (Example(str(number), e.text, e.label) for number, e in enumerate(examples, 1))
-    return " + ".join(Path(table).name for table, _ in found), [e for e in numbered if e.text.strip() and e.label]
+    if not chosen.groups:
+        examples = [Example(str(number), e.text, e.label) for number, e in enumerate(examples, 1)]
+    return " + ".join(Path(table).name for table, _ in found), [e for e in examples if e.text.strip() and e.label]
 
 
 def with_label_first(example: Example) -> Example:
@@ -171,6 +188,15 @@ def draw_rows(examples: Sequence[Example], labelled: int, seed: int = SEED) -> t
     return [examples[number] for number, _ in drawn], [group for _, group in drawn]
 
 
+def in_their_split(
+    examples: Sequence[Example], labelled: int, groups: str, seed: int = SEED
+) -> tuple[list[Example], list[object]]:
+    """The first `labelled` rows in random order, then the others: the parts of a table that is split already."""
+    order = [*np.random.default_rng(seed).permutation(labelled).tolist(), *range(labelled, len(examples))]
+    drawn = [examples[number] for number in order]
+    return drawn, list(metrics.group_numbers(tables.groups_of(drawn, groups)))
+
+
 def rows_of(examples: Sequence[Example], groups: Sequence[int], labels: Sequence[str], labelled: int) -> StudyRows:
     """What a recording says of the rows."""
     number = {label: n for n, label in enumerate(labels)}
@@ -182,6 +208,11 @@ def rows_of(examples: Sequence[Example], groups: Sequence[int], labels: Sequence
         groups=np.array(groups),
         labelled=labelled,
     )
+
+
+def task_of(name: str) -> str:
+    """The task that a set is asked with: a file, or the name of a built-in one."""
+    return SETS[name].task or str(TASKS / f"{name}.toml")
 
 
 # A place to work in
@@ -198,8 +229,8 @@ class Work:
     folder: Path
 
     @property
-    def task_file(self) -> Path:
-        return TASKS / f"{self.name}.toml"
+    def task_file(self) -> str:
+        return task_of(self.name)
 
     def table(self, name: str, numbers: np.ndarray) -> Path:
         """A table of some of the rows."""
@@ -400,6 +431,8 @@ def run_set(name: str, work_folder: Path, data: Path | None, source: str | None,
     study = study_tables.read_study(path) if path.exists() else None
     missing = {}
     for method in wanted.methods:
+        if name == OURS and method not in OF_OURS:
+            continue
         missing[method] = [n for n in wanted.sizes(chosen, method) if not (study and study.has(method, n))]
     if not any(missing.values()):
         print(f"{name}: all recorded", file=sys.stderr)
@@ -429,13 +462,16 @@ def runs_of(method: str, work: Work, sizes: Sequence[int], minutes: float) -> It
 
 def prepare(name: str, work_folder: Path, data: Path | None, source: str | None) -> tuple[Work, str]:
     """Draw a set's rows: (the place to work in, what was read); ValueError where the draft does not know a label."""
-    chosen, task = SETS[name], read_task(str(TASKS / f"{name}.toml"))
+    chosen, task = SETS[name], read_task(task_of(name))
     read, examples = read_set(chosen, data, source)
     labelled = max(chosen.sizes)
-    drawn, groups = draw_rows(examples, labelled)
+    if chosen.groups:
+        drawn, groups = in_their_split(examples, labelled, chosen.groups)
+    else:
+        drawn, groups = draw_rows(examples, labelled)
     drawn = [Example(*task.identify(example)) for example in drawn]
     if unknown := {example.label for example in drawn} - set(task.labels):
-        raise ValueError(f"{name}: {TASKS / f'{name}.toml'} has no label {sorted(map(str, unknown))[0]!r}")
+        raise ValueError(f"{name}: {task_of(name)} has no label {sorted(map(str, unknown))[0]!r}")
     folder = work_folder / name
     folder.mkdir(parents=True, exist_ok=True)
     return Work(name, task, drawn, rows_of(drawn, groups, list(task.labels), labelled), folder), read
@@ -465,11 +501,17 @@ def all_tables(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> dict[str,
         + study_tables.study_table(study, found)
         for study, found in studies
     }
+    public = public_ones(studies)
     return by_set | {
-        "study probe": study_tables.probe_table(studies),
-        "study improving": study_tables.improving_table(studies),
-        "study guarantees": study_tables.guarantees_table(studies),
+        "study probe": study_tables.probe_table(public),
+        "study improving": study_tables.improving_table(public),
+        "study guarantees": study_tables.guarantees_table(public),
     }
+
+
+def public_ones(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> list[tuple[Study, Sequence[Measured]]]:
+    """Without the dataset of this repository."""
+    return [(study, found) for study, found in studies if study.name != OURS]
 
 
 def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
@@ -493,9 +535,10 @@ def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
         if (after := with_blocks(page, blocks)) != page:
             write_text(path, after)
             print(f"{path.relative_to(ROOT)}: tables written")
+    public = public_ones(studies)
     panels = {
-        "fewer labels": study_tables.coverage(studies, 0.9, most=False),
-        "more labels": study_tables.coverage(studies, 0.9, most=True),
+        "fewer labels": study_tables.coverage(public, 0.9, most=False),
+        "more labels": study_tables.coverage(public, 0.9, most=True),
     }
     shown = {method for sets in panels.values() for of_set in sets.values() for method in of_set}
     methods = [method for method in study_tables.METHODS if method in shown]

@@ -10,7 +10,7 @@ import pytest
 import public_study
 import study_tables
 from near_duplicates import duplicate_groups
-from tables import Example
+from tables import Example, read_examples
 from task import read_task
 
 
@@ -56,8 +56,17 @@ def test_sets_are_read_as_they_are_downloaded_and_their_drafts_know_the_labels(t
     assert [e.label for e in read["agnews"]] == ["Business", "Sci/Tech"] and "fell" in read["agnews"][0].text
     assert [e.id for e in read["banking77"]] == ["1", "2"] and len(read["tickets"][0].text) == 400
     for name, examples in read.items():
-        task = read_task(str(public_study.TASKS / f"{name}.toml"))
+        task = read_task(public_study.task_of(name))
         assert {example.label for example in examples} <= set(task.labels), name
+
+
+def test_our_own_rows_stay_in_their_split(tmp_path):
+    work, source = public_study.prepare(public_study.OURS, tmp_path, None, None)
+    ids = [example.id for example in work.examples]
+    assert source == "data:train + data:test" and len(ids) == 8000 == len(set(ids))
+    assert {id.partition("-")[0] for id in ids[:6000]} == {"train"}
+    assert ids[6000:] == [example.id for example in read_examples("data:test")]
+    assert ids[:200] != sorted(ids[:200]) and not set(work.rows.groups[:6000]) & set(work.rows.groups[6000:])
 
 
 def test_another_table_takes_the_place_of_a_set(tmp_path):

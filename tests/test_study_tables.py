@@ -119,8 +119,8 @@ def test_recordings_hold_no_text_and_unseen_rows_share_no_group_with_labelled_on
     lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
     assert set(lines[1]) == {"id", "text", "label", "group"}
     assert all(re.fullmatch("[0-9a-f]{12}", key) for key in lines[1]["text"])
-    assert all(re.fullmatch("[0-9]+", id) for id in lines[1]["id"])
+    assert all(re.fullmatch("(train-|test-)?[0-9]+", id) for id in lines[1]["id"])
     rows = study_tables.read_study(path).rows
     assert not set(rows.groups[rows.unseen]) & set(rows.groups[: rows.labelled])
     assert not set(rows.text_keys[rows.labelled :]) & set(rows.text_keys[: rows.labelled])
-    assert len(rows.unseen) == 500
+    assert len(rows.unseen) == (2000 if path.name == "ours.jsonl.gz" else 500)
