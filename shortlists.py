@@ -129,13 +129,18 @@ def cross_fitted_lists(
     return lists
 
 
-def coverage_by_label(
-    lists: np.ndarray, truth: np.ndarray, labels: Sequence[str], shortlist: Shortlist
-) -> dict[str, dict]:
-    """Of each label's rows how many have it on their list, and whether it has a least probability of its own."""
-    covered = lists[np.arange(len(truth)), truth]
-    found = {}
+def coverage_report(lists: np.ndarray, truth: np.ndarray, labels: Sequence[str], shortlist: Shortlist) -> dict:
+    """How many of the rows have their true label on the list, of all and of each label, and how long lists are."""
+    covered, by_label = lists[np.arange(len(truth)), truth], {}
     for number, label in enumerate(labels):
         mine = truth == number
-        found[label] = {"n": int(mine.sum()), "covered": int(covered[mine].sum()), "own": shortlist.own[number]}
-    return found
+        counts = {"n": int(mine.sum()), "covered": int(covered[mine].sum())}
+        by_label[label] = counts | {"own": shortlist.own[number]}
+    return {
+        "coverage_asked": shortlist.coverage,
+        "n": len(truth),
+        "covered": int(covered.sum()),
+        "mean_length": float(lists.sum(axis=1).mean()),
+        "labels": len(labels),
+        "by_label": by_label,
+    }
