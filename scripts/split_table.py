@@ -133,7 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups = tables.joined_groups(groups, duplicate_groups(example.text for example in examples))
     part_of = split(labels, groups, shares, args.seed)
     folder = Path(args.output_dir) if args.output_dir else source.parent
-    paths = {part: folder / f"{source.name.split('.')[0]}.{part}.csv" for part in shares}
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = source.name.split(".")[0].replace(":", "_")  # of data:train, data_train
+    paths = {part: folder / f"{stem}.{part}.csv" for part in shares}
     for path in paths.values():
         predictions.check_output(path, args.table)
     write_parts(table, part_of, paths)
