@@ -267,8 +267,8 @@ def http_client(library: object, url: str, where: str, key: str, timeout_s: floa
     if where == "--endpoint" and not is_openai:  # nor what else the client would read in the environment
         omitted = {"OpenAI-Organization": library.Omit(), "OpenAI-Project": library.Omit()}
         options["default_headers"] = omitted | {"Authorization": f"Bearer {key}"}
-        if parts.hostname.endswith(AZURE):  # its keys have a header of their own, its older addresses a version
-            options["default_headers"] = omitted | {"Authorization": library.Omit(), "api-key": key}
+        if parts.hostname.endswith(AZURE):
+            options["default_headers"]["api-key"] = key
     if parts.query:
         options["default_query"] = dict(parse_qsl(parts.query))
     client = library.AsyncOpenAI if where == "--endpoint" else library.AsyncAnthropic
@@ -297,6 +297,8 @@ def http_library_client(library: object, host: str, timeout_s: float) -> object:
     send = client.send
 
     async def send_whole(request: object, **how: object) -> object:
+        if host.endswith(AZURE):  # takes a key in a header of its own, and this one for a token
+            del request.headers["authorization"]
         try:
             async with asyncio.timeout(timeout_s):
                 return await send(request, **how)

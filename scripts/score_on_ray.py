@@ -158,6 +158,7 @@ def start_ray(workers: int) -> object:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours is in rows
     context.print_on_execution_start = False
+    context.target_max_block_size = 1  # byte: a block is one part, so that each goes to the next free worker
     return ray
 
 
@@ -230,10 +231,8 @@ def score_parts(ray: object, work: Work, run: Run, output: str, workers: int, gp
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=DeprecationWarning)  # until Ray 2.64
     starts = [{"number": source.number} for source in run.sources if unfinished(run, source.number, finished)]
     readers = TaskPoolStrategy(size=min(READERS, len(starts)))
-    parts = (
-        ray.data.from_items(starts, override_num_blocks=len(starts))
-        .map_batches(PartReader(run, output), batch_size=1, num_cpus=0, compute=readers)
-        .repartition(target_num_rows_per_block=1)  # one part goes to one worker
+    parts = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
+        PartReader(run, output), batch_size=1, num_cpus=0, compute=readers
     )
     scored = parts.map_batches(
         PartScorer,

@@ -53,6 +53,11 @@ class FakeServer:
     requests: list = field(default_factory=list)
     pages: dict = field(default_factory=dict)  # path -> (status, headers, payload) whatever is asked
     rejects: dict = field(default_factory=dict)  # parameter -> what a 400 says about it
+    refuses: dict = field(default_factory=dict)  # parameter -> (a value, what a 400 says about it)
+    most_listed: int = 1000  # tokens; what a longer list is answered is `too_long`
+    too_long: str = "Invalid value for 'logprobs': must be at most {}."
+    chat_only: bool = False  # completions have no log-probabilities
+    thinks_unless: dict | None = None  # a chat begins with a thought, but with these in its body
     always: str = ""  # a word that counts as if it stood in every text
     repaired: bool = False  # no word counts
     lists: dict = field(default_factory=dict)  # token id -> log-probability: it lists by id, as vLLM does
@@ -104,14 +109,19 @@ class FakeServer:
         word = (re.findall(r"FAKE-[A-Z0-9-]+", request.text + self.always) or [""])[0]
         if word.endswith("-ONCE"):
             word = "" if times else word.removesuffix("-ONCE")
-        if request.path in self.pages:
-            return self.pages[request.path]
+        if request.path.partition("?")[0] in self.pages:
+            return self.pages[request.path.partition("?")[0]]
         if request.path == "/v1/models":
             return 200, {}, {"data": [{"id": "fake-1"}]}
-        if request.path not in ("/v1/completions", "/v1/chat/completions", "/v1/messages"):
+        if request.path.partition("?")[0] not in ("/v1/completions", "/v1/chat/completions", "/v1/messages"):
             return 404, {}, said("no such path")
         if rejected := [text for name, text in self.rejects.items() if name in request.body]:
             return 400, {}, said(rejected[0])
+        if refused := [text for name, (bad, text) in self.refuses.items() if request.body.get(name) == bad]:
+            return 400, {}, said(refused[0])
+        wanted = request.body.get("top_logprobs") or request.body.get("logprobs") or 0
+        if wanted > self.most_listed:
+            return 400, {}, said(self.too_long.format(self.most_listed))
         word = "" if self.repaired else word
         if status := re.fullmatch(r"FAKE-(\d{3})", word):
             words = f"about status {status[1]}, asked with {request.headers.get('authorization')}"
@@ -122,12 +132,14 @@ class FakeServer:
 
     def good_reply(self, request, word, times):
         """A reply as the real servers write it."""
-        body, chat = request.body, request.path != "/v1/completions"
+        body, chat = request.body, not request.path.startswith("/v1/completions")
         answer = answered(word, times, body, chat)
         if self.obeys_choice and "structured_outputs" in body:
             answer = body["structured_outputs"]["choice"][-1]
         if request.path == "/v1/messages":
-            return {"content": [{"type": "text", "text": answer}], "stop_reason": "end_turn", "type": "message"}
+            content = [{"type": "text", "text": answer}]
+            usage = {"input_tokens": 11, "output_tokens": 3}
+            return {"content": content, "stop_reason": "end_turn", "type": "message", "usage": usage}
         listed = {SPELT[chat][name]: log for name, log in LISTS.get(word, LISTS[""]).items()}
         if self.lists:
             ids = sorted(self.lists, key=self.lists.get)[-2:]  # its top list
@@ -136,11 +148,16 @@ class FakeServer:
             listed = {f"token_id:{i}": self.lists[i] for i in ids}
             listed |= {"token_id:3524": -9999.0} if word == "FAKE-NOT-COMPUTED" else {}
         ended = {"index": 0, "finish_reason": "length" if body.get("max_tokens") == 1 else "stop"}
+        usage = {"prompt_tokens": 10, "completion_tokens": 2}
         if not chat:
-            return {"choices": [ended | {"text": answer, "logprobs": {"top_logprobs": [listed]}}]}
+            logprobs = None if self.chat_only else {"top_logprobs": [listed]}
+            return {"choices": [ended | {"text": answer, "logprobs": logprobs}], "usage": usage}
+        if self.thinks_unless is not None and any(body.get(n) != v for n, v in self.thinks_unless.items()):
+            answer, listed = "<think>Well, ", {"<think>": -0.01}
         pairs = [{"token": token, "logprob": log, "bytes": [*token.encode()]} for token, log in listed.items()]
         logprobs = {"content": [{"token": answer, "logprob": -0.1, "top_logprobs": pairs}]}
-        return {"choices": [ended | {"message": {"role": "assistant", "content": answer}, "logprobs": logprobs}]}
+        message = {"role": "assistant", "content": answer}
+        return {"choices": [ended | {"message": message, "logprobs": logprobs}], "usage": usage}
 
 
 def said(message):

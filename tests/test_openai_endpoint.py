@@ -845,3 +845,223 @@ def test_the_fingerprint_follows_the_server_the_model_and_how_it_is_asked(call, 
         with connect(vllm.url, "m", reader=SimpleNamespace(name=name)) as server:
             identities.append(server.identity)
     assert identities[0] != identities[1]
+
+
+# Servers as they are
+
+
+def test_a_neutral_value_that_a_server_refuses_is_put_in_its_own_words_or_left_out(call, fake):
+    # SGLang's words about top_k; a server that knows a range of min_p in which ours is not.
+    fake.refuses = {
+        "top_k": (0, "top_k must be -1 (disable) or at least 1, got 0."),
+        "min_p": (0.0, "min_p must be between 0.01 and 1"),
+    }
+    for script in (logprobs_confidence, consistency_confidence):
+        done = call(script, "Not bad", "--json")
+        body = fake.requests[-1].body
+        assert (done.code, body["top_k"]) == (0, -1) and "min_p" not in body and body["top_p"] == 1.0, done
+    sampling = row_of(done)["sampling"]
+    assert sampling["top_k"] == -1 and "min_p" not in sampling
+    # Where no value will do the parameter goes.
+    fake.refuses, fake.rejects = {}, {"top_k": "top_k is greater than what this server takes"}
+    assert logprobs(call, "Not bad").code == 0 and "top_k" not in fake.requests[-1].body
+
+
+@BOTH
+def test_a_shorter_list_is_taken_unless_a_longer_one_was_asked_for(call, fake, task):
+    fake.most_listed = 5
+    done = logprobs(call, "Not bad", "--json", "--task", task.name)
+    assert row_of(done)["confidence"] == pytest.approx(SURE) and "note: fake-1 lists at most 5 tokens\n" in done.err
+    body = fake.requests[-1].body
+    assert (body.get("top_logprobs") or body["logprobs"]) == 5
+    problem = error_of(logprobs(call, "Not bad", "--top-tokens", 20, "--task", task.name))
+    assert "fake-1 lists at most 5 tokens, --top-tokens asks for 20" in problem
+    assert "give --top-tokens 5, or use Method 2" in problem
+    # As vLLM says it, with both numbers.
+    fake.most_listed, fake.too_long = 7, "Requested sample logprobs of 20, which is greater than max allowed: {}"
+    assert "lists at most 7 tokens" in logprobs(call, "Not bad", "--task", task.name).err
+
+
+def test_a_server_that_gives_log_probabilities_on_chat_only_is_asked_in_chat(call, fake):
+    fake.chat_only = True
+    problem = error_of(logprobs(call, "Not bad"))
+    assert "gives log-probabilities on chat only; use a task with format" in problem and "sentiment-yes-no" in problem
+    assert logprobs(call, "Not bad", *CHAT).code == 0 and consistency(call, "Not bad").code == 0
+    fake.always = "FAKE-NO-LOGPROBS"  # on chat neither
+    assert "no log-probabilities; use Method 2, consistency_conf" in error_of(logprobs(call, "Not bad"))
+
+
+SWITCHES = [
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"reasoning_effort": "none"},
+    {"thinking": {"type": "disabled"}},
+]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["vllm", "openai", "deepseek"])
+def test_thinking_is_turned_off_by_the_switch_that_the_server_has(call, fake, number, script):
+    fake.thinks_unless = SWITCHES[number]
+    fake.rejects = {name: f"Unknown parameter: {name}" for switch in SWITCHES[:number] for name in switch}
+    done = call(script, "Not bad", *CHAT, "--json")
+    (name,) = SWITCHES[number]
+    assert row_of(done)["prediction"] == "positive" and f"note: the thinking of fake-1 is off, by {name}\n" in done.err
+    assert fake.requests[-1].body[name] == SWITCHES[number][name]
+    # What was sent is part of the fingerprint.
+    thinking = row_of(done)["fingerprint"]
+    fake.thinks_unless, fake.rejects = None, {}
+    assert row_of(call(script, "Not bad", *CHAT, "--json"))["fingerprint"] != thinking
+
+
+def test_a_model_that_cannot_but_think_is_for_method_2(call, fake):
+    fake.thinks_unless = {"no such": "switch"}
+    assert "no switch of its API turns that off; use Method 2" in error_of(logprobs(call, "Not bad", *CHAT))
+    problem = error_of(consistency(call, "Not bad", *CHAT, "--samples", 2))
+    assert "2 of 2 answers end inside a thought; --max-tokens gives them more room" in problem
+
+
+def test_azure_s_addresses_and_keys(call, fake, monkeypatch):
+    # Its older addresses name a version in a query; the newer ones end in /openai/v1. The key has a header of its own.
+    for url in (fake.url + "?api-version=2024-10-21", fake.url):
+        assert logprobs(call, "Not bad", "--endpoint", url, "--model", "fake-1").code == 0
+    assert {request.path for request in fake.requests} == {"/v1/completions?api-version=2024-10-21", "/v1/completions"}
+    assert "without a key in it" in error_of(logprobs(call, "x", "--endpoint", fake.url + "?api-version=1&key=2"))
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "azure-key")
+    with connect("https://mine.openai.azure.com/openai/deployments/gpt-4o-mini?api-version=2024-10-21") as server:
+        assert server.model == "gpt-4o-mini" and "top_k" in server.rejected
+        assert server.connections[0].secret == "azure-key"
+    monkeypatch.setattr(server_connections, "AZURE", ("127.0.0.1",))
+    assert logprobs(call, "Not bad", "--model", "fake-1", "--api-key-env", "AZURE_OPENAI_API_KEY").code == 0
+    headers = fake.requests[-1].headers
+    assert headers["api-key"] == "azure-key" and "authorization" not in headers
+
+
+# A model by its name, on whatever servers
+
+
+@pytest.fixture
+def named(monkeypatch, tmp_path):
+    """--served-as, remembered in a folder of the test's."""
+    monkeypatch.setattr("served_identity.cache_dir", lambda: tmp_path / "cache")
+    return ["--served-as", "my-model"]
+
+
+@pytest.fixture
+def other(fake):
+    """A second server of the same model."""
+    other = FakeServer().start()
+    yield other
+    other.stop()
+
+
+def test_localhost_and_127_0_0_1_are_one_address(call, fake):
+    there = fake.url.replace("127.0.0.1", "localhost")
+    first, second = (row_of(logprobs(call, "x", "--json", "--endpoint", url)) for url in (fake.url, there))
+    assert first["fingerprint"] == second["fingerprint"]
+
+
+def test_another_server_of_the_same_name_continues_the_file(call, fake, other, named, tmp_path, script):
+    flags, output = table(tmp_path, ["FAKE-500 one", "two"], *named)
+    assert call(script, *flags).code == 0
+    before = [row["fingerprint"] for row in records(output)]
+    other.repaired = True
+    assert call(script, *flags, "--endpoint", other.url).code == 0
+    rows = records(output)
+    assert [row["prediction"] for row in rows] == ["positive"] * 2 and [row["model"] for row in rows] == [
+        "my-model"
+    ] * 2
+    assert [row["fingerprint"] for row in rows] == before
+    assert call(script, *flags, "--served-as", "another").code == 2  # another identity
+
+
+def test_another_model_of_the_same_name_is_refused(call, fake, other, named):
+    assert logprobs(call, "Not bad", *named).code == 0
+    assert logprobs(call, "Not bad", *named, "--endpoint", other.url).code == 0
+    other.always = "FAKE-NEGATIVE"  # lists positive 0.2, where it was 0.6
+    for method in (logprobs, consistency):
+        problem = error_of(method(call, "Not bad", *named, "--endpoint", other.url))
+        assert f"{other.url} serves another model than my-model was: a probability differs by 0.40" in problem
+    # With another task, or of a server that lists nothing, there is nothing to compare with.
+    assert consistency(call, "Not bad", *named, *CHAT, "--endpoint", other.url).code == 0
+    done = consistency(call, "Not bad", *named, *CLAUDE)
+    assert done.code == 0 and "serves my-model cannot be checked" in done.err
+
+
+def test_requests_are_spread_over_servers_and_one_that_dies_is_left_out(call, fake, other, named, tmp_path, script):
+    texts = [f"text {number}" for number in range(60)]
+    flags, output = table(tmp_path, texts, *named, "--endpoint", fake.url, "--endpoint", other.url)
+    other.dies_at = 15
+    done = call(script, *flags, "--concurrency", 4)
+    assert done.code == 0 and done.err.count(f"no server answers at {other.url} any more; it is left out") == 1
+    assert [row["prediction"] for row in records(output)] == ["positive"] * 60
+    assert min(len([r for r in one.requests if r.body]) for one in (fake, other)) >= 15
+    # One that is not there at the beginning is left out too; without any the run stops, and the command continues it.
+    output.unlink()
+    assert call(script, *flags).code == 0 and len(records(output)) == 60
+    fake.dies_at = len([r for r in fake.requests if r.body]) + 25
+    output.unlink()
+    done = call(script, *flags)
+    assert (
+        done.code == 2 and "no server answers any more, of" in done.err and "repeat the command to continue" in done.err
+    )
+    finished = len(records(output))
+    fake.start()
+    assert call(script, *flags).code == 0
+    rows = records(output)
+    assert 0 < finished < 60 and len(rows) == 60 and all(row["prediction"] for row in rows)
+
+
+def test_several_servers_need_one_name(call, fake, other, named):
+    both = ["--endpoint", fake.url, "--endpoint", other.url]
+    assert "--served-as" in error_of(logprobs(call, "x", *both))
+    other.pages["/v1/models"] = 200, {}, {"data": [{"id": "fake-2"}]}
+    assert f"fake-2 at {other.url}; name one with --model" in error_of(logprobs(call, "x", *both, *named))
+    assert "spreads its requests itself" in error_of(logprobs(call, "x", *both, "--endpoint", "anthropic", *named))
+
+
+# What it costs
+
+
+def test_equal_texts_are_asked_once_and_what_failed_is_asked_again(call, fake, tmp_path, script):
+    texts = ["alike", "FAKE-500-ONCE x", "alike", "other", "FAKE-500-ONCE x", "alike"]
+    flags, output = table(tmp_path, texts)
+    assert call(script, *flags).code == 0
+    rows = records(output)
+    assert [row["text"] for row in rows] == texts and all(row["prediction"] == "positive" for row in rows)
+    times = 10 if script is consistency_confidence else 1
+    assert len(fake.asked_for("alike")) == len(fake.asked_for("other")) == times
+    if script is consistency_confidence:
+        assert rows[0]["answers"] == rows[2]["answers"] == rows[5]["answers"]
+
+
+def test_a_table_s_cost_is_known_before_anything_is_sent(call, fake, tmp_path, tokenizer):
+    flags, output = table(tmp_path, ["one", "two words", "one", " "], "--dry-run")
+    prices = ["--price-in", 2, "--price-out", 8]
+    done = logprobs(call, *flags)
+    assert (done.code, fake.requests) == (0, []) and not output.exists()
+    assert "4 rows, 3 different texts: 3 requests" in done.out and "tokens: not known; --tokenizer MODEL" in done.out
+    counted = sum(len(tokenizer(SENTIMENT.prompt(text))["input_ids"]) for text in ("one", "two words"))
+    done = logprobs(call, *flags, "--tokenizer", "default", *prices)
+    assert "2 different texts: 2 requests" in done.out and f"tokens: {counted} in, 2 out" in done.out
+    done = consistency(call, *flags, "--tokenizer", "default", "--samples", 5, "--max-tokens", 3, *prices)
+    assert "10 requests" in done.out and f"tokens: {5 * counted:,} in, 30 out" in done.out
+    assert f"cost: ${(5 * counted * 2 + 30 * 8) / 1e6:.2f}" in done.out
+    done = consistency(call, *flags, "--tokenizer", "default", "--adaptive", "--samples", 9)
+    assert "8 to 18 requests" in done.out and fake.requests == []
+
+
+def test_a_table_s_cost_is_estimated_from_rows_that_are_asked_when_told(call, fake, tmp_path):
+    flags, output = table(tmp_path, [f"text {number}" for number in range(1000)])
+    done = logprobs(call, *flags, "--dry-run", 4, "--price-in", 2, "--price-out", 8)
+    assert done.code == 0 and len(fake.asked_for("text ")) == 4 and not output.exists()
+    assert "tokens: 10,000 in, 2,000 out (about, by what the server says that 4 texts took)" in done.out
+    assert "cost: $0.04\n" in done.out  # 10,000 x 2 / 1e6 + 2,000 x 8 / 1e6
+    assert "--dry-run is of a table" in error_of(logprobs(call, "x", "--dry-run"))
+
+
+def test_what_a_run_took_is_summed_at_its_end(call, fake, tmp_path, script):
+    flags, _ = table(tmp_path, ["one", "two"], "--price-in", 1e5, "--price-out", 0)
+    done, times = call(script, *flags), 10 if script is consistency_confidence else 1
+    requests = 2 * times + 1  # one to learn what it takes
+    assert f"  {requests} requests, {10 * requests} tokens in, {2 * requests} out, ${requests:.2f}\n" in done.out
+    done = consistency(call, *flags[:2], "--output", tmp_path / "claude.jsonl", *CLAUDE, "--samples", 2)
+    assert "  5 requests, 55 tokens in, 15 out\n" in done.out
