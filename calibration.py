@@ -476,7 +476,7 @@ def load_calibrator(path: str | Path) -> FittedCalibrator:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a calibrator file: its format is not {FORMAT!r}")
     recipe, labels = validated(Recipe, content, where), content.get("labels")
-    if recipe.class_aware and isinstance(labels, list) and recipe != recipe_of(recipe.method, len(labels)):
+    if recipe.class_aware and isinstance(labels, list) and not recipe_of(recipe.method, len(labels)).class_aware:
         raise ValueError(f"{where}: labels: {recipe} is for two, and these are {len(labels)}; fit it anew")
     estimator = _restored(recipe.estimator(), content.get("parameters"), where)
     for name in ("offsets_", "biases_"):

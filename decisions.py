@@ -61,14 +61,6 @@ class Threshold:
     naive_accepted: int
     more_labels: int | None  # when nothing can be guaranteed: about how many more would do, None if none would
 
-    @property
-    def is_guarantee(self) -> bool:
-        return self.value is not None and self.kind != AVERAGE
-
-    @property
-    def rests_on_few(self) -> bool:
-        return self.is_guarantee and self.effective < FEW_ROWS
-
     def record(self) -> dict:
         """As it stands in a calibrator file."""
         return asdict(self)
@@ -95,8 +87,25 @@ def certainty_words(threshold: dict) -> str:
 
 def lacking_words(threshold: dict) -> str:
     """What a threshold record without a value says is missing."""
+    if not threshold["n"]:
+        return "no labelled row has this prediction"
     more = threshold["more_labels"]
     return f"about {more:,} more labels are needed" if more else "not reachable with this model: raise its accuracy"
+
+
+def rests_on_few(threshold: dict) -> bool:
+    """Whether a threshold record is a guarantee that rests on few effective rows."""
+    return threshold["value"] is not None and threshold["kind"] != AVERAGE and threshold["effective"] < FEW_ROWS
+
+
+def average_words(target: float) -> str:
+    """What a threshold of the average kind says, and what it does not."""
+    percent = f"{100 * target:.10g} %"
+    return (
+        f"On average over labelled sets like yours at least {percent} of what is automated is right; with one set it "
+        f"is below {percent} about every second time, by more than 2 points about one time in ten (1,000 labels) or "
+        "five (200). That is no guarantee for this threshold."
+    )
 
 
 def floor(value: float, decimals: int = 4) -> str:

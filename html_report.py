@@ -20,12 +20,23 @@ from decisions import dollars_a_day, priced_automation
 from predictions import Prediction, confidence_and_correct
 
 TEMPLATE = Path(__file__).resolve().parent / "scripts" / "report_template.html"
+LABEL_TARGETS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.99)  # to choose from for each label
 SHOWN, LENGTH = 50, 500  # rows in a table, characters of a text in it
 
 
-def page_data(report: Mapping, rows: Sequence[Prediction], calibrated: np.ndarray) -> dict:
-    """What the page shows: the report of calibration_demo.py, and what it needs of these rows at every threshold."""
-    confidence, correct = confidence_and_correct(rows)
+def page_data(
+    report: Mapping,
+    rows: Sequence[Prediction],
+    calibrated: np.ndarray,
+    by_label: Mapping[str, Sequence[Mapping]],
+    before: Sequence[Prediction] | None = None,
+) -> dict:
+    """What the page shows: the report of calibration_demo.py, and what it needs of these rows at every threshold.
+
+    `by_label` are the thresholds of each predicted label's targets, of `calibration_demo.targets_by_label`; `before`
+    the rows as the model predicted them, where calibration has changed that.
+    """
+    correct, (raw, raw_correct) = confidence_and_correct(rows)[1], confidence_and_correct(before or rows)
     prices = {name: report["settings"][name] for name in ("volume", "review_cost", "error_cost")}
     thresholds = page_thresholds(report, calibrated)
     guaranteed = report["threshold"]["value"]
@@ -37,11 +48,12 @@ def page_data(report: Mapping, rows: Sequence[Prediction], calibrated: np.ndarra
         "start": thresholds.index(report["cost_optimal_threshold"] if guaranteed is None else guaranteed),
         "review_everything": dollars_a_day(0, None, **prices)["dollars"],
         "reliability": {
-            "raw": reliability_bins(confidence, correct),
+            "raw": reliability_bins(raw, raw_correct),
             "calibrated": reliability_bins(calibrated, correct),
         },
-        "errors": table_rows(rows, calibrated, falling[~correct[falling]]),
-        "least_certain": table_rows(rows, calibrated, rising),
+        "by_label": by_label,
+        "errors": table_rows(rows, raw, calibrated, falling[~correct[falling]]),
+        "least_certain": table_rows(rows, raw, calibrated, rising),
     }
 
 
@@ -52,18 +64,21 @@ def page_thresholds(report: Mapping, calibrated: np.ndarray) -> list[float]:
     thresholds |= {gate["threshold"] for gate in report["gates"]["calibrated"]}
     thresholds.add(report["cost_optimal_threshold"])
     for guarantee in report["guarantees"]:
-        thresholds |= {guarantee["threshold"][key] for key in ("value", "naive_value")}
+        for rung in guarantee["ladder"]:
+            thresholds |= {rung["threshold"][key] for key in ("value", "naive_value")}
     return sorted(thresholds - {None})
 
 
-def table_rows(rows: Sequence[Prediction], calibrated: np.ndarray, numbers: np.ndarray) -> list[dict]:
+def table_rows(
+    rows: Sequence[Prediction], raw: np.ndarray, calibrated: np.ndarray, numbers: np.ndarray
+) -> list[dict]:
     """The first of the rows with these numbers, with their texts."""
     found = []
     for number in numbers[:SHOWN].tolist():
         row = rows[number]
         text = row.text if len(row.text) <= LENGTH else row.text[:LENGTH] + " [...]"
         cells = {"id": row.id, "text": text, "label": row.label, "prediction": row.prediction}
-        found.append(cells | {"confidence": row.confidence, "calibrated_confidence": calibrated[number]})
+        found.append(cells | {"confidence": float(raw[number]), "calibrated_confidence": calibrated[number]})
     return found
 
 

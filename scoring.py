@@ -197,19 +197,22 @@ def _warn_of_order(table: Table, limit: int) -> None:
 def explain_texts(job: Job, method: Method, print_explanation: Callable[[dict], None]) -> None:
     """Explain each text of a job, with what its calibrator says; for people, or one JSON object a line."""
     for text in job.texts:
-        explanation = method.explain(text)
+        explanation, added = method.explain(text), {}
         if job.calibrator:
-            explanation |= calibrated(explanation, method, job.calibrator, job.threshold)
+            added = calibrated(explanation, method, job.calibrator, job.threshold)
         if job.as_json:
-            print(json.dumps(explanation))
-        else:
-            print_explanation(explanation)
+            print(json.dumps(explanation | added))
+        else:  # what the model said is shown, and what follows from it
+            print_explanation(explanation | {"calibrated_prediction": added.get("prediction")} | added | explanation)
 
 
 def calibrated(
     explanation: Mapping, method: Method, calibrator: FittedCalibrator, threshold: float | None = None
 ) -> dict[str, object]:
-    """What a calibrator adds to an explained text: `calibrated_confidence`, `decision`, perhaps `fitted_on`."""
+    """What a calibrator adds to an explained text, of `predictions.CALIBRATED`.
+
+    One that may change the prediction also gives prediction, confidence and probabilities, in place of the model's.
+    """
     row = predictions.scored(
         id="",
         text=explanation["text"],
@@ -219,8 +222,11 @@ def calibrated(
         **record_fields(method),
         extras={"votes": explanation["votes"]} if "votes" in explanation else {},
     )
-    added = calibrator.apply([row], threshold)[0].extras
-    return {name: added[name] for name in predictions.CALIBRATED if name in added}
+    row = calibrator.apply([row], threshold)[0]
+    added = {name: row.extras[name] for name in predictions.CALIBRATED if name in row.extras}
+    if "original_prediction" in added:
+        added |= {"prediction": row.prediction, "confidence": row.confidence, "probabilities": row.probabilities}
+    return added
 
 
 def print_decision(explanation: Mapping[str, object]) -> None:
@@ -228,7 +234,10 @@ def print_decision(explanation: Mapping[str, object]) -> None:
     if "decision" in explanation:
         seen = "; the calibrator was fitted on this very text" if explanation.get("fitted_on") else ""
         percent = 100 * explanation["calibrated_confidence"]
-        print(f"  Calibrated confidence {percent:.2f} %: {explanation['decision']}{seen}")
+        label = f" in {command_line.printable(new)}" if (new := explanation.get("calibrated_prediction")) else ""
+        print(f"  Calibrated confidence {percent:.2f} %{label}: {explanation['decision']}{seen}")
+        if shortlist := explanation.get("shortlist"):
+            print(f"  Shortlist: {', '.join(map(command_line.printable, shortlist))}")
 
 
 # Tables

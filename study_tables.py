@@ -21,15 +21,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-import calibration_demo
 import calibration_metrics as metrics
 import decisions
-import predictions
 from files import whole_file
-from predictions import Prediction
+
+if TYPE_CHECKING:
+    from calibration import Scores
 
 FORMAT = "public study 1"
 TOP = 6  # labels of a row whose probabilities are kept
@@ -319,38 +320,34 @@ def share_with_interval(correct: np.ndarray, groups: np.ndarray) -> tuple[float,
 def guaranteed(rows: StudyRows, run: Run, fit: np.ndarray) -> tuple[np.ndarray, str, tuple[Guarantee, ...]]:
     """(confidence of the unseen rows, calibrator, guarantees), from the run's calibration rows at the places `fit`.
 
-    Rows that no calibrator can be fitted to, as nearly all of them are right, keep the raw confidence; its name is "".
+    As calibration_demo.py chooses both. Rows that no calibrator can be fitted to, as nearly all of them are right, keep
+    the raw confidence; its name is "".
     """
-    m = len(run.calibrate_on)
-    known = labelled_rows(rows, run, fit, run.calibrate_on[fit])
-    unseen = labelled_rows(rows, run, np.arange(m, len(run.probabilities)), rows.unseen)
-    correct = unseen.scores.correct
-    try:
-        goal = calibration_demo.Goal(TARGETS[0], 1 - DELTA)
-        study = calibration_demo.calibration_study(known, unseen, goal)
-        chosen_on = study.cross_fitted, known.scores.correct
-        thresholds = [decisions.choose_threshold(*chosen_on, target, DELTA, known.groups).value for target in TARGETS]
-        confidence, name = study.confidences["calibrated"], str(study.fitted.recipe)
-    except ValueError:
-        confidence, name = unseen.scores.confidence, ""
-        raw = known.scores.confidence, known.scores.correct
-        given = DELTA, known.groups, "strictest"
-        thresholds = [decisions.choose_threshold(*raw, target, *given).value for target in TARGETS]
-    return confidence, name, tuple(map(lambda t, v: tested(t, v, confidence, correct), TARGETS, thresholds))
+    from calibration import choose
 
-
-def labelled_rows(rows: StudyRows, run: Run, places: np.ndarray, numbers: np.ndarray) -> calibration_demo.LabelledRows:
-    """Rows of a run as a labelled predictions file would give them; the hash of a text stands for it."""
-    from calibration import scores_of
-
-    common = {"method": run.method, "model": "study", "task": "study", "fingerprint": run.method}
-    records: list[Prediction] = []
-    for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
-        by_label = dict(zip(rows.labels, run.probabilities[place].tolist(), strict=True))
-        label = rows.labels[rows.truth[number]]
-        records.append(predictions.scored(str(number), rows.text_keys[number], label, by_label, 1.0, **common))
+    m, numbers = len(run.calibrate_on), run.calibrate_on[fit]
+    known = scores_of(rows, run.probabilities[fit], numbers)
+    unseen = scores_of(rows, run.probabilities[m:], rows.unseen)
     groups = metrics.group_numbers(rows.groups[numbers].tolist())
-    return calibration_demo.LabelledRows(run.method, records, scores_of(records), groups, None, 0)
+    try:
+        recipe, candidates = choose(known, groups)
+        name, out_of_fold = str(recipe), candidates[recipe].mean(axis=0)
+        confidence = recipe.estimator().fit(*recipe.inputs(known)).predict(recipe.inputs(unseen)[0])
+    except ValueError:
+        name, out_of_fold, confidence = "", known.confidence, unseen.confidence
+    found = []
+    for target in TARGETS:
+        threshold = decisions.choose_threshold(out_of_fold, known.correct, target, DELTA, groups)
+        found.append(tested(target, threshold.value, confidence, unseen.correct))
+    return confidence, name, tuple(found)
+
+
+def scores_of(rows: StudyRows, probabilities: np.ndarray, numbers: np.ndarray) -> Scores:
+    """What calibrators take, of the rows with these numbers and their probabilities [numbers, labels]."""
+    from calibration import Scores
+
+    truth, confidence = rows.truth[numbers], probabilities.max(axis=1)
+    return Scores(rows.labels, probabilities, truth, confidence, probabilities.argmax(axis=1) == truth)
 
 
 def tested(target: float, threshold: float | None, confidence: np.ndarray, correct: np.ndarray) -> Guarantee:

@@ -51,13 +51,14 @@ SAME_TOOLS, OTHER_TOOLS = (4, 20), (32, 45)
 def draw_calibration(folder: Path) -> None:
     """The figures of calibration_demo.py, and all calibrators beside each other."""
     import calibration_demo as demo
+    import calibration_figures
 
     names = ("base_calibration.jsonl", "base_test.jsonl")
     fit, test = (demo.labelled_rows(ROOT / RECORDED / name, str(ROOT / SPLITS)) for name in names)
     study = demo.calibration_study(fit, test)
     report = demo.study_report(study)
-    demo.draw_figures(study, report, folder)
-    common = {"chosen": report["chosen"], "where": demo.caption_words(study), "seed": study.seed}
+    calibration_figures.draw_figures(study, report, folder)
+    common = {"chosen": report["chosen"], "where": calibration_figures.caption_words(study), "seed": study.seed}
     plotting.calibration_method_comparison(folder / "methods.png", report["metrics"], **common)
 
 

@@ -25,7 +25,7 @@ import plotting
 import predictions
 from calibration import Recipe, cross_fit, load_calibrator
 from calibration_metrics import expected_calibration_error
-from decisions import automation, buckets, choose_threshold, costs, priced_automation
+from decisions import automation, average_threshold, buckets, choose_threshold, costs, priced_automation
 from text_report import report_text
 
 FIGURES = {"raw_confidence_histogram", "reliability_by_method", "business_reliability", "business_progression"}
@@ -178,7 +178,7 @@ def test_the_files_are_these_and_no_others(held_out, one_file):
 def test_the_calibrator_file_is_fitted_on_the_calibration_rows_alone(held_out):
     p, truth, _, correct = arrays(held_out.cal)
     record, recipe = held_out.record, Recipe("platt", True)
-    fitted = recipe.estimator().fit(p, truth).calibrators_["all"]
+    fitted = recipe.estimator().fit(p, truth).calibrator_
     assert record["parameters"]["all"] == {"slope_": fitted.slope_, "intercept_": fitted.intercept_}
     assert (record["n"], record["groups"], record["labels"]) == (300, 260, ["negative", "positive"])
     assert len(record["fitted_on"]) == 260
@@ -219,22 +219,116 @@ def test_every_number_of_the_report_is_measured_on_the_test_rows(held_out):
 
 
 @pytest.mark.parametrize("kind", ["held_out", "one_file"])
-def test_guarantees_come_from_cross_fitted_scores_of_one_row_of_each_group(kind, request):
+def test_a_ladder_of_guarantees_comes_from_cross_fitted_scores_of_all_rows_with_their_groups(kind, request):
     found = request.getfixturevalue(kind)
     *_, confidence, correct = arrays(found.cal)
     *_, test_correct = arrays(found.test)
     oof = cross_fitted(found, Recipe(found.record["method"], True))
     on_test = calibrated(found) if kind == "held_out" else oof[0]
-    alone = np.sort(np.unique(found.groups, return_index=True)[1])
-    targets = [0.8, 0.85, 0.9, 0.95] if kind == "held_out" else [0.7, 0.8, 0.85, 0.9, 0.95]
+    targets, some = [0.8, 0.85, 0.9, 0.95] if kind == "held_out" else [0.7, 0.8, 0.85, 0.9, 0.95], 0
     for target, guarantee in zip(targets, found.report["guarantees"], strict=True):
-        for key, scores in (("threshold", oof.mean(axis=0)), ("raw", confidence)):
-            assert guarantee[key] == choose_threshold(scores[alone], correct[alone], target).record()
-        value, measured = guarantee["threshold"]["value"], guarantee["measured"]
-        assert measured == (None if value is None else automation(on_test, test_correct, [value])[0])
-    asked = found.report["guarantees"][targets.index(0.9 if kind == "held_out" else 0.7)]["threshold"]
-    assert asked["value"] is not None
+        rows, groups = (oof.mean(axis=0), correct, target), found.groups
+        ladder = [choose_threshold(*rows, delta, groups) for delta in (0.05, 0.2)] + [average_threshold(*rows, groups)]
+        assert [rung["certainty"] for rung in guarantee["ladder"]] == [0.95, 0.8, "average"]
+        for expected, rung in zip(ladder, guarantee["ladder"], strict=True):
+            assert rung["threshold"] == expected.record()
+            measured = None if expected.value is None else automation(on_test, test_correct, [expected.value])[0]
+            assert rung["measured"] == measured
+            some += measured is not None
+        assert guarantee["raw"] == choose_threshold(confidence, correct, target, 0.05, groups, "strictest").record()
+    assert some >= 5
+    asked = found.report["guarantees"][targets.index(0.9 if kind == "held_out" else 0.7)]["ladder"][0]["threshold"]
+    assert asked["value"] is not None and asked["kind"] == "approximate"
     assert found.report["threshold"] == found.record["threshold"] == asked | {"protocol": "cross-fitted"}
+    wrong = oof.mean(axis=0)[~correct]
+    assert found.record["wrong_confidences"] == pytest.approx(sorted(wrong))
+    assert found.record["label_thresholds"] is None
+
+
+@pytest.fixture(scope="module")
+def by_label(held_out, tmp_path_factory):
+    """Targets for each label, a price for each mistake, on average: the three ways in which a run differs."""
+    folder, found = tmp_path_factory.mktemp("by_label"), {}
+    prices = folder / "prices.csv"
+    prices.write_text("true,positive,negative\nnegative,$40,0\npositive,1,10\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_demo, "draw_figures", lambda *ignored: None)
+        for name, flags in (
+            ("each", ("--target", "negative=.75", "default=.9", "--cost-matrix", prices)),
+            ("split", ("--target", "negative=.75", "default=.9", "--split-certainty", "--certainty", ".9")),
+            ("average", ("--certainty", "average", "--target-accuracy", ".85")),
+        ):
+            run = demo(*held_out.argv[:6], *flags, "--output-dir", folder / name)
+            found[name] = opened(folder / name, run)
+            assert run.code == 0, run.err
+    return found
+
+
+@pytest.mark.parametrize("name, delta", [("each", 0.05), ("split", 0.05)])  # 0.1 divided between two labels
+def test_targets_of_labels_are_guaranteed_on_the_rows_with_that_prediction_and_decide(name, delta, held_out, by_label):
+    found, oof = by_label[name], cross_fitted(held_out, Recipe("platt", True)).mean(axis=0)
+    p, _, _, correct = arrays(held_out.cal)
+    predicted, thresholds = p.argmax(axis=1), {}
+    for number, (label, target) in enumerate({"negative": 0.75, "positive": 0.9}.items()):
+        mine = predicted == number
+        expected = choose_threshold(oof[mine], correct[mine], target, delta, held_out.groups[mine])
+        record = found.record["label_thresholds"][label]
+        assert record == expected.record() | {"protocol": "cross-fitted"}
+        assert found.report["by_label"]["labels"][label]["rows"] == mine.sum()
+        thresholds[label] = expected.value
+    assert thresholds["negative"] is not None
+    automated = []
+    applied = load_calibrator(found.folder / "calibrator.json").apply(predictions.read(held_out.test))
+    for line, row in zip(found.decisions, applied, strict=True):
+        value = thresholds[row.prediction]
+        automate = value is not None and row.extras["calibrated_confidence"] >= value
+        assert line["decision"] == row.extras["decision"] == ("automate" if automate else "review")
+        automated.append((automate, row.label == row.prediction))
+    taken, right = map(np.array, zip(*automated, strict=True))
+    together = found.report["by_label"]["together"]
+    assert (together["automated"], together["right"]) == (taken.sum(), right[taken].sum()) and taken.any()
+    said = {
+        "each": "Each guarantee by itself with 95% certainty",
+        "split": "All guarantees together with 90% certainty",
+    }
+    assert said[name] in found.run.out and f"Together they automate {taken.mean():.1%} of the rows" in found.run.out
+    lines = found.run.out[found.run.out.index("A target for each") :]
+    assert cells(lines, "negative")[2:4] == ["75.0%", f"{int(1000 * thresholds['negative']) / 1000:.3f}"]
+    other = thresholds["positive"]
+    assert cells(lines, "positive")[2:4] == ["90.0%", "nothing" if other is None else f"{int(1000 * other) / 1000:.3f}"]
+
+
+def test_prices_of_mistakes_decide_by_the_expected_cost_beside_chow_s_threshold(held_out, by_label):
+    p, truth, *_ = arrays(held_out.test)
+    cal_p, cal_truth, *_ = arrays(held_out.cal)
+    found, chosen = by_label["each"], calibrated(held_out)
+    dollars = np.array([[0, 40], [10, 1]])  # true negative, positive; predicted likewise
+    predicted, cal_predicted = p.argmax(axis=1), cal_p.argmax(axis=1)
+    pairs = zip(predicted, chosen, strict=True)
+    expected = [c * dollars[k, k] + (1 - c) * dollars[1 - k, k] for k, c in pairs]
+    assert [float(line["expected_cost"]) for line in found.decisions] == pytest.approx(expected, abs=1e-6)
+    by_cost = np.array(expected) <= 5
+    assert [line["decision_by_cost"] == "automate" for line in found.decisions] == by_cost.tolist()
+    paid, matrix = dollars[truth, predicted], found.report["cost_matrix"]
+    wrong = cal_predicted != cal_truth
+    price = dollars[cal_truth, cal_predicted][wrong].mean()
+    assert matrix["mean_error_price"] == pytest.approx(price) and matrix["dollars"] == dollars.tolist()
+    rules = {rule["rule"].split(",")[0]: rule for rule in matrix["rules"]}
+    for name, taken in (("expected cost", by_cost), ("Chow's threshold", chosen >= 1 - 5 / price)):
+        assert rules[name]["share"] == pytest.approx(taken.mean())
+        assert rules[name]["cost"] == pytest.approx(np.where(taken, paid, 5).mean())
+        assert rules[name]["low"] <= rules[name]["cost"] <= rules[name]["high"]
+    assert rules["expected cost"]["cost"] < rules["Chow's threshold"]["cost"] < rules["automate everything"]["cost"]
+    assert f"{rules['expected cost']['cost']:.3f} [" in found.run.out
+
+
+def test_on_average_is_called_no_guarantee_and_the_file_gets_that_threshold(by_label):
+    found = by_label["average"]
+    assert found.record["threshold"]["kind"] == "average" and found.record["threshold"]["delta"] is None
+    assert "Without a guarantee for this threshold, on average over labelled sets: from calibrated" in found.run.out
+    assert "on average over labelled sets like yours at least 85 % of what is automated is" in " ".join(
+        found.run.out.lower().split()
+    )
 
 
 def test_decisions_are_those_of_the_calibrator_file_and_no_cell_is_a_formula(held_out):
@@ -263,11 +357,15 @@ def test_decisions_are_those_of_the_calibrator_file_and_no_cell_is_a_formula(hel
 def test_what_is_printed_first_is_what_to_act_on_in_two_screens(held_out):
     *_, raw, correct = arrays(held_out.test)
     chosen, report, out = calibrated(held_out), held_out.report, held_out.run.out
-    value, measured = report["threshold"]["value"], report["guarantees"][2]["measured"]
+    value, measured = report["threshold"]["value"], report["guarantees"][2]["ladder"][0]["measured"]
     right = f"{measured['accuracy']:.3f} [{measured['accuracy_low']:.3f}, {measured['accuracy_high']:.3f}]"
-    assert out.startswith(
-        f"Guaranteed with 95% certainty: from calibrated confidence {value:.3f} on, at least 90.0% are right.\n"
-        f"That automates {measured['share']:.1%} of the rows (coverage), {right} of them right, held-out.\n"
+    assert (
+        out.startswith("Verdict: ")
+        and (
+            f"\n\nGuaranteed with 95% certainty: from calibrated confidence {value:.3f} on, at least 90.0% are right.\n"
+            f"That automates {measured['share']:.1%} of the rows (coverage), {right} of them right, held-out.\n"
+        )
+        in out
     )
     assert f"calibrated on {held_out.cal}: 300 rows in 260 groups" in out and "n = 300, held-out" in out
     for name, score in (
@@ -277,15 +375,18 @@ def test_what_is_printed_first_is_what_to_act_on_in_two_screens(held_out):
     ):
         assert [cell[:5] for cell in cells(out, name)[1:]] == [f"{score(correct, c):.3f}" for c in (raw, chosen)]
     assert cells(out, "its calibration part, a paired gain")[1][:5] == f"{report['log_loss_gain'][0]:.3f}"
-    assert cells(out, "90.0%")[1:4] == [f"{value:.3f}", f"{measured['share']:.1%}", right]
+    assert cells(out, "90.0%")[1] == f"{measured['share']:.1%} from {int(1000 * value) / 1000:.3f} ({right[:5]})"
+    assert cells(out, "its refinement, which takes a better model")[1] == f"{log_loss(correct, chosen):.3f}"
     lines = report_text(report | dict.fromkeys(("calibrated_on", "tested_on"), "data/predictions/base.jsonl"))
-    assert out.count("\n") <= 48 and max(map(len, lines.splitlines())) <= 100
+    assert out.count("\n") <= 66 and max(map(len, lines.splitlines())) <= 110
 
 
 def test_verbose_adds_every_calibrator_label_band_and_threshold(held_out):
     p, _, raw, correct = arrays(held_out.test)
     report, out = held_out.report, report_text(held_out.report, verbose=True)
-    assert out.startswith(held_out.run.out[: held_out.run.out.index("Guarantees with")])
+    first, guarantees = held_out.run.out.index("calibrated on"), held_out.run.out.index("Guarantees:")
+    assert out.startswith(held_out.run.out[:first])
+    assert held_out.run.out[guarantees : held_out.run.out.index("Cost-optimal")] in out
     m, line = report["metrics"][CHOSEN], cells(out[out.index("lowest log loss first") :], CHOSEN)
     assert (line[1], line[4], line[8]) == (f"{m['log_loss']:.3f}", f"{m['ece']:.3f}", f"{m['auroc']:.3f}")
     assert cells(out[out.index("Candidates") :], CHOSEN)[-1] == "chosen"
@@ -298,12 +399,19 @@ def test_verbose_adds_every_calibrator_label_band_and_threshold(held_out):
     expected = [f"{gate['share']:.1%}", f"{gate['accuracy']:.1%}"]
     expected += [f"${gate['review_dollars']:,.0f}", f"${gate['dollars']:,.0f}"]
     assert cells(out[out.index("A day of 1,000") :], "80%")[5:9] == expected
-    assert cells(out, "80.0%")[5] == f"from {report['guarantees'][0]['threshold']['naive_value']:.3f}"
+    threshold, lines = report["guarantees"][2]["ladder"][0]["threshold"], out[out.index("The evidence of") :]
+    wrong = f"{threshold['errors']} wrong of {threshold['accepted']} labels"
+    assert cells(lines[lines.index("  90.0%") :], "90.0%")[3:7] == [
+        wrong,
+        f"{threshold['effective']:,.0f}",
+        f"{threshold['start']} rows",
+        f"{threshold['naive_value']:.3f}",
+    ]
 
 
 def test_from_a_program_the_study_and_the_report_are_had_without_a_command_line(held_out):
     fit, test = (calibration_demo.labelled_rows(path) for path in (held_out.cal, held_out.test))
-    study = calibration_demo.calibration_study(fit, test, method="platt", target_accuracy=0.8)
+    study = calibration_demo.calibration_study(fit, test, calibration_demo.Goal(0.8), method="platt")
     report = calibration_demo.study_report(study, error_cost=50)
     assert report["guarantees"] == held_out.report["guarantees"] and report["cost_optimal_threshold"] == 0.9
     assert report["threshold"]["target_accuracy"] == 0.8 and report["metrics"] == held_out.report["metrics"]
@@ -425,7 +533,9 @@ def test_rows_that_can_give_no_honest_report_are_refused(cal, test, message, no_
     refused(run, message, tmp_path / "out")
 
 
-FLAGS = {flag: flag for flag in ("--target-accuracy 1.5", "--target-accuracy nan", "--delta 0", "--delta 1")}
+FLAGS = {flag: flag for flag in ("--target-accuracy 1.5", "--target-accuracy nan", "--split-certainty")}
+FLAGS |= {f"--certainty {word}": f"--certainty: '{word}': from 0.5" for word in ("0.4", "1", "nan", "mean")}
+FLAGS |= {"--target red=.9": "no label is called 'red'", "--target .9": "is no target: write LABEL=ACCURACY"}
 FLAGS |= {flag: flag for flag in ("--volume 0", "--review-cost -1", "--error-cost -0.5", "--error-cost inf")}
 FLAGS |= {flag: flag.split()[0] for flag in ("--method best", "--seed -1")}
 FLAGS |= dict.fromkeys(("--test-on CAL", "--calibrate-on CAL"), "either one predictions file or")
@@ -459,9 +569,9 @@ def test_an_output_that_cannot_be_a_folder_and_one_that_takes_not_every_file_are
 
 @pytest.mark.parametrize("field", ["id", "text"])
 def test_half_a_character_leaves_nothing_half_written(field, no_figures, tmp_path):
-    run = tried(tmp_path, changed(CAL, **{field: lambda r, i: r[field] + "\ud800" * (i == 30)}), "--delta", "0.004")
+    run = tried(tmp_path, changed(CAL, **{field: lambda r, i: r[field] + "\ud800" * (i == 30)}), "--certainty", "0.996")
     assert (run.code, run.err) == (0, "") and len(opened(tmp_path / "out").decisions) == 40
-    assert " with 99.6% certainty" in run.out.splitlines()[0]  # not 100 %
+    assert " with 99.6% certainty" in run.out  # not 100 %
 
 
 def test_a_method_that_is_only_shown_does_not_end_the_run(no_figures, tmp_path, monkeypatch):

@@ -1,0 +1,131 @@
+"""The eight figures of a calibration study, each drawn from its records; no model and no command line.
+
+    draw_figures(study, report, Path("figures"))     # of calibration_demo.calibration_study and study_report
+
+A figure that cannot be drawn of these rows is left out, with a note.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import calibration_metrics as metrics
+import decisions
+import label_counts
+import plotting
+from command_line import one_line, printable
+
+if TYPE_CHECKING:
+    from calibration_demo import CalibrationStudy
+
+
+def draw_figures(study: CalibrationStudy, report: Mapping, folder: Path) -> None:
+    """The eight figures."""
+    chosen, where = report["chosen"], caption_words(study)
+    (raw, calibrated), (raw_correct, correct) = study.confidences.values(), study.correct.values()
+    both = ("raw", raw, raw_correct), (chosen, calibrated, correct)
+    model, tested = printable(report["model"]), printable(Path(study.test.source).name)
+    with missing_at_most():
+        plotting.raw_confidence_histogram(
+            folder / "raw_confidence_histogram.png", raw, raw_correct, model=model, source=tested
+        )
+    with missing_at_most():
+        plotting.reliability_diagrams(
+            folder / "reliability_by_method.png",
+            panels_by_method(study, report),
+            what="raw and the calibrated confidence",
+            where=f"{where}; raw: nothing fitted",
+            height=3.8,
+        )
+    with missing_at_most():
+        plotting.business_reliability(
+            folder / "business_reliability.png",
+            [label_counts.reliability_curve([confidence], right, name) for name, confidence, right in both],
+            [[band["n"] for band in bands] for bands in report["buckets"].values()],
+            decisions.BUCKETS,
+            lowest=min(raw.min(), calibrated.min()),
+            where=where,
+        )
+    gates = report["gates"]
+    with missing_at_most():
+        plotting.accuracy_threshold(folder / "accuracy_threshold.png", gates, where=f"{where}; calibrated: {chosen}")
+    risks = {name: metrics.risk_coverage(confidence, right) for name, confidence, right in both}
+    about = (
+        f"{where}; raw: nothing fitted. Area: under the curve, lower is better. A calibrator of the confidence cannot "
+        "move this curve; knowing which label was predicted can."
+    )
+    with missing_at_most():
+        plotting.risk_coverage(folder / "risk_coverage.png", risks, about=about)
+    with missing_at_most():
+        draw_costs(study, report, folder)
+    with missing_at_most():
+        draw_label_counts(study, folder)
+
+
+@contextmanager
+def missing_at_most() -> Iterator[None]:
+    """A figure that cannot be drawn of these rows costs that figure, not the report."""
+    try:
+        yield
+    except (ValueError, ArithmeticError, LookupError) as error:
+        print(f"note: a figure is missing: {one_line(error)}", file=sys.stderr)
+
+
+def draw_costs(study: CalibrationStudy, report: Mapping, folder: Path) -> None:
+    """What 1,000 rows cost at each threshold, with a band that resamples whole groups."""
+    test, seed, where = study.test, study.seed, caption_words(study)
+    prices = {key: report["settings"][key] for key in ("review_cost", "error_cost")}
+    thresholds, curves = np.linspace(0.4, 1, 121), []
+    names = "raw", report["chosen"]
+    for name, confidence, right in zip(names, study.confidences.values(), study.correct.values(), strict=True):
+        costs = decisions.cost_band(confidence, right, thresholds, **prices, groups=test.groups, seed=seed)
+        cost, low, high = 1000 * costs.T
+        curves.append(plotting.Curve(name, thresholds, cost, low, high))
+    optimum = report["cost_optimal_threshold"]
+    plotting.cost_curve(folder / "cost_curve.png", curves, **prices, optimum=optimum, where=where, seed=seed)
+
+
+def draw_label_counts(study: CalibrationStudy, folder: Path) -> None:
+    """The two figures of how many labels it takes."""
+    recipe, fit, seed = study.fitted.recipe, study.fit, study.seed
+    if recipe.relabel:
+        raise ValueError("how many labels it takes is not drawn where calibration changes predictions")
+    test = None if study.test is fit else study.test.scores
+    found = label_counts.few_labels(recipe, fit.scores, fit.groups, test, seed)
+    common = {"calibrator": str(recipe), "where": found.where, "repeats": label_counts.REPEATS, "seed": seed}
+    sizes = [size for size in found.calibrated if size >= 100] or list(found.calibrated)
+    curves = {size: label_counts.reliability_curve(found.calibrated[size], found.correct) for size in sizes}
+    plotting.business_progression(folder / "business_progression.png", curves, decisions.BUCKETS, **common)
+    panels = {threshold: label_counts.automation_curves(found, threshold) for threshold in (0.7, 0.8, 0.9, 0.95)}
+    plotting.sample_size(folder / "sample_size.png", panels, **common)
+
+
+def caption_words(study: CalibrationStudy) -> str:
+    """What a caption says of its numbers: n, protocol, and the files."""
+    tested, fitted = (printable(Path(rows.source).name) for rows in (study.test, study.fit))
+    how = "each row by a calibrator that did not see its group"
+    if study.protocol == "held-out":
+        how = f"fitted on {len(study.fit.rows):,} rows of {fitted}"
+    return f"{study.where} ({tested}, {how})"
+
+
+def panels_by_method(study: CalibrationStudy, report: Mapping) -> list[plotting.ReliabilityPanel]:
+    """Before and after the article's three calibrators."""
+    shown = {"raw": study.confidences["raw"]}
+    for method in ("platt", "isotonic", "temperature"):
+        shown |= {str(recipe): found for recipe, found in study.calibrated.items() if recipe.method == method}
+    if study.fitted.recipe.relabel:
+        shown |= {str(recipe): found for recipe, found in study.calibrated.items()}
+    panels = []
+    for name, confidence in shown.items():
+        right = study.correct["raw" if name == "raw" else "calibrated"]
+        row, bins = report["metrics"][name], metrics.reliability_bins(confidence, right)
+        numbers = f"ECE {row['ece']:.3f} ({row['ece_noise_floor']:.3f}), log loss {row['log_loss']:.3f}"
+        panels.append(plotting.ReliabilityPanel(f"{name}\n{numbers}", bins, plotting.color_of(name)))
+    return panels
