@@ -425,11 +425,12 @@ def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
     lines = []
     for study, found in studies:
         known = by_run(found)
+        drafted = next((one for one in found if one.method == DRAFT), None)  # its answers hang on no labels
         for n in study.sizes:
             if not (probe := known.get((PROBE, n))):
                 continue
-            others = [known.get((method, n)) for method in (COMMONEST, DRAFT, BAG_OF_WORDS)]
-            words = others[-1]
+            words = known.get((BAG_OF_WORDS, n))
+            others = [known.get((COMMONEST, n)), drafted, words]
             lines.append([study.title, f"{n:,}", *(short(one.accuracy[0]) if one else "-" for one in others)])
             lines[-1] += [short(probe.accuracy[0]), f"{short(probe.ece)} ({short(probe.expected_ece)})"]
             lines[-1].append(automated(words.at(0.9)) if words else "-")

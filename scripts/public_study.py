@@ -65,7 +65,7 @@ class DataSet:
     files: tuple[str, ...]
     columns: Mapping[str, object] = field(default_factory=dict)  # of tables.read_examples
     sizes: tuple[int, ...] = (100, 300, 1000)
-    draft_rows: int = 1000  # labelled rows that the draft is asked about
+    draft_rows: int = 300  # labelled rows that the draft is asked about
     label_first: bool = False  # each line is a label, perhaps with a subclass, and the text
     cut: int | None = None  # characters of a text that are used
     task: str | None = None  # a built-in one (default: the draft in data/public_tasks/)
@@ -83,7 +83,6 @@ SETS = {
             "label_map": {"0": "negative", "1": "positive"},
         },
         sizes=(100, 300),
-        draft_rows=300,
     ),
     "sms": DataSet(
         title="SMS spam",
@@ -96,11 +95,14 @@ SETS = {
         columns={"label_column": "airline_sentiment", "id_column": ""},
     ),
     "trec": DataSet(
-        title="TREC questions", files=("trec_train.txt",), columns={"encoding": "latin-1"}, label_first=True
+        title="TREC questions",
+        files=("trec_train.txt",),
+        columns={"encoding": "latin-1"},
+        label_first=True,
+        draft_rows=1000,
     ),
     "agnews": DataSet(
         title="AG News, test part",
-        draft_rows=300,
         files=("agnews_test.csv",),
         columns={
             "header": False,
@@ -114,7 +116,6 @@ SETS = {
         files=("tickets_pt.csv",),
         columns={"text_column": "descricao_reclamacao", "label_column": "categoria", "id_column": ""},
         sizes=(100, 300),
-        draft_rows=300,
         cut=400,
     ),
     "banking77": DataSet(
@@ -122,7 +123,6 @@ SETS = {
         files=("banking77_train.csv", "banking77_test.csv"),
         columns={"label_column": "category"},
         sizes=(1500, 5000),
-        draft_rows=300,
     ),
     OURS: DataSet(
         title="this repository's sentences",

@@ -281,6 +281,37 @@ def test_a_guarantee_on_out_of_fold_probabilities_is_kept_by_the_probe_of_all_ro
     assert -0.15 < np.mean(too_sure) < 0.03  # the probe of all rows is no worse than what was seen of its like
 
 
+@pytest.mark.study
+@pytest.mark.parametrize(("n", "worlds", "cost"), [(200, 150, (-0.05, 0.01)), (1000, 40, (-0.01, 0.015))])
+def test_choosing_among_layers_and_models_of_folds_costs_next_to_nothing(n, worlds, cost):
+    # docs/probe.md: seven blurred copies stand for layers that know less or about as much; all is chosen on the rows.
+    made, broken, losses, too_sure = 0, 0, [], []
+    for seed in range(worlds):
+        features, targets, _ = world(n, 3, 20, seed=seed, spread=4.0)
+        others, unseen, _ = world(5000, 3, 20, seed=10_000 + seed, spread=4.0)
+        random, hidden, of_others = np.random.default_rng(seed), {"layer": features}, {"layer": others}
+        for copy in range(1, 8):
+            for states, layers in ((features, hidden), (others, of_others)):
+                layers[f"copy {copy}"] = states + random.normal(size=states.shape) * states.std(axis=0) * 0.1 * copy
+        fitted = fit_probe(hidden, targets)
+        confidence, correct = fitted.out_of_fold.max(axis=1), fitted.out_of_fold.argmax(axis=1) == targets
+        found = fitted.probe.probabilities(of_others)
+        right = found.argmax(axis=1) == unseen
+        calibrated = PlattScalingCalibrator().fit(confidence, correct).predict(found.max(axis=1))
+        losses.append(mean_log_loss(found, unseen) - fitted.chosen.log_loss)
+        too_sure.append(calibrated.mean() - right.mean())
+        threshold = choose_threshold(cross_fit(PlattScalingCalibrator(), confidence, correct), correct, 0.9)
+        if threshold.value is not None:
+            made, broken = made + 1, broken + (right[calibrated >= threshold.value].mean() < 0.9)
+    print(
+        f"n {n}: log loss unseen - out-of-fold {np.mean(losses):+.3f}, calibrated - accuracy {np.mean(too_sure):+.4f}"
+    )
+    print(f"{made} guarantees made in {worlds} worlds, {broken} broken")
+    assert cost[0] < np.mean(losses) < cost[1]
+    assert abs(np.mean(too_sure)) < 0.015
+    assert made > worlds / 2 and broken <= 0.08 * made  # 5 % are expected
+
+
 def test_a_fitted_probe_is_the_same_every_time():
     features, targets, _ = world(100, 3, 8)
     one, two = fit_probe(features, targets), fit_probe(features, targets)
