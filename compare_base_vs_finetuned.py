@@ -41,6 +41,7 @@ import files
 import plotting
 import predictions
 import tables
+import verdict
 from command_line import printable
 from comparison_text import NAMES, RANDOMLY_LABELLED
 from predictions import Prediction
@@ -206,6 +207,7 @@ def read_comparison(
             models[name] = compared_model(rows, fit_rows if calibrate_on else None, fit_groups, seed, path)
         except ValueError as error:
             raise ValueError(f"{fit_path}: {error}") from None
+    about["verdicts"] = verdicts_of(models, tested, test_groups, seed)
     explained = explained_texts.read_pairs(first_tokens, NAMES, [rows[0] for rows in tested]) if first_tokens else []
     others = {}
     for path, *fit_path in also:
@@ -213,6 +215,17 @@ def read_comparison(
         how = {"protocol": about["protocol"], "groups": groups, "seed": seed}
         others[name] = further_model(path, *fit_path, tested=tested[0], **how)
     return ModelComparison(models, test_groups, fit_groups, about, parts, explained, seed, others)
+
+
+def verdicts_of(
+    models: Mapping[str, ComparedModel], tested: Sequence[Sequence[Prediction]], groups: np.ndarray, seed: int = 0
+) -> dict[str, dict]:
+    """Whether each model works at all, beside baselines that are learned once."""
+    words = verdict.words_of(tested[0], groups, seed)
+    found = {}
+    for (name, model), rows in zip(models.items(), tested, strict=True):
+        found[name] = verdict.judge(rows, groups, model.confidence["calibrated"], words, seed).record()
+    return found
 
 
 def unused_name(name: str, used: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ import command_line
 import decisions
 import explained_texts
 from command_line import printable
+from verdict import text_of_several
 
 NAMES = ("base", "fine-tuned")
 RANDOMLY_LABELLED = "randomly labelled"
@@ -62,7 +63,7 @@ def summary(report: dict) -> str:
     truth = "Is the confidence true? In parentheses the expected ECE if calibrated (the noise floor)"
     return "\n\n".join(
         [
-            "\n".join(verdicts(report)),
+            text_of_several(report["verdicts"]) + "\n\n" + "\n".join(verdicts(report)),
             records_table(guaranteed, guarantee_records(report)),
             records_table(truth, score_records(report)),
             records_table(day, dollar_records(report["money"])),

@@ -2,14 +2,14 @@
 
     worst = recalls(labels, truth, predicted)         # of each label the share that is found, the lowest first
     mistaken = confusions(labels, truth, predicted)   # which label is taken for which, the most frequent first
-    print(confusion_text(labels, truth, predicted))
+    print(label_errors_text(label_errors(labels, truth, predicted)))
 
 `truth` and `predicted` [n] are the numbers of labels. Of 77 labels nobody reads 5,929 cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,16 +45,28 @@ def confusions(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray) 
     return found
 
 
-def confusion_text(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray) -> str:
-    """A row for each label and a column for each prediction; of many labels the worst, and the largest confusions."""
+def label_errors(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarray) -> dict:
+    """All recalls and confusions as a record for a report.json; of few labels with the whole table of counts.
+
+    `table` [true label][prediction]; None of more than WHOLE_TABLE labels.
+    """
+    table = None
     if len(labels) <= WHOLE_TABLE:
-        cells = [["", *(f"said {label}" for label in labels), "recall"]]
-        recall = {row["label"]: recall_words(row) for row in recalls(labels, truth, predicted)}
-        for number, label in enumerate(labels):
-            said = np.bincount(predicted[truth == number], minlength=len(labels)).tolist()
-            cells.append([label, *map(str, said), recall.get(label, "no rows")])
+        cells = np.bincount(truth * len(labels) + predicted, minlength=len(labels) ** 2)
+        table = cells.reshape(len(labels), len(labels)).tolist()
+    found = {"labels": list(labels), "table": table, "recalls": recalls(labels, truth, predicted)}
+    return found | {"confusions": confusions(labels, truth, predicted)}
+
+
+def label_errors_text(errors: Mapping) -> str:
+    """A row for each label and a column for each prediction; of many labels the worst, and the largest confusions."""
+    worst, mistaken = errors["recalls"], errors["confusions"]
+    if errors["table"]:
+        cells = [["", *(f"said {label}" for label in errors["labels"]), "recall"]]
+        recall = {row["label"]: recall_words(row) for row in worst}
+        for label, said in zip(errors["labels"], errors["table"], strict=True):
+            cells.append([label, *(f"{n:,}" for n in said), recall.get(label, "no rows")])
         return columns(cells, "  ")
-    worst, mistaken = recalls(labels, truth, predicted), confusions(labels, truth, predicted)
     lines = [f"  The lowest recalls of {len(worst)} labels with rows:"]
     lines.append(columns([[row["label"], recall_words(row)] for row in worst[:WORST]], "    "))
     if mistaken:
@@ -64,7 +76,7 @@ def confusion_text(labels: Sequence[str], truth: np.ndarray, predicted: np.ndarr
     return "\n".join(lines)
 
 
-def recall_words(row: dict) -> str:
+def recall_words(row: Mapping) -> str:
     """A label's recall with its interval and rows."""
     return f"{row['recall']:.3f} [{row['low']:.3f}, {row['high']:.3f}] of {row['n']:,}"
 

@@ -405,35 +405,57 @@ def text(record: Mapping, name: str = "Verdict") -> str:
         lines += [f"  {line}" for line in number_lines(record)]
     if record["next_steps"]:
         lines.append(f"  next, the largest gain first (docs/improving.md): {', '.join(record['next_steps'])}")
+    return filled(lines)
+
+
+def text_of_several(records: Mapping[str, Mapping]) -> str:
+    """The verdicts on several models of the same rows, by their names, and the baselines that they share."""
+    lines = []
+    for name, record in records.items():
+        first, *others = record["sentences"]
+        lines += [f"{name}: {first}", *(f"  {sentence}" for sentence in others)]
+    if not record["problem"]:
+        lines.append(f"On the same {rows_words(record)}: {baseline_words(record)}")
+    return filled(lines)
+
+
+def filled(lines: Sequence[str]) -> str:
+    """Lines for a terminal, long ones broken between words."""
     whole = {"break_long_words": False, "break_on_hyphens": False}
     return "\n".join(textwrap.fill(printable(line), WIDTH, subsequent_indent="    ", **whole) for line in lines)
 
 
 def number_lines(record: Mapping) -> list[str]:
     """The numbers that the sentences follow from; brackets are 95 % intervals."""
-    n, tested = record["n"], record["tested"]
-    rows = f"n = {n:,} labelled rows"
-    if tested < n:
-        rows += f", {tested:,} of them drawn for what is learned and tested"
-    if record["groups"] < tested:
-        rows += f" in {record['groups']:,} groups"
-    baselines = f"always {record['commonest']!r} {record['commonest_share']:.3f}"
-    if record["bag_of_words"] is not None:
-        cut = f", of the first {LENGTH:,} characters" if record["cut_texts"] else ""
-        baselines += f", a bag of words {record['bag_of_words']:.3f} (out-of-fold{cut})"
-    lines = [rows, f"accuracy {interval(record['accuracy'])}; {baselines}"]
+    lines = [f"n = {rows_words(record)}"]
+    lines.append(f"accuracy {interval(record['accuracy'])}; {baseline_words(record)}")
     ranking = []
     if record["auroc"]:
         ranking.append(f"AUROC of confidence for correctness {interval(record['auroc'])}")
     if record["auc"]:
         ranking.append(f"AUC of P({record['last_label']}) {interval(record['auc'])}")
+    lines += ["; ".join(ranking)] if ranking else []
     loss = f"log loss {record['log_loss']:.3f}"
     if record["refinement"] is not None:
-        parts = f"{record['calibration_part']:.3f} calibration + {record['refinement']:.3f} refinement"
-        loss += f" = {parts}"
-    lines += ["; ".join(ranking)] if ranking else []
-    lines.append(f"label mass {record['label_mass']:.3f}; {loss}")
-    return lines
+        loss += f" = {record['calibration_part']:.3f} calibration + {record['refinement']:.3f} refinement"
+    return [*lines, f"label mass {record['label_mass']:.3f}; {loss}"]
+
+
+def rows_words(record: Mapping) -> str:
+    """How many rows, and groups if rows belong together."""
+    rows = f"{record['n']:,} labelled rows"
+    if record["tested"] < record["n"]:
+        rows += f", {record['tested']:,} of them drawn for what is learned and tested"
+    return f"{rows} in {record['groups']:,} groups" if record["groups"] < record["tested"] else rows
+
+
+def baseline_words(record: Mapping) -> str:
+    """What both baselines get right."""
+    said = f"always {record['commonest']!r} {record['commonest_share']:.3f}"
+    if record["bag_of_words"] is None:
+        return said
+    cut = f", of the first {LENGTH:,} characters" if record["cut_texts"] else ""
+    return f"{said}, a bag of words {record['bag_of_words']:.3f} (out-of-fold{cut})"
 
 
 def interval(measured: Mapping) -> str:

@@ -526,7 +526,7 @@ def test_the_recorded_predictions_are_meant_by_default_wherever_one_stands(quick
     monkeypatch.chdir(tmp_path)
     done = command()
     assert (done.code, done.err) == (0, "")
-    assert len(done.out.splitlines()) <= 48 and max(map(len, done.out.splitlines())) <= 120
+    assert len(done.out.splitlines()) <= 52 and max(map(len, done.out.splitlines())) <= 120
     report = json.loads((tmp_path / "comparison_report/report.json").read_text("utf-8"))
     assert (report["rows"], report["groups"], report["calibration_rows"], report["left_out"]) == (2000, 603, 1000, 0)
     assert report["parts"][compare.PLANTED_RULE]["randomly labelled"]["n"] == 134 and len(report["first_tokens"]) == 2

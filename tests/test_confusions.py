@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, recall_score
 
-from confusions import WORST, confusion_text, confusions, recalls, worst_words
+from confusions import WORST, confusions, label_errors, label_errors_text, recalls, worst_words
 
 LABELS = ("a", "b", "c", "d")
 
@@ -34,7 +34,7 @@ def test_recalls_and_confusions_are_scikit_learn_s():
 
 def test_of_few_labels_the_whole_table_is_shown():
     truth, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
-    lines = [line.split() for line in confusion_text(LABELS, truth, predicted).splitlines()]
+    lines = [line.split() for line in label_errors_text(label_errors(LABELS, truth, predicted)).splitlines()]
     assert lines[0] == ["said", "a", "said", "b", "said", "c", "said", "d", "recall"]
     assert [line[:6] for line in lines[1:4]] == [
         ["a", "2", "1", "0", "0", "0.667"],
@@ -47,7 +47,7 @@ def test_of_few_labels_the_whole_table_is_shown():
 def test_of_many_labels_the_worst_are_shown():
     labels = [f"label {n}" for n in range(77)]
     truth, predicted = drawn(77, 2000)
-    text = confusion_text(labels, truth, predicted)
+    text = label_errors_text(label_errors(labels, truth, predicted))
     assert len(text.splitlines()) == 2 * WORST + 2 and max(map(len, text.splitlines())) < 80
     worst, mistaken = recalls(labels, truth, predicted), confusions(labels, truth, predicted)
     assert f"{worst[0]['label']} " in text.splitlines()[1] and f"{worst[WORST]['label']} " not in text
