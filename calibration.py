@@ -400,13 +400,16 @@ def calibrate_file(
         while chunk := list(islice(rows, 4096)):
             yield from calibrator.decide(chunk, thresholds)
 
-    made, changed = Counter(), False
+    made, changed, relabelled = Counter(), False, 0
     for row, before in zip(applied(), predictions.iterate(path), strict=True):
         made[row.extras.get("decision", "not scored")] += 1
+        relabelled += row.extras.get("original_prediction", row.prediction) != row.prediction
         changed = changed or row != before
     if changed:
         predictions.replace(path, applied())
     counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(made.items()))
+    if calibrator.recipe.relabel:
+        counts += f"; {relabelled:,} predictions changed"
     return f"  calibrated: {counts} ({rule_words(thresholds, select_fdr)})"
 
 

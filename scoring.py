@@ -28,7 +28,7 @@ import confusions
 import exports
 import predictions
 import verdict
-from command_line import natural, progress
+from command_line import natural, printable, progress
 from predictions import RETRY, Prediction
 from tables import Example, Table, add_table_arguments, column_arguments, open_table, sampled
 from task import Task, add_task_argument, check_examples
@@ -234,10 +234,10 @@ def print_decision(explanation: Mapping[str, object]) -> None:
     if "decision" in explanation:
         seen = "; the calibrator was fitted on this very text" if explanation.get("fitted_on") else ""
         percent = 100 * explanation["calibrated_confidence"]
-        label = f" in {command_line.printable(new)}" if (new := explanation.get("calibrated_prediction")) else ""
+        label = f" in {printable(new)}" if (new := explanation.get("calibrated_prediction")) else ""
         print(f"  Calibrated confidence {percent:.2f} %{label}: {explanation['decision']}{seen}")
         if shortlist := explanation.get("shortlist"):
-            print(f"  Shortlist: {', '.join(map(command_line.printable, shortlist))}")
+            print(f"  Shortlist: {', '.join(map(printable, shortlist))}")
 
 
 # Tables

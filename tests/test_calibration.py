@@ -46,6 +46,7 @@ from calibration import TemperatureScalingCalibrator as Temperature
 from calibration import VennAbersCalibrator as VennAbers
 from calibration import load_calibrator as load
 from calibration import save_calibrator as save
+from shortlists import Shortlist
 from tables import text_key
 
 with np.errstate():  # importing venn_abers silences numpy's warnings everywhere
@@ -573,6 +574,80 @@ def test_every_number_survives_the_file_and_no_text_gets_into_it(recipe, labels,
     assert "secret" not in path.read_text() and "zebra" not in path.read_text() and [*tmp_path.iterdir()] == [path]
     save(tmp_path / "again", loaded)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+RELABEL = Recipe("vector", True, relabel=True)
+
+
+def relabelling(threshold=0.6):
+    """A calibrator of three labels that prefers "maybe", with a list of all that have a probability of .2."""
+    estimator = RELABEL.estimator()
+    estimator.beta_, estimator.biases_ = 0.5, np.array([0.0, 0.0, 1.0])
+    shortlist = Shortlist(0.9, 0.5, (0.0, 0.0, 1.0), (0.2, 0.2, 0.2), (20, 5, 30))
+    return replace(
+        fitted(Recipe("vector", True), 3),
+        recipe=RELABEL,
+        estimator=estimator,
+        shortlist=shortlist,
+        threshold={"value": threshold},
+    )
+
+
+def test_a_calibrator_may_change_predictions_and_what_the_model_said_is_kept(tmp_path):
+    calibrator, rows = relabelling(), [replace(row, text=row.id, extras={"note": 3}) for row in FRESH[3]]
+    applied = calibrator.apply(rows)
+    changed = 0
+    for before, after in zip(rows, applied, strict=True):
+        by_hand = np.sqrt(list(before.probabilities.values())) * [1, 1, math.e]
+        by_hand /= by_hand.sum()
+        assert list(after.probabilities.values()) == pytest.approx(by_hand.tolist(), rel=1e-12)
+        assert after.prediction == LABELS[3][by_hand.argmax()]
+        assert after.confidence == after.extras["calibrated_confidence"] == pytest.approx(by_hand.max(), rel=1e-12)
+        assert after.extras["decision"] == ("automate" if after.confidence >= 0.6 else "review")
+        assert (after.extras["original_prediction"], after.extras["note"]) == (before.prediction, 3)
+        assert predictions.uncalibrated(after) == before
+        changed += after.prediction != before.prediction
+    assert 5 < changed < 60 and calibrator.apply(applied) == applied
+    assert (calibrator.calibrate(applied) == calibrator.calibrate(rows)).all()
+    # A file: as reports read it, the model's own predictions; as it stands, the new ones.
+    path = tmp_path / "p.jsonl"
+    predictions.replace(path, applied)
+    read_back, _ = predictions.read_labelled(path)
+    assert read_back == rows
+    assert predictions.read_labelled(path, "calibrated_confidence")[0] == applied
+    # Another calibrator, which keeps predictions, brings the model's back.
+    assert [row.prediction for row in fitted(PLATT, 3).apply(applied)] == [row.prediction for row in rows]
+    damaged = replace(applied[0], extras=applied[0].extras | {"original_probabilities": {"no": 1.0}})
+    with pytest.raises(ValueError, match=r"^row 'r0'.*original"):
+        calibrator.apply([replace(damaged, extras=damaged.extras | {"original_prediction": "yes"})])
+
+
+def test_rows_to_review_get_a_shortlist_with_the_prediction_on_it_the_most_probable_first():
+    calibrator = relabelling()
+    for keeps in (calibrator, replace(calibrator, recipe=Recipe("vector", True))):
+        for row in keeps.apply(FRESH[3]):
+            q = calibrator.estimator.predict_labels([[*FRESH[3][int(row.id[1:])].probabilities.values()]])[0]
+            by_hand = [LABELS[3][k] for k in np.argsort(-q) if q[k] >= 0.2 or LABELS[3][k] == row.prediction]
+            assert row.extras.get("shortlist") == (by_hand if row.extras["decision"] == "review" else None)
+    assert all("shortlist" not in row.extras for row in calibrator.apply(FRESH[3], threshold=0.0))
+
+
+def test_a_calibrator_that_changes_predictions_survives_its_file(tmp_path):
+    calibrator, path = relabelling(), tmp_path / "c.json"
+    save(path, calibrator)
+    loaded = load(path)
+    assert loaded.apply(FRESH[3]) == calibrator.apply(FRESH[3]) and loaded.shortlist == calibrator.shortlist
+    record = json.loads(path.read_text())
+    for change, named in (
+        ({"relabel": "yes"}, "relabel"),
+        ({"method": "pooled", "parameters": {"slope_": 1, "intercept_": 0, "offsets_": [0, 0, 0]}}, "relabel"),
+        ({"shortlist": record["shortlist"] | {"least": [0.1, 0.1]}}, "shortlist"),
+        ({"shortlist": record["shortlist"] | {"coverage": 1.5}}, "shortlist"),
+        ({"labels": ["no", "yes"]}, "biases_"),
+    ):
+        path.write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=rf"^[^\n]*{named}[^\n]*$"):
+            load(path)
 
 
 def test_a_number_that_json_does_not_have_leaves_the_old_file(tmp_path):

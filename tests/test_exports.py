@@ -112,3 +112,15 @@ def test_the_file_behind_an_output_is_told_by_its_suffix():
     for wrong in ("a.json", "a", "a.tsv"):
         with pytest.raises(ValueError, match=r"must end in \.jsonl"):
             exports.resumable_path(wrong)
+
+
+def test_what_a_calibrator_changed_and_its_shortlists_have_columns_of_their_own(tmp_path):
+    extras = {"calibrated_confidence": 0.6, "decision": "review", "shortlist": ["yes", "no"]}
+    extras |= {"original_prediction": "no", "original_probabilities": {"no": 0.7, "yes": 0.3}}
+    row = scored("1", "plain", None, {"no": 0.4, "yes": 0.6}, 0.75, **COMMON, extras=extras)
+    automated = scored("2", "more", None, {"no": 0.9, "yes": 0.1}, 0.75, **COMMON, extras={"decision": "automate"})
+    (tmp_path / "p.jsonl").write_bytes(to_line(row) + to_line(automated))
+    exports.write_export(tmp_path / "p.jsonl", tmp_path / "p.csv")
+    frame = pandas.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    assert frame["prediction"].tolist() == ["yes", "no"] and frame["original_prediction"].tolist() == ["no", ""]
+    assert frame["shortlist"].tolist() == ["yes; no", ""] and "original_probabilities" not in frame
