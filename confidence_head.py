@@ -20,17 +20,9 @@ import numpy as np
 from pydantic import StrictStr
 from scipy.special import expit
 
-from calibration import (
-    LEAST_ROWS,
-    SMALLEST,
-    Number,
-    Numbers,
-    check_both_outcomes,
-    grouped_folds,
-    logistic_regression,
-    logit,
-)
+from calibration import LEAST_ROWS, grouped_folds
 from calibration_metrics import log_loss
+from calibrators import SMALLEST, Number, Numbers, check_both_outcomes, logistic_regression, logit
 from files import read_json, validated, write_text
 
 FORMAT = "calibrated-confidence head, version 1"
