@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
+LENGTH_AROUND = 40  # characters that the end of a prompt adds to the work that a text makes
+
 # Flags
 
 
@@ -97,29 +99,92 @@ def proxy_problem(needs_package: bool) -> str:
     return f"{variables} names no proxy that can be used, as http://proxy.example:8080 would"
 
 
+class Progress:
+    """How far long work is, and how long the rest takes, from the throughput after the first report.
+
+    Called with the number of rows that are finished, and where rows differ with what these are worth in rows of average
+    length: long rows come first, and a rate of rows alone would say three times too long. Rows worth 0 were there
+    already. The first report has the start of the work in it and is left out of the rate.
+    """
+
+    def __init__(self, total: int, done: int, unit: str, show: Callable[[Progress, float], None]) -> None:
+        self.total, self.done, self.unit, self.show = total, done, unit, show
+        self.left = float(total - done)  # in rows of average length
+        self.first: tuple[float, float] | None = None  # when the first report came, and what was left then
+        self.now = 0.0
+
+    def __call__(self, n: int, worth: float | None = None) -> None:
+        self.done += n
+        self.left -= worth if worth else n
+        self.now = time.monotonic()
+        if self.first is None and n and worth != 0:
+            self.first = self.now, self.left
+        self.show(self, n)
+
+    @property
+    def rate(self) -> float | None:
+        """Rows of average length a second; None while nothing is known."""
+        if self.first is None or self.now <= self.first[0] or self.left >= self.first[1]:
+            return None
+        return (self.first[1] - self.left) / (self.now - self.first[0])
+
+    def estimate(self) -> str:
+        """The rate and what is left, in words; empty while nothing is known."""
+        rate = self.rate
+        return f"{pace(rate, self.unit)}, {duration(max(0.0, self.left) / rate)} left" if rate else ""
+
+
+def advance_by(advance: Callable[[int], None], n: int, worth: float) -> None:
+    """Report n rows that are worth so many of average length, where `advance` is our progress and can use that."""
+    if isinstance(advance, Progress):
+        advance(n, worth)
+    else:
+        advance(n)
+
+
+def worth(texts: Collection[str], among: Collection[str]) -> float:
+    """How many rows of average length some of the texts are worth, by their characters and what stands around them."""
+    part, whole = (sum(len(text) + LENGTH_AROUND for text in of) for of in (texts, among))
+    return len(among) * part / max(1, whole)
+
+
+def pace(rate: float, unit: str = "rows") -> str:
+    """A rate in words: so many a second, or where that is less than a tenth, the seconds of one."""
+    return f"{rate:.1f} a second" if rate >= 0.1 else f"{1 / rate:.0f} s a {unit.partition(' ')[0].removesuffix('s')}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, and in place of many minutes or hours."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Callable[[int], None]]:
+def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Progress]:
     """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr)."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, smoothing=0.05) as bar:
-            yield bar.update
+        layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}{postfix}]"
+        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, bar_format=layout) as bar:
+
+            def draw(progress: Progress, n: float) -> None:
+                bar.set_postfix_str(progress.estimate(), refresh=False)
+                bar.update(n)
+
+            yield Progress(total, done, unit, draw)
         return
-    start = last = time.monotonic()
-    now_done = done
+    last = time.monotonic()
 
-    def advance(n: int) -> None:
-        nonlocal last, now_done
-        now_done += n
-        now = time.monotonic()
-        if now - last >= every_s:
-            last = now
-            rate = (now_done - done) / (now - start)
-            left = f", {(total - now_done) / rate:.0f} s left" if rate else ""
-            print(f"{now_done:,} of {total:,} {unit}, {rate:.1f} a second{left}", file=sys.stderr)
+    def print_line(progress: Progress, _: float) -> None:
+        nonlocal last
+        if progress.now - last >= every_s:
+            last, estimate = progress.now, progress.estimate()
+            said = f"{progress.done:,} of {total:,} {unit}"
+            print(f"{said}, {estimate}" if estimate else said, file=sys.stderr)
 
-    yield advance
+    yield Progress(total, done, unit, print_line)
 
 
 # On a terminal

@@ -132,7 +132,8 @@ class AnswerSampler:
         self, examples: Sequence[Example], advance: Callable[[int], None], saved: SavedRows
     ) -> list[Prediction]:
         """Ask about examples, a group of about the same length at a time; returned in their order."""
-        longest_first = sorted(range(len(examples)), key=lambda number: -len(examples[number].text))
+        texts = [example.text for example in examples]
+        longest_first = sorted(range(len(examples)), key=lambda number: -len(texts[number]))
         records = {}
         for begin in range(0, len(examples), ROWS_TOGETHER):
             numbers = longest_first[begin : begin + ROWS_TOGETHER]
@@ -141,7 +142,7 @@ class AnswerSampler:
                 rows = self.score_together([examples[number] for number in numbers])
                 saved.keep(rows)
             records.update(zip(numbers, rows, strict=True))
-            advance(len(rows))
+            command_line.advance_by(advance, len(rows), command_line.worth([texts[n] for n in numbers], texts))
         return [records[number] for number in range(len(examples))]
 
     def score_together(self, examples: Sequence[Example]) -> list[Prediction]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line import advance_by, worth
 from files import read_json, write_text
 from llama import Llama
 from probe import FIRST_TOKEN
@@ -177,13 +178,13 @@ def written_features(
         whole = file.tell() // (4 * total)
         done = len(encoded) if whole >= len(encoded) else whole - whole % reader.window
         file.truncate(done * 4 * total)
-        advance(done)
+        advance_by(advance, done, 0)
         rest = iter(encoded[done:])
         while window := list(islice(rest, reader.window)):
-            rows = np.empty((len(window), total), dtype=np.float32)
+            rows, texts = np.empty((len(window), total), dtype=np.float32), [row.shown for row in window]
             for batch in reader.batches(window):
                 rows[batch.rows] = np.hstack([batch.features[name] for name in widths])
-                advance(len(batch.rows))
+                advance_by(advance, len(batch.rows), worth([texts[n] for n in batch.rows], texts))
             file.write(rows.tobytes())
             file.flush()
             os.fsync(file.fileno())

@@ -35,6 +35,7 @@ import command_line
 import predictions
 import scoring
 import tables
+import verdict
 from command_line import printable
 from hidden_features import EncodedText, FeatureReader, feature_reader
 from llama import Llama, load_llama, model_arguments
@@ -312,7 +313,9 @@ def train_from_arguments(args: argparse.Namespace) -> None:
         print("note: out-of-fold numbers hold only on rows that the adapter was not trained on", file=sys.stderr)
     options = {"truncate": args.truncate, "batch_size": args.batch_size, "seed": args.seed, "overwrite": args.overwrite}
     record = train_probe(llama, task, examples, args.output_dir, groups, **options)
-    print(training_report(record, args.output_dir))
+    rows = [row for row in predictions.read(Path(args.output_dir) / OUT_OF_FOLD) if row.error is None]
+    found = verdict.judge(rows, tables.groups_of(rows, args.groups), seed=args.seed)
+    print(f"{verdict.text(found.record())}\n\n{training_report(record, args.output_dir)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

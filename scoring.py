@@ -28,7 +28,7 @@ import confusions
 import exports
 import predictions
 import verdict
-from command_line import natural, printable, progress
+from command_line import advance_by, natural, pace, printable, progress, worth
 from predictions import RETRY, Prediction
 from tables import Example, Table, add_table_arguments, column_arguments, open_table, sampled
 from task import Task, add_task_argument, check_examples
@@ -318,7 +318,7 @@ def score_table(
     if not count:
         return None
     seconds = time.monotonic() - started
-    print(f"{verb} {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second", file=sys.stderr)
+    print(f"{verb} {count:,} rows in {seconds:.1f} s, {pace(count / seconds)}", file=sys.stderr)
     return seconds / count
 
 
@@ -407,9 +407,11 @@ def in_batches(
     for place, number in enumerate(encoded):
         if row := saved.get(examples[number]):
             done[place] = records[number] = row
-    advance(len(records))
+    advance_by(advance, len(records), 0)
+    texts = {number: examples[number].text for number in encoded.keys() - records.keys()}
     for fresh in score_batches(encoded, frozenset(done)):
-        advance(len(fresh.keys() - records.keys()))  # a batch of which some rows are saved runs whole
+        new = [texts[n] for n in fresh.keys() - records.keys()]  # a batch of which some rows are saved runs whole
+        advance_by(advance, len(new), worth(new, texts.values()))
         records |= fresh
         saved.keep(fresh.values())
     return [records[number] for number in range(len(examples))]

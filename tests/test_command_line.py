@@ -75,11 +75,41 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys, monkeypatch)
         for n in (10, 10, 100, 100):
             advance(n)
     lines = capsys.readouterr().err.splitlines()
-    # At 12 s 20 rows are done in this run, 880 are left; at 24 s 220 rows, 680 left.
+    # From 4 s on: 10 rows in 8 s with 880 left, and 210 rows in 20 s with 680 left.
     assert lines == [
-        "120 of 1,000 rows, 1.7 a second, 528 s left",
-        "320 of 1,000 rows, 9.2 a second, 74 s left",
+        "120 of 1,000 rows, 1.2 a second, 12 min left",
+        "320 of 1,000 rows, 10.5 a second, 65 s left",
     ]
+
+
+def told_left(monkeypatch, reports, total=100, done=0):
+    """What is said to be left after each (seconds, rows, worth) of a run whose clock starts at 0."""
+    clock, said = iter([0.0, *(second for second, *_ in reports)]), []
+    monkeypatch.setattr(command_line.time, "monotonic", lambda: next(clock))
+    with command_line.progress(total, done) as advance:
+        for _, n, worth in reports:
+            command_line.advance_by(advance, n, worth)
+            said.append(advance.estimate())
+    return said
+
+
+def test_the_rest_is_told_from_the_work_that_is_left_and_not_from_slow_first_rows(monkeypatch):
+    # A start of 20 s, then a second for each 1 of worth: rows of four times the average length come first.
+    reports = [(30.0, 5, 10), (50.0, 5, 20), (80.0, 20, 30), (110.0, 70, 40)]
+    assert told_left(monkeypatch, reports) == [
+        "",
+        "1.0 a second, 70 s left",
+        "1.0 a second, 40 s left",
+        "1.1 a second, 0 s left",
+    ]
+    # What a stopped run had finished is no work of this one.
+    assert told_left(monkeypatch, [(1.0, 60, 0), (11.0, 10, 10), (21.0, 10, 10)])[-1] == "1.0 a second, 20 s left"
+
+
+def test_slow_work_is_told_in_seconds_a_row_and_long_work_in_minutes_and_hours():
+    assert [command_line.pace(rate) for rate in (12.34, 0.1, 0.05)] == ["12.3 a second", "0.1 a second", "20 s a row"]
+    assert command_line.pace(0.02, "steps") == "50 s a step"
+    assert [command_line.duration(s) for s in (599, 601, 7199, 9000)] == ["599 s", "10 min", "120 min", "2.5 h"]
 
 
 def test_a_socks_proxy_without_its_package_is_one_line_and_another_missing_package_a_bug(capsys, monkeypatch):
