@@ -279,15 +279,14 @@ class Llama:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model as it answers: no dropout, no gradients, no cache of weights that have changed since."""
-        training = [module for module in self.model.modules() if module.training]
+        training = self.model.training
         self.forget_prefix()
         self.model.eval()
         try:
             with inference():
                 yield
         finally:
-            for module in training:
-                module.training = True
+            self.model.train(training)
             self.forget_prefix()
 
     def forget_prefix(self) -> None:

@@ -213,7 +213,7 @@ def add_gradients(
     the sum of these goes back through the prefix at the end. By the chain rule that is the gradient of running
     whole rows, in the memory of a batch.
     """
-    if llama.packs is None:  # tried without dropout, or two passes would differ
+    if share_prefix and llama.packs is None:  # tried without dropout, or two passes would differ
         with llama.evaluating():
             llama.try_packing(rows)
     llama.forget_prefix()  # it was computed with other weights, and without a graph

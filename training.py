@@ -306,6 +306,8 @@ def begin_training(
         value.grad = torch.zeros_like(value)
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     encoded = encode_rows(scorer, training), encode_rows(scorer, validation)
+    with llama.evaluating():  # before the first step, whether it begins a training or goes on with one
+        llama.try_packing(encoded[0].prompts)
     run = TrainingRun(scorer, *encoded, folder, settings, world, optimizer)
     if resume and (folder / CHECKPOINT).exists():
         load_checkpoint(run)
