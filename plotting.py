@@ -531,51 +531,61 @@ def training_curves(
 
 # The figure of the study on public data
 
-METHOD_COLORS = (GREY, ORANGE, YELLOW, BLUE, GREEN, PURPLE)
+METHOD_COLORS = (GREY, ORANGE, YELLOW, BLUE, GREEN)
+
+
+@dataclass(frozen=True)
+class SetCoverage:
+    """What is automated of a data set with so many labels: method -> (share of the unseen rows, is it broken)."""
+
+    labels: int
+    methods: Mapping[str, tuple[float, bool]]
 
 
 def guaranteed_coverage(
     path: str | Path,
-    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, bool]]]],
+    panels: Mapping[str, Mapping[str, SetCoverage]],
     *,
     methods: Sequence[str],
     target: float,
     unseen: int,
 ) -> None:
-    """What each method automates with a guarantee: panel -> data set -> method -> (share of unseen rows, is it broken).
+    """What each method automates with a guarantee: panel -> data set -> what of it; the first panel has all sets.
 
     `methods` are all there are, in the order of their bars and colours.
     """
     caption = (
         f"Share of {unseen} unseen rows automated at a guaranteed accuracy of {target:.0%}, 95 % certain; calibrated "
-        "and chosen on the labelled rows whose number stands behind the set. 0 %: nothing could be guaranteed; no "
-        "number: not run. Hatched: less than the target was right on these rows."
+        "and chosen on the labelled rows, whose number stands at the right. 0 %: nothing could be guaranteed; without "
+        "a number: not run. Hatched: less than the target was right on these rows."
     )
-    rows = max(map(len, panels.values()))
-    with figure(path, caption, columns=len(panels), height=1.2 + 0.16 * rows * (len(methods) + 1.2)) as axes:
+    names = list(next(iter(panels.values())))
+    colors = dict(zip(methods, METHOD_COLORS, strict=False))
+    height = 1.0 + 0.145 * len(names) * (len(methods) + 1)
+    with figure(path, caption, columns=len(panels), height=height, sharey=True) as axes:
         for axis, (title, sets) in zip(axes[0], panels.items(), strict=True):
-            for place, of_method in enumerate(sets.values()):
-                coverage_bars(axis, place, of_method, methods)
-            axis.set_yticks(np.arange(len(sets)), list(sets))
-            axis.invert_yaxis()
-            axis.set(xlim=(0, 1.12), xlabel="automated", title=title)
+            for name, found in sets.items():
+                coverage_bars(axis, names.index(name), found, colors)
+            axis.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], xlabel="automated", title=title)
             axis.grid(False, axis="y")
             percent(axis, "x")
-        colors = dict(zip(methods, METHOD_COLORS, strict=False))
+        axes[0, 0].set_yticks(np.arange(len(names)), names)
+        axes[0, 0].set_ylim(len(names) - 0.4, -0.6)
         handles = [axis.barh(0, 0, color=color, label=name) for name, color in colors.items()]
-        axes[0, 0].legend(handles=handles, loc="lower left", bbox_to_anchor=(-0.6, 1.06), ncols=len(methods))
+        axis.figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9.5)
 
 
-def coverage_bars(axis: Axes, place: int, of_method: Mapping[str, tuple[float, bool]], methods: Sequence[str]) -> None:
-    """A data set's bars, one under the other, each with its number."""
-    height = 0.84 / len(methods)
-    for number, (name, color) in enumerate(zip(methods, METHOD_COLORS, strict=False)):
-        if name not in of_method:
+def coverage_bars(axis: Axes, place: int, found: SetCoverage, colors: Mapping[str, str]) -> None:
+    """A data set's bars, one under the other, each with its number, and how many labels they are of."""
+    height = 0.84 / len(colors)
+    for number, (name, color) in enumerate(colors.items()):
+        if name not in found.methods:
             continue
-        share, is_broken = of_method[name]
-        at = place + (number - (len(methods) - 1) / 2) * height
+        share, is_broken = found.methods[name]
+        at = place + (number - (len(colors) - 1) / 2) * height
         axis.barh(at, share, height, color=color, hatch="////" if is_broken else None, edgecolor="white", linewidth=0.4)
-        axis.text(share + 0.01, at, f"{share:.0%}", va="center", fontsize=7)
+        axis.text(share + 0.01, at, f"{share:.0%}", va="center", fontsize=7.5)
+    axis.text(1.29, place, f"{found.labels:,}", va="center", ha="right", fontsize=8.5, color=SOFT_INK)
 
 
 # The figures of compare_base_vs_finetuned.py; models are named in the order of MODEL_COLORS

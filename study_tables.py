@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ import numpy as np
 
 import calibration_metrics as metrics
 import decisions
+import plotting
 from files import whole_file
 
 if TYPE_CHECKING:
@@ -470,17 +470,16 @@ def guarantees_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str
 
 def coverage(
     studies: Sequence[tuple[Study, Sequence[Measured]]], target: float, most: bool
-) -> dict[str, dict[str, tuple[float, bool]]]:
-    """Set -> method -> (share automated, is it broken) at a target, with the most labels or the fewest from 300 on."""
+) -> dict[str, plotting.SetCoverage]:
+    """What is automated of each set at a target: with the fewest labels from 300 on, or with more than these."""
     found = {}
     for study, measured in studies:
-        n = max(study.sizes) if most else min((n for n in study.sizes if n >= 300), default=max(study.sizes))
+        sizes = sorted(n for n in study.sizes if n >= 300)
+        if most and len(sizes) < 2:
+            continue
+        n = sizes[-1] if most else sizes[0]
         of_size = [one for one in measured if one.labels == n and one.guarantees]
-        found[f"{study.title}  {n:,}"] = {o.method: (o.at(target).share, o.at(target).is_broken) for o in of_size}
+        automated = {one.method: (one.at(target).share, one.at(target).is_broken) for one in of_size}
+        if automated:
+            found[study.title] = plotting.SetCoverage(n, automated)
     return found
-
-
-def as_record(one: Measured) -> dict:
-    """Every number, for a program."""
-    record = asdict(one)
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}

@@ -537,10 +537,10 @@ def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
             print(f"{path.relative_to(ROOT)}: tables written")
     public = public_ones(studies)
     panels = {
-        "fewer labels": study_tables.coverage(public, 0.9, most=False),
+        "few labels": study_tables.coverage(public, 0.9, most=False),
         "more labels": study_tables.coverage(public, 0.9, most=True),
     }
-    shown = {method for sets in panels.values() for of_set in sets.values() for method in of_set}
+    shown = {method for sets in panels.values() for of_set in sets.values() for method in of_set.methods}
     methods = [method for method in study_tables.METHODS if method in shown]
     figure = ROOT / "images" / "public_study.png"
     plotting.guaranteed_coverage(figure, panels, methods=methods, target=0.9, unseen=UNSEEN)

@@ -3,11 +3,13 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import plotting
 import study_tables
 from study_tables import BAG_OF_WORDS, DRAFT, PROBE, Run, Study, StudyRows
 
@@ -112,6 +114,21 @@ def test_what_was_run_is_in_the_tables_and_what_was_not_is_not(measured):
     assert "toy rows" in study_tables.probe_table([(study, found)])
     assert len(study_tables.improving_table([(study, found)]).splitlines()) == 2  # nothing was improved
     assert study_tables.guarantees_table([(study, found)]).count("| probe |") == len(study_tables.TARGETS)
+
+
+def test_the_figure_shows_the_share_of_each_method_with_few_and_with_more_labels(measured, tmp_path, monkeypatch):
+    study, found = measured
+    study = replace(study, sizes=(300, 1000))
+    found = [replace(one, labels={60: 300, 120: 1000}[one.labels]) for one in found]
+    few, more = (study_tables.coverage([(study, found)], 0.8, most) for most in (False, True))
+    assert few == {"toy rows": plotting.SetCoverage(300, {DRAFT: (0.0, False)})}
+    share = next(one.at(0.8).share for one in found if one.method == PROBE)
+    assert more == {"toy rows": plotting.SetCoverage(1000, {DRAFT: (0.0, False), PROBE: (share, False)})}
+    drawn = []
+    monkeypatch.setattr(plotting, "coverage_bars", lambda axis, place, of_set, colors: drawn.append((place, of_set)))
+    path = tmp_path / "figure.png"
+    plotting.guaranteed_coverage(path, {"few": few, "more": more}, methods=[DRAFT, PROBE], target=0.8, unseen=100)
+    assert drawn == [(0, few["toy rows"]), (0, more["toy rows"])] and path.stat().st_size > 5000
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name)
