@@ -548,14 +548,10 @@ def guarantees_at(study: CalibrationStudy, target: float) -> dict:
     With one file the test rows are those that chose the threshold, so that measurement is in-sample. Beside it what raw
     scores would guarantee at the certainty that was asked for.
     """
-    fit, certainties, ladder = study.fit, dict.fromkeys([study.goal.certainty, *decisions.CERTAINTIES]), []
-    for certainty in sorted(certainties, key=lambda c: -1 if c == decisions.AVERAGE else c, reverse=True):
-        threshold = decisions.threshold_for(study.cross_fitted, fit.scores.correct, target, certainty, fit.groups)
-        measured = None
-        if threshold.value is not None:
-            calibrated, correct = study.confidences["calibrated"], study.test.scores.correct
-            (measured,) = decisions.automation(calibrated, correct, [threshold.value])
-        ladder.append({"certainty": certainty, "threshold": threshold.record(), "measured": measured})
+    fit, calibrated = study.fit, study.confidences["calibrated"]
+    known, test = (study.cross_fitted, fit.scores.correct), (calibrated, study.test.scores.correct)
+    certainties = (study.goal.certainty, *decisions.CERTAINTIES)
+    ladder = decisions.measured_ladder(known, test, target, fit.groups, certainties)
     delta = 0.05 if study.goal.certainty == decisions.AVERAGE else round(1 - study.goal.certainty, 12)
     own = fit.original.scores
     raw = decisions.choose_threshold(own.confidence, own.correct, target, delta, fit.groups, start="strictest")

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent
 OUR_ROWS = "data:test"
 CALIBRATORS = ("temperature", "platt", "beta", "isotonic", "venn-abers")
-TARGETS, DELTA = (0.8, 0.9, 0.95), 0.05
+TARGETS = (0.8, 0.9, 0.95)
 SURE = (0.9, 0.95)  # the confidences from which rows count as sure
 PLANTED_RULE = "planted rule of the neutral texts"
 
@@ -603,13 +603,10 @@ def all_models(comparison: ModelComparison) -> dict[str, dict]:
 
 
 def guarantee_of(model: ComparedModel, fit_groups: np.ndarray, target: float) -> dict:
-    """The threshold of a guarantee, from out-of-fold scores of the fit rows, and how it fares on the test rows."""
-    chosen = decisions.choose_threshold(model.out_of_fold, model.fit_correct, target, DELTA, fit_groups)
-    found = {"threshold": chosen.record(), "measured": None}
-    if chosen.value is not None:
-        confidence, correct = model.confidence["calibrated"], model.scores.correct
-        (found["measured"],) = decisions.automation(confidence, correct, [chosen.value])
-    return found
+    """A ladder of certainty, from out-of-fold scores of the fit rows and measured on the test rows; its first rung."""
+    known, test = (model.out_of_fold, model.fit_correct), (model.confidence["calibrated"], model.scores.correct)
+    ladder = decisions.measured_ladder(known, test, target, fit_groups)
+    return ladder[0] | {"ladder": ladder}
 
 
 def daily_dollars(comparison: ModelComparison, review_cost: float, error_cost: float, volume: int) -> dict:

@@ -9,6 +9,7 @@ A table is made of records: name of the line -> heading -> number, interval or w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import calibration_metrics as metrics
 import command_line
@@ -53,9 +54,9 @@ def records_table(title: str, records: Mapping[str, Mapping[str, object]], sign:
 
 def summary(report: dict) -> str:
     """Did it help, what can be automated at which guarantee, is the confidence true, what does it cost."""
-    settings, delta = report["settings"], report["guarantees"][0]["base"]["threshold"]["delta"]
+    settings = report["settings"]
     source = "the calibration rows" if report["calibrated_on"] else "these very rows, so in-sample"
-    guaranteed = f"Guaranteed accuracy, {1 - delta:.0%} certain; thresholds from {source}"
+    guaranteed = f"Coverage, from which confidence on, and how much of it is right; thresholds from {source}"
     day = (
         f"A day of {settings['volume']:,} predictions, ${settings['review_cost']:g} a review, "
         f"${settings['error_cost']:g} an error, automated from {report['money']['threshold']:.2f} on, in dollars"
@@ -64,7 +65,7 @@ def summary(report: dict) -> str:
     return "\n\n".join(
         [
             text_of_several(report["verdicts"]) + "\n\n" + "\n".join(verdicts(report)),
-            records_table(guaranteed, guarantee_records(report)),
+            f"{records_table(guaranteed, ladder_records(report))}\n{certainty_line(report)}",
             records_table(truth, score_records(report)),
             records_table(day, dollar_records(report["money"])),
             *([all_models_table(report)] if report.get("all_models") else []),
@@ -127,7 +128,30 @@ def direction(change: list[float]) -> int:
     return int(round(low, 4) > 0) - int(round(high, 4) < 0)
 
 
+def ladder_records(report: dict) -> dict[str, dict]:
+    """A line a target and model, a column a certainty."""
+    records = {}
+    for row in report["guarantees"]:
+        for name in NAMES:
+            rungs = {decisions.rung_name(rung["certainty"]): decisions.rung_words(rung) for rung in row[name]["ladder"]}
+            records[f"{row['target']:.0%} right, {name}"] = rungs
+        change = cell(row["share"]["difference"], "+")
+        records[f"{row['target']:.0%} right, difference"] = dict.fromkeys(rungs, "") | {next(iter(rungs)): change}
+    return records
+
+
+def certainty_line(report: dict) -> str:
+    """What the certainties mean, in a line or two."""
+    threshold = report["guarantees"][0]["base"]["threshold"]
+    said = "  of 100 labelled sets at most 5 or 20 lead to a broken guarantee; on average is none for a threshold"
+    if threshold["kind"] == "approximate":
+        labels = f"{threshold['n']:,} labels in {threshold['groups']:,} groups"
+        said += f"\n  approximate, as the errors of a group are alike: {labels}"
+    return said
+
+
 def guarantee_records(report: dict) -> dict[str, dict]:
+    """The first rung with its intervals."""
     records = {}
     for row in report["guarantees"]:
         for name in NAMES:
@@ -175,7 +199,7 @@ def dollar_records(money: Mapping) -> dict[str, dict]:
 
 def what_was_compared(report: dict) -> Iterator[str]:
     for name, about in report["models"].items():
-        yield f"{name:10}  {about['model']}, fingerprint {about['fingerprint']}, {about['file']}"
+        yield f"{name:10}  {about['model']}, fingerprint {about['fingerprint']}, {Path(about['file']).name}"
         yield f"{'':10}  calibrator: {about['calibrator']}; fitted temperature {about['temperature']:.2f}"
     how = "cross-fitted, each row by calibrators that did not see its group"
     if report["calibrated_on"]:
@@ -225,6 +249,7 @@ def details(report: dict) -> str:
         records_table(f"Before and after each calibrator of P(label), {here}", by_calibrator),
         records_table(f"Changes in log loss, {here}; the first three add up to the last", changes, "+"),
         records_table(f"Sure answers, {here}; intervals exact, as of independent rows", sure),
+        records_table(f"Guaranteed with 95 % certainty, {here}, with such intervals", guarantee_records(report)),
     ]
     for column, parts in report["parts"].items():
         title = f"By {printable(column)}, {here}; accuracies exact, as of independent rows; means of raw, calibrated"

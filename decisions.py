@@ -262,6 +262,42 @@ def threshold_for(
     return choose_threshold(confidence, correct, target_accuracy, round(1 - float(certainty), 12), groups)
 
 
+def measured_ladder(
+    known: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    target_accuracy: float,
+    groups: Sequence[Hashable] | None = None,
+    certainties: Sequence[float | str] = CERTAINTIES,
+) -> list[dict]:
+    """A rung for each certainty: the threshold that `known` rows choose, and what it automates of the `test` rows.
+
+    Both are (confidence [n], correct [n]); `groups` are those of the known rows. The most certain rung comes first.
+    """
+    rungs = []
+    for certainty in sorted(set(certainties), key=lambda c: 0 if c == AVERAGE else c, reverse=True):
+        threshold = threshold_for(*known, target_accuracy, certainty, groups)
+        measured = None
+        if threshold.value is not None:
+            (measured,) = automation(*test, [threshold.value])
+        rungs.append({"certainty": certainty, "threshold": threshold.record(), "measured": measured})
+    return rungs
+
+
+def rung_words(rung: dict) -> str:
+    """Coverage, threshold and accuracy of a measured rung, or what is missing, in a few words."""
+    threshold, measured = rung["threshold"], rung["measured"]
+    if threshold["value"] is None:
+        more = threshold["more_labels"]
+        return f"nothing, {more:,} labels more" if more else "not reachable"
+    right = f"{measured['accuracy']:.3f}" if measured["automated"] else "no row"
+    return f"{measured['share']:.1%} from {floor(threshold['value'], 3)} ({right})"
+
+
+def rung_name(certainty: float | str) -> str:
+    """The head of a rung's column."""
+    return "on average" if certainty == AVERAGE else f"{100 * certainty:.10g} % certain"
+
+
 def conformal_selection(
     confidence: np.ndarray, wrong_confidence: np.ndarray, n: int, false_discovery_rate: float
 ) -> np.ndarray:

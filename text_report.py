@@ -13,7 +13,18 @@ from collections.abc import Mapping
 import calibration_metrics as metrics
 from command_line import columns, printable
 from confusions import WORST, label_errors_text
-from decisions import AVERAGE, CERTAINTIES, FEW_ROWS, average_words, certainty_words, floor, lacking_words, rests_on_few
+from decisions import (
+    AVERAGE,
+    CERTAINTIES,
+    FEW_ROWS,
+    average_words,
+    certainty_words,
+    floor,
+    lacking_words,
+    rests_on_few,
+    rung_name,
+    rung_words,
+)
 from relabelling import effect_text
 from verdict import text as verdict_text
 
@@ -177,19 +188,10 @@ def filled(text: str) -> str:
 def ladder(report: Mapping) -> str:
     """A line a target, a column a certainty."""
     heads = [rung["certainty"] for rung in report["guarantees"][0]["ladder"]]
-    rows = [["target", *("on average" if head == AVERAGE else f"{100 * head:.10g} % certain" for head in heads)]]
+    rows = [["target", *map(rung_name, heads)]]
     for found in report["guarantees"]:
         rows.append([f"{found['target_accuracy']:.1%}", *map(rung_words, found["ladder"])])
     return columns(rows, "  ")
-
-
-def rung_words(rung: Mapping) -> str:
-    threshold, measured = rung["threshold"], rung["measured"]
-    if threshold["value"] is None:
-        more = threshold["more_labels"]
-        return f"nothing, {more:,} labels more" if more else "not reachable"
-    right = f"{measured['accuracy']:.3f}" if measured["automated"] else "no row"
-    return f"{measured['share']:.1%} from {floor(threshold['value'], 3)} ({right})"
 
 
 def few_rows(report: Mapping) -> str:

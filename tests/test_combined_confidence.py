@@ -150,15 +150,17 @@ def test_votes_with_evidence_of_their_own_gain_clearly(seed, monkeypatch):
     assert measure(found, "3 stacked")["accuracy"] > measure(found, "1 logprobs, fitted")["accuracy"] + 0.02
 
 
-def test_thresholds_come_from_the_calibration_rows_one_of_each_group():
+def test_thresholds_come_from_all_calibration_rows_with_their_groups():
     fit_pairs, pairs = made(260, 16, "c"), made(200, 17, "t")
-    # Copies that would double the evidence if each counted; the first of each group is the one that counts.
     found = compare_methods(pairs, fit_pairs + copies(fit_pairs[:100], "copy"))
     truth, fit_truth, some = true_labels(pairs), true_labels(fit_pairs), 0
-    for name in CONTENDERS:
-        chosen, p = found.choosing.probabilities[name][:260], found.measured.probabilities[name]
+    both_truth, groups = np.append(fit_truth, fit_truth[:100]), [*range(260), *range(100)]
+    for name, contender in CONTENDERS.items():
+        chosen, p = found.choosing.probabilities[name], found.measured.probabilities[name]
+        start = "predicted" if contender.is_fitted else "strictest"
+        known = chosen.max(axis=1), chosen.argmax(axis=1) == both_truth
         for target in combined.TARGETS:
-            threshold = choose_threshold(chosen.max(axis=1), chosen.argmax(axis=1) == fit_truth, target, 0.05).value
+            threshold = choose_threshold(*known, target, 0.05, groups, start).value
             automated = combined.automated_rows(found, name, target)
             if threshold is None:
                 assert automated is None
@@ -292,7 +294,7 @@ def test_the_report_says_n_groups_protocol_and_cost_and_its_numbers_are_those_me
         assert shown[1] == expected and shown[4:6] == [f"{row['ece']:.3f}", f"{row['ece_noise_floor']:.3f}"]
         calls = {"1": "1.0", "2": "10.0", "3": "11.0"}[name[0]]
         assert shown[-2:] == [calls, "-"]  # how long the methods ran is not known here
-    assert "one row of each group of the calibration rows." in done.out and "in-sample" not in done.out
+    assert "thresholds come from the calibration rows." in done.out and "in-sample" not in done.out
     gain, low, high = log_loss_gain(found, "3 stacked", "1 logprobs, fitted")
     assert f"fitted logprobs, on the same rows: {gain:+.4f} [{low:+.4f}, {high:+.4f}]" in lines[-2]
 
@@ -300,7 +302,7 @@ def test_the_report_says_n_groups_protocol_and_cost_and_its_numbers_are_those_me
 def test_cross_fitted_thresholds_are_called_in_sample_and_groups_are_counted(files, tmp_path):
     done = call(*files.join_fit)
     assert done.code == 0 and "n = 70 in 60 groups; fitted ones out-of-fold, the others as they are" in done.out
-    assert "one row of each group of these very rows, so these shares are in-sample." in done.out
+    assert "thresholds come from these very rows, so these shares are in-sample." in done.out
     assert "held-out" not in done.out and "left out" not in done.out
     table = tmp_path / "groups.csv"
     table.write_text("id,group\n" + "".join(f"{one.id},{i % 30}\n" for i, (one, _) in enumerate(files.fit)))

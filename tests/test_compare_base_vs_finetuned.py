@@ -29,7 +29,7 @@ import comparison_text
 import plotting
 import tables
 from calibration_metrics import area_under_risk_coverage, expected_calibration_error
-from decisions import choose_threshold
+from decisions import average_threshold, choose_threshold
 
 ROOT = Path(__file__).parent.parent
 FIGURES = {"accuracy_comparison", "calibration_error_comparison", "confidence_distributions"}
@@ -277,20 +277,26 @@ def test_sure_answers_and_dollars_are_counted_again(held_out):
     assert report["money"]["threshold"] == 0.8 and report["money"]["review_everything"] == 5000
 
 
-def test_guarantees_come_from_cross_fitted_scores_of_one_row_of_each_group_and_are_measured_on_all(held_out):
-    alone = np.unique(held_out.fit_groups, return_index=True)[1]
+def test_guarantees_come_from_cross_fitted_scores_of_all_rows_with_their_groups(held_out):
     for found in held_out.report["guarantees"]:
         for k, (name, model) in enumerate(held_out.comparison.models.items()):
             *_, correct = arrays(held_out.cal[k])
             assert (model.fit_correct == correct).all() and len(model.out_of_fold) == 360
-            value = choose_threshold(model.out_of_fold[alone], correct[alone], found["target"]).value
-            ours, share = found[name]["threshold"], 0.0
-            assert ours["n"] == 320 and ours["value"] == value
-            if value is not None:
-                *_, right = arrays(held_out.test[k])
-                taken = model.confidence["calibrated"] >= value
-                assert found[name]["measured"]["right"] == right[taken].sum()
-                share = taken.mean()
+            known = model.out_of_fold, correct, found["target"]
+            groups, share = held_out.fit_groups, 0.0
+            expected = [choose_threshold(*known, 0.05, groups), choose_threshold(*known, 0.2, groups)]
+            expected.append(average_threshold(*known, groups))
+            ladder = found[name]["ladder"]
+            assert [rung["threshold"] for rung in ladder] == [each.record() for each in expected]
+            assert found[name]["threshold"] == ladder[0]["threshold"] and expected[0].kind == "approximate"
+            for rung in ladder:
+                value = rung["threshold"]["value"]
+                if value is not None:
+                    *_, right = arrays(held_out.test[k])
+                    taken = model.confidence["calibrated"] >= value
+                    assert rung["measured"]["right"] == right[taken].sum()
+            if expected[0].value is not None:
+                share = (model.confidence["calibrated"] >= expected[0].value).mean()
             assert found["share"][name][0] == pytest.approx(share)
         base, tuned, difference = (found["share"][name][0] for name in (*compare.NAMES, "difference"))
         assert difference == pytest.approx(tuned - base)
@@ -526,7 +532,7 @@ def test_the_recorded_predictions_are_meant_by_default_wherever_one_stands(quick
     monkeypatch.chdir(tmp_path)
     done = command()
     assert (done.code, done.err) == (0, "")
-    assert len(done.out.splitlines()) <= 52 and max(map(len, done.out.splitlines())) <= 120
+    assert len(done.out.splitlines()) <= 56 and max(map(len, done.out.splitlines())) <= 120
     report = json.loads((tmp_path / "comparison_report/report.json").read_text("utf-8"))
     assert (report["rows"], report["groups"], report["calibration_rows"], report["left_out"]) == (2000, 603, 1000, 0)
     assert report["parts"][compare.PLANTED_RULE]["randomly labelled"]["n"] == 134 and len(report["first_tokens"]) == 2

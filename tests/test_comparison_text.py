@@ -32,17 +32,38 @@ def test_nothing_can_be_guaranteed_is_an_answer():
     measured = {"share": 0.42, "accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95}
     row = {
         "target": 0.9,
-        "base": {"threshold": {"value": None, "more_labels": 6097}, "measured": None},
-        "fine-tuned": {"threshold": {"value": 0.7019, "more_labels": None}, "measured": measured},
+        "base": {"threshold": {"value": None, "more_labels": 6097, "n": 300}, "measured": None},
+        "fine-tuned": {"threshold": {"value": 0.7019, "more_labels": None, "n": 300}, "measured": measured},
         "share": {"difference": [0.42, 0.4, 0.44]},
     }
     records = comparison_text.guarantee_records({"guarantees": [row]})
-    assert records["90% right, base"] == {"coverage": "nothing", "from": "", "right": "about 6,097 more labels"}
+    assert records["90% right, base"] == {
+        "coverage": "nothing",
+        "from": "",
+        "right": "about 6,097 more labels are needed",
+    }
     assert records["90% right, fine-tuned"] == {"coverage": 0.42, "from": "0.701", "right": [0.9, 0.8, 0.95]}
     assert records["90% right, difference"] == {"coverage": "+0.420 [+0.400, +0.440]"}
     row["base"]["threshold"]["more_labels"] = None
     records = comparison_text.guarantee_records({"guarantees": [row]})
-    assert records["90% right, base"]["right"] == "out of reach"
+    assert records["90% right, base"]["right"] == "not reachable with this model: raise its accuracy"
+
+
+def test_the_ladder_has_a_column_for_each_certainty():
+    measured = {"share": 0.42, "accuracy": 0.9, "automated": 84}
+    proved, nothing = {"value": 0.7019, "more_labels": None}, {"value": None, "more_labels": 6097}
+    rungs = [
+        {"certainty": 0.95, "threshold": nothing, "measured": None},
+        {"certainty": 0.8, "threshold": nothing | {"more_labels": None}, "measured": None},
+        {"certainty": "average", "threshold": proved, "measured": measured},
+    ]
+    row = {"target": 0.9, "share": {"difference": [0.0, -0.01, 0.01]}}
+    row |= {name: {"ladder": rungs} for name in comparison_text.NAMES}
+    records = comparison_text.ladder_records({"guarantees": [row]})
+    words = ["nothing, 6,097 labels more", "not reachable", "42.0% from 0.701 (0.900)"]
+    heads = ("95 % certain", "80 % certain", "on average")
+    assert records["90% right, base"] == dict(zip(heads, words, strict=True))
+    assert [*records["90% right, difference"].values()] == ["+0.000 [-0.010, +0.010]", "", ""]
 
 
 @pytest.mark.parametrize(
