@@ -334,6 +334,11 @@ def works(found: Verdict) -> bool:
     return found.over_commonest.sign > 0 and found.only_predicted is None
 
 
+def fails(found: Verdict) -> bool:
+    """Whether the question does not work: worse than the commonest label, or one label is all that is ever said."""
+    return found.over_commonest.sign < 0 or found.only_predicted is not None
+
+
 def beside_baselines(found: Verdict) -> str:
     """The verdict itself."""
     always = f"always answering {found.commonest!r} ({found.commonest_share:.3f})"
@@ -376,8 +381,11 @@ def about_the_bias(found: Verdict) -> str | None:
     return f"{would}: calibration_demo.py --relabel may change predictions"
 
 
-def next_steps(found: Verdict) -> list[str]:
-    """What to try, the largest gain first; nothing where the classifier beats both baselines."""
+def next_steps(found: Verdict, labelled: int | None = None) -> list[str]:
+    """What to try, the largest gain first; nothing where the classifier beats both baselines.
+
+    `labelled` rows are there to learn from (default: those that were judged).
+    """
     if found.problem:
         return []
     beats_words = found.over_bag_of_words is None or found.over_bag_of_words.sign > 0
@@ -389,7 +397,7 @@ def next_steps(found: Verdict) -> list[str]:
     steps = ["improve_task.py", "fine_tune_model.py", more]
     if found.over_raw and found.over_raw.sign > 0 and found.relabelled_over_commonest.sign > 0:
         steps.insert(0, "calibration_demo.py --relabel")
-    if found.n >= ENOUGH_FOR_A_PROBE:
+    if (labelled or found.n) >= ENOUGH_FOR_A_PROBE:
         return ["probe_confidence.py", *steps]
     return [steps.pop(), *steps, "probe_confidence.py"]
 

@@ -3,13 +3,17 @@
     python scripts/doctor.py                                                # the default model, task sentiment
     python scripts/doctor.py --model llama --task sentiment-yes-no
     python scripts/doctor.py --model my-model/ --adapter my-adapter/ --task tickets.toml
+    python scripts/doctor.py --task tickets.toml --input labelled.csv       # does the question work on your own rows?
     python scripts/doctor.py --endpoint http://127.0.0.1:8000/v1            # a server in place of a model loaded here
     python scripts/doctor.py --sagemaker                                    # also credentials, role and machine on AWS
 
 A row is ok, a warning (it works, but look at it), failed, or skipped because it needs what is missing above. A model is
 fetched if it is not here, as by every script, once memory and disk are seen to suffice. Label mass and direction are
-taken on six easy texts, or on the task's own examples, which its prompt shows already: a glance, no accuracy. It
-writes nothing but the models' caches, sends a server some thirty short requests, and shows no secret.
+taken on six easy texts, or on the task's own examples, which its prompt shows already: a glance, no accuracy. With
+--input 50 labelled rows of your table (--sample N for another number) are drawn at random and scored: the verdict on
+them, the label mass, which labels are taken for which, the three worst answers, and how long the whole table takes.
+Their texts are shown on this terminal alone. It writes nothing but the models' caches, sends a server some thirty short
+requests, and shows no secret.
 
 Exit code: 0, or 1 when something failed.
 """
@@ -47,11 +51,15 @@ try:
     import endpoint
     import llama as models
     import model_files
+    import sample_check
+    import tables
+    import verdict
     from embedded_model import DEFAULT_NAME, cache_dir
     from endpoint import Endpoint
     from llama import Llama
     from logprobs_confidence import LabelScorer, label_scorer, remote_label_scorer
     from prompts import RenderedPrompt
+    from sample_check import LabelledSample, ScoredSample
     from scoring import Method
     from task import Task, add_task_argument, label_probabilities, read_task
 except ImportError as error:
@@ -67,6 +75,8 @@ EASY = (
 )
 UNDECIDED = "I have not made up my mind about it."
 DRAWS = 8
+SAMPLED = 50  # labelled rows of --input
+SHOWN_LABELS = 8  # with their answer words
 LEAST_MASS = 0.5
 MORE_MASS = "word the template so that a label must follow, add [[examples]], or use other answer words"
 AGAIN = "if the model's files are broken, fetch or save them again"
@@ -323,10 +333,11 @@ def check_control(llama: Llama, prompt: RenderedPrompt) -> Finding:
 def check_answers(llama: Llama, task: Task, _: RenderedPrompt) -> Finding:
     """Each label's own tokens; `label_scorer` refuses a label without one and two that share one."""
     scorer, seen = label_scorer(llama, task), []
-    for label in task.labels:
+    for label in list(task.labels)[:SHOWN_LABELS]:
         spelled = [repr(answer.text) for answer in scorer.answers if answer.label == label]
         seen.append(f"{label}: {', '.join(spelled[:3])}" + (f" and {len(spelled) - 3} more" if spelled[3:] else ""))
-    return Finding("ok", "; ".join(seen), scorer)
+    more = f"; and {len(task.labels) - SHOWN_LABELS} more labels" if len(task.labels) > SHOWN_LABELS else ""
+    return Finding("ok", "; ".join(seen) + more, scorer)
 
 
 # What the model says
@@ -447,7 +458,9 @@ def examine_files(report: Report, model: str, use: object) -> Path | None:
     return path if fits else None
 
 
-def examine_model(report: Report, task: Task, model: str, adapter: str, **options: object) -> None:
+def examine_model(
+    report: Report, task: Task, model: str, adapter: str, sample: LabelledSample | None = None, **options: object
+) -> None:
     """Every check of a model that is loaded here; `options` are device and precision, as of `load_llama`."""
     run = report.run
     use = run("devices", lambda: check_devices(**options), remedy="--device auto takes what is there")
@@ -471,6 +484,56 @@ def examine_model(report: Report, task: Task, model: str, adapter: str, **option
     run("batches", check_batches, llama, scorer)
     run("sampling", check_sampling, llama, scorer)
     run("generation", check_generation, llama)
+    if sample:
+        examine_rows(report, scorer, sample)
+
+
+# Labelled rows
+
+
+def check_speed(scorer: Method, sample: LabelledSample) -> Finding:
+    """Score the drawn rows, and say how long the whole table takes; the value is the scored sample."""
+    scored = sample_check.score_sample(scorer, sample)
+    seen = f"{command_line.pace(scored.rate)}; the {sample.total:,} rows of the table take about "
+    seen += command_line.duration(sample.total / scored.rate)
+    if scored.errors:
+        of = f"{len(scored.errors)} of {len(sample.examples)} rows"
+        seen += f"; {of} could not be scored: {scored.errors[0]}"
+    status = "failed" if not scored.rows else "warning" if scored.errors else "ok"
+    return Finding(status, seen, scored)
+
+
+def check_verdict(scored: ScoredSample, labelled: int) -> Finding:
+    """Whether the classifier works at all; `labelled` rows are there to improve it."""
+    found = verdict.judge(scored.rows)
+    record = found.record()
+    if found.problem:
+        return Finding("warning", record["sentences"][0])
+    accuracy = f"accuracy {verdict.interval(record['accuracy'])}; {verdict.baseline_words(record)}"
+    said = [*record["sentences"], accuracy]
+    if steps := verdict.next_steps(found, labelled):
+        said.append(f"next, the largest gain first (docs/improving.md): {', '.join(steps)}")
+    status = "ok" if verdict.works(found) else "failed" if verdict.fails(found) else "warning"
+    return Finding(status, "; ".join(said))
+
+
+def check_rows_mass(scored: ScoredSample) -> Finding:
+    """How much of the distribution names a label on real rows."""
+    masses = [row.label_mass for row in scored.rows]
+    seen = f"mean {np.mean(masses):.3f} over {len(masses)} of your rows, lowest {min(masses):.3f}"
+    if np.mean(masses) >= LEAST_MASS:
+        return Finding("ok", seen)
+    return Finding("warning", f"{seen}; scripts/improve_task.py looks for a better prompt")
+
+
+def examine_rows(report: Report, scorer: Method | None, sample: LabelledSample) -> None:
+    """Every check on labelled rows of the user's own table."""
+    report.title(f"{len(sample.examples)} labelled rows of {sample.source}, drawn at random")
+    scored = report.run("speed", check_speed, scorer, sample)
+    report.run("verdict", check_verdict, scored, sample.labelled)
+    report.run("mass on rows", check_rows_mass, scored)
+    if scored:
+        print(sample_check.wrong_answers(scored.rows), flush=True)
 
 
 # A model behind a server
@@ -516,7 +579,9 @@ def check_parameters(server: Endpoint, _: object) -> Finding:
     return Finding("ok", f"left out, as it rejects them: {rejected}" if rejected else "all are taken")
 
 
-def examine_server(report: Report, task: Task, url: str, connect: Callable[[], Endpoint]) -> None:
+def examine_server(
+    report: Report, task: Task, url: str, connect: Callable[[], Endpoint], sample: LabelledSample | None = None
+) -> None:
     """Every check of a model behind a server."""
     report.title(f"Server {url}, task {task.name}")
     run, remedy = report.run, "the server's own log may say more"
@@ -527,6 +592,8 @@ def examine_server(report: Report, task: Task, url: str, connect: Callable[[], E
         run("direction", check_direction, rows)
         sampled = run("sampling", check_remote_sampling, server, task, remedy=remedy)
         run("parameters", check_parameters, server, sampled)
+        if sample:
+            examine_rows(report, scorer, sample)
 
 
 # SageMaker
@@ -557,6 +624,7 @@ def examine_sagemaker(report: Report, region: str | None, role: str, instance_ty
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ArgumentParser(__doc__)
     add_task_argument(parser)
+    tables.add_table_arguments(parser)
     models.add_arguments(parser)
     endpoint.add_arguments(parser)
     add = parser.add_argument_group("on Amazon SageMaker").add_argument
@@ -568,20 +636,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     endpoint.check_arguments(parser, args)
     if not args.sagemaker and (args.region, args.role, args.instance_type) != (None, aws.ROLE, aws.INSTANCE):
         parser.error("--region, --role and --instance-type need --sagemaker")
+    for name in ("text_column", "label_column", "id_column", "label_map", "where", "limit", "sample"):
+        if getattr(args, name) and not args.input:
+            parser.error(f"--{name.replace('_', '-')} needs --input FILE, a table of labelled rows")
     return args
+
+
+def sample_from_arguments(args: argparse.Namespace, task: Task) -> LabelledSample | None:
+    """The labelled rows that --input asks for, read and checked before any model is loaded."""
+    if not args.input:
+        return None
+    columns = tables.column_arguments(args) | {"sample": None}
+    table = tables.open_table(args.input, **columns, text_template=task.text_template)
+    return sample_check.draw_sample(table, task, args.sample or SAMPLED, args.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task, report = read_task(args.task), Report()
+    sample = sample_from_arguments(args, task)
     report.title("This machine")
     report.add("Python", "ok", f"{platform.python_version()}, {platform.system()} on {platform.machine()}")
     report.run("packages", check_packages)
     if args.endpoint:
         connect = lambda: endpoint.connect(**endpoint.connection_arguments(args))  # noqa: E731
-        examine_server(report, task, ", ".join(args.endpoint), connect)
+        examine_server(report, task, ", ".join(args.endpoint), connect, sample)
     else:
-        examine_model(report, task, **models.model_arguments(args))
+        examine_model(report, task, sample=sample, **models.model_arguments(args))
     if args.sagemaker:
         examine_sagemaker(report, args.region, args.role, args.instance_type)
     counts = Counter(status for status, _ in report.rows)

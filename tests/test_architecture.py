@@ -44,6 +44,7 @@ ROWS = [
     {"calibration_metrics", "effective_rows", "confusions"},
     {
         "baselines",
+        "sample_check",
         "verdict",
         "calibration",
         "calibrators",

@@ -113,7 +113,34 @@ def test_a_folder_s_checks_all_run_and_a_random_model_is_a_warning(examine, tiny
     assert rows["BOS"][1] == "<|im_start|> begins each of 3 turns, once" and "' No'" in rows["answers"][1]
 
 
-@pytest.mark.parametrize("flags", [["--task", "nosuch"], ["--dtype", "int8"], ["--role", "x"], ["--api-key-env", "X"]])
+def test_labelled_rows_of_a_table_are_scored_and_judged(examine, tiny_folder, tmp_path, capsys):
+    lines = [f"this is text {n},{'positive' if n % 3 else 'negative'}" for n in range(36)]
+    (tmp_path / "t.csv").write_text("\n".join(["review,truth", *lines]), encoding="utf-8")
+    columns = ["--text-column", "review", "--label-column", "truth"]
+    code, rows = examine("--model", tiny_folder, *CHAT, "--input", tmp_path / "t.csv", *columns, "--sample", 30)
+    assert rows["speed"][0] == "ok" and "; the 36 rows of the table take about " in rows["speed"][1]
+    said = rows["verdict"][1]
+    assert re.match("(worse|no better|better) than always answering|only '(pos|neg)ative' is ever predicted", said), (
+        said
+    )
+    assert "accuracy 0." in said and "next, the largest gain first" in said
+    assert rows["mass on rows"][0] == "warning" and "over 30 of your rows" in rows["mass on rows"][1]
+    assert code == 1 or "failed" not in (rows["verdict"][0], rows["direction"][0])
+
+
+@pytest.mark.parametrize("rows", ["text,label\nfine,\n", "text,label\nfine,mixed\n", "review,label\nfine,positive\n"])
+def test_a_table_that_cannot_be_judged_ends_before_a_model_is_loaded(rows, tmp_path, capsys):
+    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.run(lambda: doctor.main(["--input", str(tmp_path / "t.csv")]))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1) and str(tmp_path / "t.csv") in err
+
+
+FLAGS = [["--task", "nosuch"], ["--dtype", "int8"], ["--role", "x"], ["--api-key-env", "X"], ["--label-column", "x"]]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_bad_flags_are_one_line_and_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         command_line.run(lambda: doctor.main(flags))
