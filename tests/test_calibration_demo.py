@@ -23,7 +23,7 @@ import command_line
 import label_counts
 import plotting
 import predictions
-from calibration import Recipe, cross_fit, load_calibrator
+from calibration import Recipe, VectorScalingCalibrator, cross_fit, cross_fit_labels, load_calibrator
 from calibration_metrics import expected_calibration_error
 from decisions import automation, average_threshold, buckets, choose_threshold, costs, priced_automation
 from text_report import report_text
@@ -597,3 +597,88 @@ def test_without_arguments_the_recorded_predictions_are_used_wherever_one_stands
     assert args.predictions is None and args.method == "auto"
     assert calibration_demo.parse_arguments(["--groups", "mine.csv"]).groups == "mine.csv"
     assert calibration_demo.parse_arguments(["mine.jsonl"]).groups is None
+
+
+# Predictions that calibration may change, and shortlists
+
+
+@pytest.fixture(scope="module")
+def three_labels(tmp_path_factory):
+    """Rows of three labels whose model has a strong bias to the last."""
+    folder, labels = tmp_path_factory.mktemp("three"), ("a", "b", "c")
+    cal, test = (
+        save(folder / f"{name}.jsonl", made(n, seed, name, labels, bias=3, spread=1.5))
+        for n, seed, name in ((199, 1, "cal"), (300, 2, "test"))
+    )
+    return SimpleNamespace(cal=cal, test=test, folder=folder)
+
+
+def test_relabel_measures_new_predictions_held_out_and_the_file_makes_the_same_ones(three_labels, no_figures):
+    found = three_labels
+    run = demo(
+        "--calibrate-on",
+        found.cal,
+        "--test-on",
+        found.test,
+        "--relabel",
+        "--html",
+        "--target-accuracy",
+        0.7,
+        "--output-dir",
+        found.folder,
+    )
+    assert (run.code, run.err) == (0, "") and (found.folder / "report.html").exists()
+    report, fitted = opened(found.folder, run), load_calibrator(found.folder / "calibrator.json")
+    p, truth, confidence, was_right = arrays(found.test)
+    q = fitted.estimator.predict_labels(p)
+    now, is_right = q.argmax(axis=1), q.argmax(axis=1) == truth
+    effect = report.report["relabelling"]
+    assert (
+        effect["done"]
+        and effect["protocol"] == "held-out"
+        and effect["changed"] == (now != p.argmax(axis=1)).sum() > 50
+    )
+    assert (
+        effect["became_right"]
+        == (is_right & ~was_right).sum()
+        > effect["became_wrong"]
+        == (was_right & ~is_right).sum()
+    )
+    rows = report.report["metrics"]
+    assert rows["raw"]["accuracy"] == pytest.approx(was_right.mean())
+    assert rows["raw"]["log_loss"] == pytest.approx(log_loss(was_right, confidence), rel=1e-6)
+    chosen = rows["vector, of P(label), with new predictions"]
+    assert chosen["accuracy"] == pytest.approx(is_right.mean()) and chosen["protocol"] == "held-out"
+    assert chosen["log_loss"] == pytest.approx(log_loss(is_right, q.max(axis=1)), rel=1e-6)
+    assert f"{was_right.mean():.3f} -> {is_right.mean():.3f}, held-out" in run.out
+    # The guarantee is about the new predictions: chosen on cross-fitted ones.
+    c, cal_truth, _, _ = arrays(found.cal)
+    oof = cross_fit_labels(VectorScalingCalibrator(), c, cal_truth)
+    expected = choose_threshold(oof.max(axis=1), oof.argmax(axis=1) == cal_truth, 0.7)
+    assert fitted.threshold["value"] == expected.value is not None
+    applied = fitted.apply(predictions.read(found.test))
+    assert [row["prediction"] for row in report.decisions] == [row.prediction for row in applied]
+    assert [row["decision"] for row in report.decisions] == [row.extras["decision"] for row in applied]
+    assert [row["original_prediction"] for row in report.decisions] == ["abc"[k] for k in p.argmax(axis=1)]
+    shown = report.report["shortlists"]
+    to_review = [row for row in applied if row.extras["decision"] == "review"]
+    assert shown["n"] == len(to_review) and shown["covered"] == sum(r.label in r.extras["shortlist"] for r in to_review)
+    assert shown["mean_length"] == pytest.approx(np.mean([len(row.extras["shortlist"]) for row in to_review]))
+
+
+def test_without_the_flag_the_report_says_out_of_fold_when_it_would_help(three_labels, no_figures, tmp_path):
+    run = demo(three_labels.cal, "--output-dir", tmp_path)
+    report = opened(tmp_path, run).report
+    p, truth, _, was_right = arrays(three_labels.cal)
+    is_right = cross_fit_labels(VectorScalingCalibrator(), p, truth).argmax(axis=1) == truth
+    effect = report["relabelling"]
+    assert (effect["done"], effect["protocol"], effect["helps"]) == (False, "out-of-fold", True)
+    assert effect["accuracy_after"] == pytest.approx(is_right.mean())
+    assert "(--relabel) would help" in run.out and report["metrics"]["raw"]["accuracy"] == pytest.approx(
+        was_right.mean()
+    )
+    assert {"pooled, of P(label)", "vector, of P(label)", "platt, of the confidence"} <= report["candidates"].keys()
+    assert report["chosen"] == "vector, of P(label)" and "Shortlists for the" in run.out
+    fair = save(tmp_path / "fair.jsonl", made(199, 3, "fair", ("a", "b", "c"), bias=0, spread=1.5))
+    assert "--relabel" not in demo(fair, "--output-dir", tmp_path / "fair").out.partition("Guarantees")[2]
+    assert demo(fair, "--relabel", "--method", "isotonic").err.startswith("error: --relabel is vector scaling, not")

@@ -220,7 +220,7 @@ def test_the_tables_are_the_most_confident_errors_and_the_least_certain_rows(hel
 
 def test_of_many_long_texts_fifty_beginnings_are_shown(held_out):
     rows = [replace(row, text=row.text + "x" * 5000) for row in held_out.rows]
-    shown = html_report.table_rows(rows, held_out.calibrated, np.arange(400))
+    shown = html_report.table_rows(rows, held_out.calibrated, held_out.calibrated, np.arange(400))
     assert [cells["id"] for cells in shown] == [row.id for row in rows[:50]]
     assert all(len(cells["text"]) < 520 and cells["text"].endswith(" [...]") for cells in shown)
 

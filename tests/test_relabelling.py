@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from test_label_calibration import world
 
 import relabelling
 from calibration import Scores, VectorScalingCalibrator, cross_fit_labels
+from decisions import choose_threshold
 from relabelling import effect, effect_text, relabelled_scores
 
 
@@ -53,3 +55,31 @@ def test_a_ranking_that_is_no_good_is_not_said_to_help():
     found = effect(before, relabelled_scores(before, after), np.arange(300))
     assert found["accuracy_gain_low"] > 0.5 and not found["helps"] and found["above_commonest"] <= 0
     assert relabelling.effect_text(found | {"protocol": "out-of-fold"}, False).count("not shown") == 2
+
+
+def broken_guarantees(repeats, rows, target):
+    """(guarantees made, broken ones) of new predictions: thresholds from cross-fitted ones, used with all rows' fit."""
+    made, broken = 0, 0
+    for seed in range(repeats):
+        probabilities, truth = world(seed, 3, rows + 4000, bias=1.0)
+        fit = probabilities[:rows], truth[:rows]
+        out_of_fold = cross_fit_labels(VectorScalingCalibrator(), *fit, seeds=[seed])
+        value = choose_threshold(out_of_fold.max(axis=1), out_of_fold.argmax(axis=1) == fit[1], target).value
+        if value is not None:
+            q = VectorScalingCalibrator().fit(*fit).predict_labels(probabilities[rows:])
+            taken = q.max(axis=1) >= value
+            made += 1
+            broken += (q.argmax(axis=1) == truth[rows:])[taken].mean() < target
+    return made, broken
+
+
+def test_a_guarantee_about_new_predictions_is_kept():
+    made, broken = broken_guarantees(20, 300, 0.85)
+    assert made >= 10 and broken <= binom.ppf(0.999, 20, 0.05)
+
+
+@pytest.mark.study
+def test_guarantees_about_new_predictions_are_broken_in_one_set_of_twenty_at_most():
+    for rows, target in ((200, 0.9), (1000, 0.9), (300, 0.8)):
+        made, broken = broken_guarantees(150, rows, target)
+        assert made >= 15 and broken <= binom.ppf(0.99, 150, 0.05), (rows, target, made, broken)
