@@ -558,7 +558,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("api_key_env", "tokenizer", "served_as", "dry_run", "price_in", "price_out"):
         if getattr(args, name) not in (None, "") and not args.endpoint:
             parser.error(f"--{name.replace('_', '-')} needs --endpoint")
-    for name in ("load_in_4bit", "load_in_8bit", "batch_size", "truncate", "dtype", "device"):
+    for name in ("load_in_4bit", "load_in_8bit", "batch_size", "truncate", "dtype", "device", "device_map"):
         if args.endpoint and getattr(args, name, None) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for models loaded here, not behind --endpoint")
     if args.dry_run is not None and not args.input:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -83,6 +83,33 @@ def own_rows(path: str | Path) -> Iterator[tuple[Mapping[str, object], Predictio
     """Each record with what it repeats of the input."""
     for row in predictions.iterate(path):
         yield {"id": row.id, "text": row.text, "label": row.label}, row
+
+
+def merged_shards(paths: Sequence[str | Path], table: Table) -> Iterator[Prediction]:
+    """The rows of the N outputs of --shard 1/N to N/N, named in any order, in the order of the table they are of.
+
+    Raises ValueError where they are not all of it, or not of one fingerprint.
+    """
+    files = [predictions.iterate(path) for path in paths]
+    firsts = [next(rows, None) for rows in files]
+    if empty := [path for path, first in zip(paths, firsts, strict=True) if first is None]:
+        raise ValueError(f"{empty[0]} holds no predictions")
+    if other := next((row for row in firsts if row.fingerprint != firsts[0].fingerprint), None):
+        raise ValueError(f"the shards have different fingerprints: {firsts[0].fingerprint} and {other.fingerprint}")
+    following = {row.id: (row, rows) for row, rows in zip(firsts, files, strict=True)}  # of each file its next row
+    for number, example in enumerate(table, 1):
+        row, rows = following.pop(example.id, (None, None))
+        if row is None or row.text != example.text:
+            raise ValueError(
+                f"row {number:,} of {table.source} (id {example.id!r}) is not the next of any of the {len(files)} "
+                "files: are all shards finished, and is the table read with the flags that it was scored with?"
+            )
+        yield row
+        if after := next(rows, None):
+            following[after.id] = (after, rows)
+    if following:
+        left = next(iter(following))
+        raise ValueError(f"row {left!r} of a shard is not in {table.source}; is it the table that was scored?")
 
 
 def joined_rows(path: str | Path, table: Table) -> Iterator[tuple[Mapping[str, object], Prediction | None]]:

@@ -26,10 +26,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -323,6 +324,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Refuse what cannot be trained with, and fill in what depends on other flags."""
     if args.adapter != "none":
         parser.error("--adapter: a new adapter is trained on the base model; --resume goes on with an unfinished one")
+    if args.device_map:
+        parser.error("--device-map is for scoring; a training needs the whole model on one GPU, see --load-in-4bit")
     if args.validation is None:
         if args.train != "data:train":
             parser.error("--train needs --validation: labelled rows that are not trained on")
@@ -381,8 +384,20 @@ def load_for_processes(arguments: dict[str, object]) -> Llama:
     return load_llama(**arguments | ({"device": str(world.device)} if world.num_processes > 1 else {}))
 
 
+def refuse_sharded_training(environment: Mapping[str, str]) -> None:
+    """ValueError where accelerate or torchrun was told to split the model itself, which would be ignored here."""
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if environment.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise ValueError(
+                f"{name} asks for {what}, which splits a model over GPUs; LoRA here needs all of it on each: up to 70B "
+                "fits one GPU of 80 GB with --load-in-4bit (QLoRA), and several GPUs share the rows (accelerate launch "
+                "--multi_gpu); what is larger does not fit"
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
+    refuse_sharded_training(os.environ)
     if args.stop:
         sagemaker_job.stop(sagemaker_job.settings_from_arguments(args), args.stop)
         return

@@ -575,13 +575,17 @@ def load_llama(
     load_in_8bit: bool = False,
     task: dict | None = None,
     check: Callable[[Llama], None] = lambda reader: None,
+    device_map: str | None = None,
 ) -> Llama:
     """Load `default`, `llama`, a Hub id or a folder, with its tokenizer and optionally a LoRA adapter.
 
     `adapter` is a folder, None, or "auto": the shipped fine-tuned folder, if it was trained from these weights for the
     task with these settings (`Task.settings()`). `check` sees the tokenizer, as `load_reader` gives it, before the
-    weights are read. Raises ValueError or OSError in one line that says what to do.
+    weights are read. `device_map` "auto" spreads the layers over all GPUs, then the memory. Raises ValueError or
+    OSError in one line that says what to do.
     """
+    if device_map and device != "auto":
+        raise ValueError(f"--device-map {device_map} spreads a model over all devices, --device {device} names one")
     device = choose_device(device)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else choose_dtype(dtype, device)
     quantization = {"quantization_config": _quantization(precision, device)} if load_in_4bit or load_in_8bit else {}
@@ -605,7 +609,7 @@ def load_llama(
             path,
             dtype=torch.bfloat16 if quantization else getattr(torch, precision),
             use_safetensors=True,
-            device_map=None if device == "cpu" else {"": device},
+            device_map=device_map or (None if device == "cpu" else {"": device}),
             output_loading_info=True,
             **quantization,
             **options,
@@ -676,6 +680,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     dtypes = ["auto", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on GPUs that have it, float32 on CPU (default)")
+    add("--device-map", choices=["auto"], help="auto: spread a model that one GPU cannot hold over all, and the memory")
     bits = group.add_mutually_exclusive_group()
     bits.add_argument("--load-in-4bit", action="store_true", help="4-bit weights (NVIDIA GPU, bitsandbytes)")
     bits.add_argument("--load-in-8bit", action="store_true", help="8-bit weights (NVIDIA GPU, bitsandbytes)")
@@ -683,5 +688,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def model_arguments(args: argparse.Namespace) -> dict[str, object]:
     """What the flags of `add_arguments` say, as keyword arguments of `load_llama`."""
-    names = ("model", "adapter", "device", "dtype", "load_in_4bit", "load_in_8bit")
+    names = ("model", "adapter", "device", "dtype", "load_in_4bit", "load_in_8bit", "device_map")
     return {name: getattr(args, name) for name in names}

@@ -491,6 +491,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     endpoint.check_arguments(parser, args)
     if args.debias and not args.input:
         parser.error("--debias batch needs a table (--input FILE): it is estimated from many texts")
+    if args.debias and args.shard:
+        parser.error("--debias batch is estimated from the whole table; --shard has a part of it")
     if args.confidence_head and (args.raw_prompt or args.endpoint or args.debias):
         parser.error("--confidence-head reads the last hidden state of an adapter's own answer; leave the other out")
     if args.raw_prompt and (args.input or args.calibrator or args.endpoint):

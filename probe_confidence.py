@@ -55,7 +55,7 @@ SHOWN = 5  # labels of an explained text
 OF_TRAINING = {"train", "output_dir", "groups", "with_examples", "task", "overwrite", "truncate", "batch_size"}
 OF_TRAINING |= {"text_column", "label_column", "id_column", "no_header", "label_map", "delimiter", "encoding"}
 OF_TRAINING |= {"skip_bad_rows", "where", "limit", "sample", "seed"}
-OF_TRAINING |= {"model", "adapter", "device", "dtype", "load_in_4bit", "load_in_8bit"}
+OF_TRAINING |= {"model", "adapter", "device", "device_map", "dtype", "load_in_4bit", "load_in_8bit"}
 NO_SERVER = "a server shows no hidden states; a probe needs the model here (--model)"
 
 

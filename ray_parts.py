@@ -34,6 +34,7 @@ FORMAT = "calibrated-confidence run on many workers, version 1"
 RUN, ROWS = "run.json", "rows"
 PART_ROWS = 1024  # at least: what a worker that dies loses
 TEXT_FIELDS = ("id", "text", "label")
+OTHERS = "extras"  # all other extras of a row, as JSON
 FLAGS = ("truncated", "trained_on", "fitted_on")  # extras that are true or not there
 
 
@@ -57,9 +58,9 @@ class OutputSchema:
         fields += [(name, text) for name in (*TEXT_FIELDS, "prediction")]
         fields += [(name, number) for name in ("confidence", "label_mass", *(f"p_{label}" for label in self.labels))]
         if self.is_calibrated:
-            fields += [("calibrated_confidence", number), ("decision", text)]
+            fields += [("calibrated_confidence", number), ("decision", text), ("shortlist", pyarrow.list_(text))]
         fields += [(name, pyarrow.bool_()) for name in FLAGS]
-        fields += [(name, text) for name in ("method", "model", "task", "fingerprint", "error")]
+        fields += [(name, text) for name in ("method", "model", "task", "fingerprint", "error", OTHERS)]
         return pyarrow.schema(fields)
 
 
@@ -98,11 +99,10 @@ def to_table(rows: Sequence[Prediction], own: pyarrow.Table, schema: OutputSchem
     for label in schema.labels:
         columns[f"p_{label}"] = [None if row.error else row.probabilities[label] for row in rows]
     for name in schema.arrow.names:
-        if name not in columns:
+        if name not in columns and name != OTHERS:
             columns[name] = [row.extras.get(name) for row in rows]
-    for row in rows:
-        if unknown := set(row.extras) - set(columns):
-            raise TypeError(f"no column for {min(unknown)}")
+    others = [{name: value for name, value in row.extras.items() if name not in columns} for row in rows]
+    columns[OTHERS] = [json.dumps(extras) if extras else None for extras in others]
     return pyarrow.table({name: columns[name] for name in schema.arrow.names}, schema=schema.arrow)
 
 
@@ -111,8 +111,9 @@ def from_record(record: Mapping[str, object], labels: Sequence[str]) -> Predicti
     probabilities = None
     if record["error"] is None:
         probabilities = {label: record[f"p_{label}"] for label in labels}
-    added = ("calibrated_confidence", "decision", *FLAGS)
+    added = ("calibrated_confidence", "decision", "shortlist", *FLAGS)
     extras = {name: record[name] for name in added if record.get(name) is not None}
+    extras |= json.loads(record[OTHERS] or "{}")
     fields = {name: record[name] for name in predictions.FIELDS if name != "probabilities"}
     return Prediction(**fields, probabilities=probabilities, error=record["error"], extras=extras)
 

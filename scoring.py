@@ -117,6 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, **task_default: str | None) -
     )
     add("--select-fdr", type=float, metavar="Q", help="select what to automate of this table, at most Q of it wrong")
     add("--batch-size", type=natural, metavar="N", help="rows run together (default: by length and device)")
+    add("--shard", metavar="I/N", help="only every Nth row, from the Ith on; export.py --merge joins the N outputs")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -132,6 +133,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"text {number} is empty")
     if args.batch_size == 0:
         parser.error("--batch-size 0: at least 1")
+    if args.shard and (not args.input or args.select_fdr is not None):
+        parser.error("--shard is a part of a table (--input), of which --select-fdr needs the whole")
     check_calibrator_arguments(parser, args)
     check_selection_arguments(parser, args)
 
@@ -167,7 +170,8 @@ def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Seque
         for path in (output, args.output, *(output.with_suffix(suffix) for suffix in more_outputs)):
             for source in (args.input, args.calibrator):
                 predictions.check_output(path, source)
-        table = open_table(args.input, **column_arguments(args), text_template=task.text_template)
+        columns = column_arguments(args) | {"shard": shard_of(args.shard)}
+        table = open_table(args.input, **columns, text_template=task.text_template)
         total = check_examples(table, task, args.input)
         if args.limit:
             _warn_of_order(table, args.limit)
@@ -181,6 +185,16 @@ def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Seque
     return Job(
         args.text, args.json, table, total, output, export, args.overwrite, calibrator, args.threshold, args.select_fdr
     )
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """(3, 8) of "3/8"; ValueError for what is no part of a whole."""
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"--shard {text}: write it as I/N, from 1/N to N/N")
+    return int(number), int(count)
 
 
 def _warn_of_order(table: Table, limit: int) -> None:

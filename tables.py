@@ -105,6 +105,7 @@ def examples_with_columns(
     skip_bad_rows: bool = False,
     text_template: str | None = None,
     where: Mapping[str, str] | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Iterator[tuple[Example, Mapping[str, object]]]:
     """Yield each row of a table as an example and as it is, one at a time, in the table's order.
 
@@ -112,11 +113,13 @@ def examples_with_columns(
     number, also for `id_column=""`. Several text columns are joined by a blank line; `text_template` with their names
     in braces puts them together otherwise. Without a header, columns are named 1, 2, ... and the text is column 1.
     `label_map` renames label values. Of the rows whose columns have the values of `where`, `limit` takes the first and
-    `sample` so many at random, drawn by `seed`. Raises ValueError with file and line.
+    `sample` so many at random, drawn by `seed`; of these `shard` (i, n) takes every nth, from the ith on. Raises
+    ValueError with file and line.
     """
     rows = enumerate(read_rows(source, header, encoding, delimiter, quoted, skip_bad_rows), 1)
     rows = islice((row for row in rows if _has_values(*row[1], where or {})), limit)
     rows = rows if sample is None else sampled(rows, sample, seed)
+    rows = rows if shard is None else islice(rows, shard[0] - 1, None, shard[1])
     columns = _Columns(_named_in(text_template) or text_column, label_column, id_column, header, text_template)
     number = 0
     for number, (place, row) in rows:
@@ -126,7 +129,8 @@ def examples_with_columns(
         yield example, row
     if not number:
         asked = ", ".join(f"{column}={value}" for column, value in (where or {}).items())
-        raise ValueError(f"{source} has no rows" + (f" where {asked}" if asked else ""))
+        of_shard = " for shard {}/{}".format(*shard) if shard else ""
+        raise ValueError(f"{source} has no rows" + (f" where {asked}" if asked else "") + of_shard)
 
 
 def _has_values(place: str, row: Mapping[str, object], wanted: Mapping[str, str]) -> bool:

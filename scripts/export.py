@@ -2,9 +2,11 @@
 
     python scripts/export.py predictions.jsonl --output result.csv
     python scripts/export.py predictions.jsonl --table tickets.csv --id-column ticket --output result.xlsx
+    python scripts/export.py --merge part-*.jsonl --table tickets.csv --output predictions.jsonl       # of --shard I/N
 
 With --table the rows are those of that table, in its order, with all its columns (labels too); predictions are found by
-id. Read it with the flags it was scored with: --text-column, --id-column, ... Columns and cells: exports.py.
+id. Read it with the flags it was scored with: --text-column, --id-column, ... Columns and cells: exports.py. --merge
+joins the outputs of --shard 1/N to N/N into one predictions file, in the table's order.
 """
 
 from __future__ import annotations
@@ -27,11 +29,18 @@ from command_line import printable  # noqa: E402
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("predictions", metavar="PREDICTIONS", help="a predictions file (.jsonl)")
+    add("predictions", metavar="PREDICTIONS", nargs="+", help="a predictions file (.jsonl); with --merge all shards")
     add("--output", metavar="FILE", required=True, help="the table to write: .csv, .parquet or .xlsx")
     add("--table", metavar="FILE", help="the table that was scored, for its columns")
     tables.add_column_arguments(parser.add_argument_group("how --table is read"))
+    add("--merge", action="store_true", help="join the outputs of --shard into one predictions file (.jsonl)")
     args = parser.parse_args(argv)
+    if args.merge:
+        if not args.table or Path(args.output).suffix != ".jsonl":
+            parser.error("--merge needs --table, whose rows were scored, and an --output that ends in .jsonl")
+        return args
+    if len(args.predictions) > 1:
+        parser.error("several predictions files are joined with --merge")
     if Path(args.output).suffix not in exports.SUFFIXES:
         parser.error(f"--output {args.output} must end in one of {' '.join(exports.SUFFIXES)}")
     return args
@@ -39,10 +48,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    for source in (args.predictions, args.table):
+    for source in (*args.predictions, args.table):
         predictions.check_output(args.output, source)
     table = tables.open_table(args.table, **tables.column_arguments(args)) if args.table else None
-    count = exports.write_export(args.predictions, args.output, table)
+    if args.merge:
+        predictions.replace(args.output, exports.merged_shards(args.predictions, table))
+        count = sum(1 for _ in predictions.iterate(args.output))
+    else:
+        count = exports.write_export(args.predictions[0], args.output, table)
     print(f"{printable(args.output)}: {count:,} rows")
 
 

@@ -8,6 +8,8 @@ import pytest
 
 import export
 import exports
+import predictions
+import tables
 from predictions import failed, scored, to_line
 from tables import open_table
 
@@ -124,3 +126,51 @@ def test_what_a_calibrator_changed_and_its_shortlists_have_columns_of_their_own(
     frame = pandas.read_csv(tmp_path / "p.csv", keep_default_na=False)
     assert frame["prediction"].tolist() == ["yes", "no"] and frame["original_prediction"].tolist() == ["no", ""]
     assert frame["shortlist"].tolist() == ["yes; no", ""] and "original_probabilities" not in frame
+
+
+SHARDED = ["--text-column", "review", "--id-column", "key"]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A table of 10 rows and the outputs of --shard 1/3 to 3/3, as records of their own texts."""
+    lines = [f"k{number},text {number}" for number in range(10)]
+    (tmp_path / "t.csv").write_text("\n".join(["key,review", *lines]) + "\n")
+    common = {"method": "m", "model": "m", "task": "t", "fingerprint": "f"}
+    table = {"text_column": "review", "id_column": "key"}
+    for number in (1, 2, 3):
+        examples = tables.read_examples(str(tmp_path / "t.csv"), **table, shard=(number, 3))
+        rows = [predictions.scored(e.id, e.text, None, {"a": 0.25, "b": 0.75}, 1.0, **common) for e in examples]
+        predictions.replace(tmp_path / f"{number}.jsonl", rows)
+    return [tmp_path / f"{number}.jsonl" for number in (2, 3, 1)]  # in no order
+
+
+def merge(shards, output, *flags):
+    files = map(str, shards)
+    export.main(["--merge", *files, "--table", str(shards[0].parent / "t.csv"), "--output", str(output), *flags])
+    return [row.id for row in predictions.iterate(output)]
+
+
+def test_shards_are_every_nth_row_and_merge_into_the_table_s_order(shards, tmp_path):
+    ids = [[row.id for row in predictions.iterate(path)] for path in shards]
+    assert ids == [["k1", "k4", "k7"], ["k2", "k5", "k8"], ["k0", "k3", "k6", "k9"]]
+    assert merge(shards, tmp_path / "all.jsonl", *SHARDED) == [f"k{number}" for number in range(10)]
+    with pytest.raises(ValueError, match="has no rows for shard 11/11"):
+        list(tables.read_examples(str(tmp_path / "t.csv"), text_column="review", shard=(11, 11)))
+
+
+def test_shards_that_are_not_all_of_the_table_are_refused(shards, tmp_path):
+    output = tmp_path / "all.jsonl"
+    with pytest.raises(ValueError, match=r"row 2 of .*t\.csv \(id 'k1'\) is not the next of any of the 2 files"):
+        merge(shards[1:], output, *SHARDED)
+    whole = shards[0].read_bytes()
+    shards[0].write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"row 8 of .* are all shards finished"):
+        merge(shards, output, *SHARDED)
+    shards[0].write_bytes(whole)
+    with pytest.raises(ValueError, match=r"row '.*' of a shard is not in"):
+        merge(shards, output, *SHARDED, "--limit", "8")
+    shards[0].write_bytes(whole.replace(b'"f"', b'"g"'))
+    with pytest.raises(ValueError, match="different fingerprints: g and f"):
+        merge(shards, output, *SHARDED)
+    assert not output.exists()

@@ -31,7 +31,7 @@ import lora
 import plotting
 import predictions
 import training
-from fine_tune_model import FineTunedSentimentClassifier, main, parse_arguments, sample_of
+from fine_tune_model import FineTunedSentimentClassifier, main, parse_arguments, refuse_sharded_training, sample_of
 from llama import load_llama
 from logprobs_confidence import label_scorer
 from lora import HEAD
@@ -637,6 +637,16 @@ def test_bad_input_is_one_line_and_exit_code_2_and_writes_nothing(call, tmp_path
     result = call(tmp_path / "run", *flags)
     one_error(result, *words)
     assert not (tmp_path / "run").exists() and "--truncate" not in result[2]
+
+
+@pytest.mark.parametrize(("name", "what"), [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_a_training_that_would_split_the_model_is_refused_in_one_line(call, tmp_path, monkeypatch, name, what):
+    monkeypatch.setenv(name, "false")
+    refuse_sharded_training(os.environ)
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ValueError, match=f"{name} asks for {what}.*70B.*QLoRA.*what is larger does not fit"):
+        fine_tune_model.main(["--output-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_rows_need_validation_rows(capsys):

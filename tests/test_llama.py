@@ -489,6 +489,14 @@ def test_a_folder_loads_as_it_was_saved_and_nothing_is_asked_of_the_network(tiny
     assert connections == []
 
 
+def test_a_model_spread_over_the_devices_says_the_same(tiny_llama, tiny_folder):
+    spread = load_llama(str(tiny_folder), device_map="auto")  # here there is one device
+    assert (spread.device, spread.identity["precision"]) == ("cpu", "float32")
+    rows = [numbers(n, 12 + n) for n in range(4)]
+    expected = tiny_llama.answer_log_probs(rows, [(7,), (7, 9)])
+    np.testing.assert_allclose(spread.answer_log_probs(rows, [(7,), (7, 9)]), expected, atol=1e-5)
+
+
 def unlink(name: str):
     return lambda folder: (folder / name).unlink()
 
@@ -566,6 +574,7 @@ MISTAKES = {
     "an absolute path": ({"model": "/no/such/folder"}, r"no such model folder: /no/such/folder"),
     "a relative path": ({"model": "./no-such-folder"}, r"no such model folder: \./no-such-folder"),
     "a path in the home": ({"model": "~/no-such-folder"}, r"no such model folder: ~/no-such-folder"),
+    "a device and all": ({"device": "cpu", "device_map": "auto"}, r"--device-map auto spreads a model"),
     "a device of no kind": ({"device": "tpu"}, r"no device 'tpu' here; there is cpu"),
     "4 bits on a CPU": ({"device": "cpu", "load_in_4bit": True}, r"--load-in-4bit needs an NVIDIA GPU"),
     "8 bits on a CPU": ({"device": "cpu", "load_in_8bit": True}, r"--load-in-8bit needs an NVIDIA GPU"),
