@@ -1,10 +1,12 @@
 """--endpoint against a real server: llama.cpp's, with the embedded model's own GGUF file, on 127.0.0.1.
 
 With these weights in 4 bits it quantizes the activations too, which moves probabilities by some hundredths; given the
-same weights in 32 bits it agrees to a thousandth. `make test-servers` compiles the server and runs this file.
+same weights in 32 bits it agrees to a thousandth. `make test-servers` installs the server and runs this file.
 """
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from gguf import GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from scipy.stats import binomtest
@@ -37,8 +40,7 @@ def running(log: Path, gguf: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), "--logits_all", "true"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, str(ROOT / "tests" / "llama_cpp_server.py"), str(gguf), str(port), "4"]
     url = f"http://127.0.0.1:{port}/v1"
     with open(log, "ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
@@ -46,6 +48,13 @@ def running(log: Path, gguf: Path):
             yield url
         finally:
             process.kill()
+
+
+def kill_server(url: str) -> None:
+    """The process that listens there."""
+    port = int(url.rpartition(":")[2].partition("/")[0])
+    (owner,) = {c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.status == "LISTEN"}
+    psutil.Process(owner).kill()
 
 
 def wait_for(url: str, process: subprocess.Popen) -> None:
@@ -114,8 +123,8 @@ def test_what_differs_is_the_servers_four_bit_arithmetic(run, gguf, embedded, tm
     assert (apart.mean(axis=0) < 0.003).all() and apart[:, 0].max() < 0.01
 
 
-def in_32_bits(gguf: Path, path: Path) -> Path:
-    """The embedded model's GGUF file with its weights dequantized."""
+def in_32_bits(gguf: Path, path: Path, spoiled: bool = False) -> Path:
+    """The embedded model's GGUF file with its weights dequantized; `spoiled`: without its last layer's attention."""
     source = GGUFReader(gguf)
     writer = GGUFWriter(path, source.fields["general.architecture"].contents())
     for name, value in source.fields.items():
@@ -124,7 +133,9 @@ def in_32_bits(gguf: Path, path: Path) -> Path:
             writer.add_key_value(name, value.contents(), kind, inner[-1] if kind == GGUFValueType.ARRAY else None)
     writer.add_file_type(0)
     for tensor in source.tensors:
-        writer.add_tensor(tensor.name, np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32))
+        weights = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32, order="C")
+        weights[:] = 0 if spoiled and tensor.name == "blk.29.attn_output.weight" else weights
+        writer.add_tensor(tensor.name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -168,3 +179,79 @@ def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(url, em
     # Greedy answers, or twenty times the same seed, would give 0 or 20 of 20 for each text.
     low, high = binomtest(votes, 60).proportion_ci(0.999, "exact")
     assert low - 0.05 < expected / 3 < high + 0.05
+
+
+# Several servers of one model
+
+
+def test_a_run_over_two_servers_of_which_one_is_killed_loses_nothing(gguf, url, tmp_path):
+    name = ["--served-as", "smollm2-q4"]
+    where = {"CALIBRATED_CONFIDENCE_CACHE": str(linked_cache(tmp_path)), "PYTHONPATH": str(ROOT)}
+    table = ["--input", "data:test", "--limit", "300", "--output", str(tmp_path / "two.jsonl"), *name]
+    with running(tmp_path / "log", gguf) as other:
+        command = [sys.executable, "logprobs_confidence.py", *table, "--endpoint", url, "--endpoint", other]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | where)
+        wait_for_rows(tmp_path / "two.jsonl", 50, process)
+        kill_server(other)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err.count(f"note: no server answers at {other} any more; it is left out") == 1
+    rows = predictions.read(tmp_path / "two.jsonl")
+    assert len(rows) == 300 and not any(row.extras.get("retry") for row in rows)
+    # The same from one of them alone, to the arithmetic of batches of another size.
+    with connect(url, served_as="smollm2-q4") as connected:
+        scorer = remote_label_scorer(connected, TASK)
+        assert scorer.fingerprint == rows[0].fingerprint
+        alone = list(scorer.score(iter(list(read_examples("data:test"))[:60]), lambda n: None, None))
+    for one, two in zip(alone, rows, strict=False):
+        if one.error is None and two.error is None:
+            assert one.probabilities == pytest.approx(two.probabilities, abs=0.05)
+
+
+def linked_cache(folder: Path) -> Path:
+    """A cache of the test's own that has the embedded model."""
+    cache = folder / "cache"
+    cache.mkdir()
+    for path in embedded_model.cache_dir().iterdir():
+        if path.name != "served":
+            (cache / path.name).symlink_to(path)
+    return cache
+
+
+def wait_for_rows(path: Path, count: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if path.exists() and path.read_bytes().count(b"\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    pytest.fail("no rows came")
+
+
+def test_another_model_under_the_same_name_is_refused(gguf, url, tmp_path, monkeypatch):
+    monkeypatch.setattr("served_identity.cache_dir", lambda: tmp_path)
+    with connect(url, served_as="smollm2") as connected:
+        remote_label_scorer(connected, TASK)
+    # The same weights in 32 bits are the same model; without a layer's attention it is another.
+    for spoiled in (False, True):
+        weights = in_32_bits(gguf, tmp_path / "float32.gguf", spoiled)
+        with running(tmp_path / "log", weights) as there, connect(there, served_as="smollm2") as connected:
+            if not spoiled:
+                remote_label_scorer(connected, TASK)
+                continue
+            with pytest.raises(ValueError, match="another model than smollm2 was"):
+                remote_label_scorer(connected, TASK)
+
+
+def test_what_the_server_used_is_counted(run, url, tmp_path):
+    done = run(
+        "logprobs_confidence.py",
+        "--input",
+        "data/sample.csv",
+        "--limit",
+        6,
+        "--output",
+        tmp_path / "p.jsonl",
+        "--endpoint",
+        url,
+    )
+    assert done.returncode == 0 and re.search(r"\n  7 requests, \d{3} tokens in, 7 out\n", done.stdout), done
