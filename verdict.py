@@ -303,15 +303,18 @@ def rankings(scores: Scores, groups: np.ndarray, seed: int = 0) -> dict[str, obj
 
 
 def loss_parts(scores: Scores, groups: np.ndarray, log_loss: float, seed: int = 0) -> dict[str, float]:
-    """The log loss of the confidence told apart, by Platt scaling of other groups; empty where it cannot be fitted."""
+    """The log loss of the confidence told apart, by Platt scaling of other groups; empty where it cannot be fitted.
+
+    `log_loss` is of all rows; of those that were drawn it is what the calibration gains.
+    """
     from calibration import PlattScalingCalibrator, cross_fit
 
     try:
         recalibrated = cross_fit(PlattScalingCalibrator(), scores.confidence, scores.correct, groups, seed=seed)
     except ValueError:  # all rows of a fold are right
         return {}
-    refinement = metrics.refinement_split(scores.confidence, recalibrated, scores.correct)["refinement"]
-    return {"refinement": refinement, "calibration_part": log_loss - refinement}
+    part = metrics.refinement_split(scores.confidence, recalibrated, scores.correct)["calibration_error"]
+    return {"refinement": log_loss - part, "calibration_part": part}
 
 
 # From numbers to sentences
