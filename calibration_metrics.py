@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 N_BINS = 20
+MOST_LABELS = 10  # that --verbose prints
 MIN_COUNT = 30  # rows that make the accuracy of a bin worth a maximum
 EPSILON = float(np.finfo(np.float64).eps)  # log loss clips here, as scikit-learn does
 
@@ -477,13 +478,22 @@ def _cell(metrics: Mapping, line: Line) -> str:
 
 
 def print_predicted_labels(rows: Sequence[predictions.Prediction], score: str) -> None:
-    """Accuracy and mean confidence of each predicted label: where they differ, the model has a class bias."""
-    for label, found in by_predicted_label(rows, score).items():
+    """Accuracy and mean confidence of each predicted label: where they differ, the model has a class bias.
+
+    Of many labels those whose confidence is the furthest from their accuracy.
+    """
+    by_label = by_predicted_label(rows, score)
+    apart = {label: abs(found["mean_confidence"] - found["right"] / found["n"]) for label, found in by_label.items()}
+    shown = list(by_label) if len(by_label) <= MOST_LABELS else sorted(apart, key=apart.get)[: -MOST_LABELS - 1 : -1]
+    for label in shown:
+        found = by_label[label]
         low, high = exact_interval(found["right"], found["n"])
         print(
             f"  predicted {command_line.printable(label)}: {found['n']:,} rows, mean confidence "
             f"{found['mean_confidence']:.3f}, accuracy {found['right'] / found['n']:.3f} [{low:.3f}, {high:.3f}]"
         )
+    if len(shown) < len(by_label):
+        print(f"  and {len(by_label) - len(shown)} predicted labels whose confidence is closer to their accuracy")
 
 
 def draw_reliability(

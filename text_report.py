@@ -281,11 +281,12 @@ def shortlist_section(found: Mapping, verbose: bool) -> str:
     rows = [["true label", "rows", "on the list", ""]]
     by_label = {label: counts for label, counts in found["by_label"].items() if counts["n"]}
     worst = sorted(by_label, key=lambda label: by_label[label]["covered"] / by_label[label]["n"])
-    for label in worst if verbose else worst[:SHOWN]:
+    shown = worst[: WORST if verbose else SHOWN]
+    for label in shown:
         counts = by_label[label]
         note = "" if counts["own"] else "too few calibration rows to be covered by itself"
         rows.append([label, f"{counts['n']:,}", share_with_interval(counts["covered"], counts["n"]), note])
-    more = f"\n  ... and {len(worst) - SHOWN} more" if len(worst) > SHOWN and not verbose else ""
+    more = f"\n  ... and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
     return (
         f"Shortlists for the {found['n']:,} rows to review, {found['protocol']}: {found['mean_length']:.1f} of "
         f"{found['labels']} labels on average, the true one among them\n"
