@@ -21,7 +21,11 @@ test: .venv/installed-tests
 	$(PARALLEL) --dist loadfile
 
 test-servers: .venv/installed-servers
-	$(BIN)/python -m pytest -m servers tests/test_servers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m servers tests/test_servers.py
+
+test-vllm: .venv/installed-tests
+	$(BIN)/python tests/install_vllm.py .venv-vllm
+	$(BIN)/python -m pytest -m vllm tests/test_vllm.py
 
 test-ray: .venv/installed-tests .venv/installed-ray
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/test_ray.py
@@ -48,7 +52,7 @@ benchmark: .venv/installed
 	$(BIN)/python scripts/benchmark.py
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm
 
 # The stamps are written last, so an interrupted set-up is taken up again and a finished one is never repeated.
 .venv/installed: requirements.txt

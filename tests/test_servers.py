@@ -187,17 +187,17 @@ def test_sampled_answers_vary_and_agree_as_often_as_the_first_token_says(url, em
 def test_a_run_over_two_servers_of_which_one_is_killed_loses_nothing(gguf, url, tmp_path):
     name = ["--served-as", "smollm2-q4"]
     where = {"CALIBRATED_CONFIDENCE_CACHE": str(linked_cache(tmp_path)), "PYTHONPATH": str(ROOT)}
-    table = ["--input", "data:test", "--limit", "300", "--output", str(tmp_path / "two.jsonl"), *name]
+    table = ["--input", "data:test", "--limit", "150", "--output", str(tmp_path / "two.jsonl"), *name]
     with running(tmp_path / "log", gguf) as other:
         command = [sys.executable, "logprobs_confidence.py", *table, "--endpoint", url, "--endpoint", other]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | where)
-        wait_for_rows(tmp_path / "two.jsonl", 50, process)
+        wait_for_rows(tmp_path / "two.jsonl", 30, process)
         kill_server(other)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert err.count(f"note: no server answers at {other} any more; it is left out") == 1
     rows = predictions.read(tmp_path / "two.jsonl")
-    assert len(rows) == 300 and not any(row.extras.get("retry") for row in rows)
+    assert len(rows) == 150 and not any(row.extras.get("retry") for row in rows)
     # The same from one of them alone, to the arithmetic of batches of another size.
     with connect(url, served_as="smollm2-q4") as connected:
         scorer = remote_label_scorer(connected, TASK)
