@@ -85,7 +85,7 @@ def no_scoring(monkeypatch):
     return forbid
 
 
-def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="tiny", seen=("not  bad", "x")):
+def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="tiny", seen=("not  bad", "x"), **more):
     """A calibrator file with logit P = slope logit(c) - 1/2."""
     platt, keys = PlattScalingCalibrator(), frozenset(map(text_key, seen))
     platt.slope_, platt.intercept_ = slope, -0.5
@@ -94,9 +94,8 @@ def save(path, fingerprint, threshold=0.6, slope=2.0, class_aware=False, model="
         estimator.calibrator_ = platt
     threshold = None if threshold is None else {"value": threshold}
     identity = (fingerprint, model, "sentiment", 100, 90)
-    save_calibrator(
-        path, FittedCalibrator(Recipe("platt", class_aware), estimator, LABELS, *identity, keys, {}, threshold)
-    )
+    known = Recipe("platt", class_aware), estimator, LABELS, *identity, keys, {}, threshold
+    save_calibrator(path, FittedCalibrator(*known, **more))
     return path
 
 
@@ -175,6 +174,72 @@ def test_a_threshold_of_ours_goes_before_that_of_the_file_and_without_any_nothin
         assert [row["decision"] for row in rows] == ["automate" if c >= limit else "review" for c in values]
         said = "the calibrator guarantees nothing" if limit == 2 else f"automated from {limit:.4f} on"
         assert said in out
+
+
+def test_each_predicted_label_has_its_own_threshold_where_the_file_has_them(call, prints):
+    save("k.json", prints[0], threshold=0)
+    assert call(RUN, "--calibrator", "k.json")[0] == 0
+    values = {row["id"]: row["calibrated_confidence"] for row in records("p.jsonl") if "error" not in row}
+    middle = sorted(values.values())[3]
+    for thresholds in ({"negative": middle, "positive": None}, {"negative": None, "positive": 0.0}):
+        by_label = {label: {"value": value} for label, value in thresholds.items()}
+        code, out, _ = call(RUN, "--calibrator", save("k.json", prints[0], threshold=0, label_thresholds=by_label))
+        rows = [row for row in records("p.jsonl") if "error" not in row]
+        limits = [2 if thresholds[row["prediction"]] is None else thresholds[row["prediction"]] for row in rows]
+        expected = [
+            "automate" if values[row["id"]] >= limit else "review" for row, limit in zip(rows, limits, strict=True)
+        ]
+        assert code == 0 and [row["decision"] for row in rows] == expected
+        assert "automated by predicted label: negative" in out and "never" in out
+    assert len({row["prediction"] for row in rows}) == 2
+
+
+# Selecting in a whole table
+
+
+def selected(values, wrong, n, rate):
+    """Benjamini and Hochberg's step-up on p = (1 + wrong ones as confident) / (n + 1), written out."""
+    p = [(1 + sum(w >= c for w in wrong)) / (n + 1) for c in values]
+    passed = [k for k, value in enumerate(sorted(p), 1) if value <= rate * k / len(p)]
+    return [bool(passed) and value <= sorted(p)[passed[-1] - 1] for value in p]
+
+
+def test_a_table_is_selected_as_a_whole_and_the_selection_is_its_decision_column(call, prints, no_scoring):
+    assert call(RUN, "--calibrator", save("k.json", prints[0]))[0] == 0
+    values = [row["calibrated_confidence"] for row in records("p.jsonl") if "error" not in row]
+    wrong = sorted([*sorted(values)[:6], 0.01, 0.02])
+    save("k.json", prints[0], threshold=0.0, wrong_confidences=wrong)
+    no_scoring()
+    counts = set()
+    for rate in ("0.05", "0.1", "0.2"):
+        code, out, err = call(RUN, "--calibrator", "k.json", "--select-fdr", rate)
+        decisions = [row["decision"] for row in records("p.jsonl") if "error" not in row]
+        expected = selected(values, wrong, 100, float(rate))  # 100 rows, as `save` writes
+        assert decisions == ["automate" if yes else "review" for yes in expected]
+        assert (code, err) == (0, "") and f"at most {float(rate):.1%} of what is automated is wrong" in out
+        assert "exchangeable" in out
+        counts.add(sum(expected))
+    assert len(counts) > 1
+    assert call(RUN, "--calibrator", "k.json")[0] == 0
+    assert {row["decision"] for row in records("p.jsonl") if "error" not in row} == {"automate"}
+
+
+SELECTIONS = {
+    "--select-fdr 0.1": "--select-fdr is for a table (--output) with --calibrator",
+    "--select-fdr 1 --calibrator k.json": "--select-fdr 1: a share of errors between 0 and 1",
+    "--select-fdr 0.1 --calibrator k.json --threshold 0.5": "takes the place of --threshold",
+    "--select-fdr 0.1 --calibrator k.json": "fit it anew with calibration_demo.py",
+}
+
+
+@pytest.mark.parametrize(("flags", "named"), SELECTIONS.items())
+def test_a_selection_that_cannot_be_made_is_refused_before_any_scoring(flags, named, call, prints, no_scoring):
+    save("k.json", prints[0])  # made before a file held what a selection takes
+    no_scoring()
+    code, out, err = call(RUN, *flags.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and named in err and not Path("p.jsonl").exists()
+    code, _, err = call("--calibrator k.json --select-fdr 0.1", "A text")
+    assert code == 2 and "is for a table" in err
 
 
 # Running it again
