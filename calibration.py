@@ -44,15 +44,30 @@ from tables import text_key
 
 __all__ = [  # the calibrators are this file's too: `from calibration import PlattScalingCalibrator`
     "LABEL_METHODS",
+    "LEAST_ROWS",
     "METHODS",
     "BetaCalibrator",
     "ClasswiseCalibrator",
+    "FittedCalibrator",
     "IsotonicRegressionCalibrator",
     "PlattScalingCalibrator",
     "PooledCalibrator",
+    "Recipe",
+    "Scores",
     "TemperatureScalingCalibrator",
     "VectorScalingCalibrator",
     "VennAbersCalibrator",
+    "calibrate_file",
+    "choose",
+    "cross_fit",
+    "cross_fit_labels",
+    "grouped_folds",
+    "load_calibrator",
+    "rare_labels",
+    "recipe_of",
+    "recipes",
+    "save_calibrator",
+    "scores_of",
 ]
 RARE = 10  # rows of a label below which a report says so
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
