@@ -29,6 +29,7 @@ KINDS = {  # name -> (transformers' model type, its sizes, whether its cache is 
     "linear and full attention": ("minimax", LAYERS, False),
     "a head that does not select": ("llama", SIZES, True),
 }
+PACKED = {"llama", "absolute positions", "sliding window", "sliding and full windows"}  # that can run packed
 
 
 def random_model(name: str, kind: str, sizes: dict) -> Llama:

@@ -21,6 +21,7 @@ from small_models import (
     KINDS,
     LONG_ROTARY,
     ONE_TOKEN,
+    PACKED,
     SIZES,
     TABLES,
     VOCABULARY,
@@ -260,8 +261,16 @@ def test_batches_change_no_result(name, monkeypatch):
             assert_same(llama.answer_log_probs(rows, ANSWERS[:1], batch_size), truth[:, :1])
         order = np.random.default_rng(0).permutation(len(rows))
         assert_same(llama.answer_log_probs([rows[i] for i in order], ANSWERS), truth[order])
-    assert llama.shares_prefix is shares
+    assert (llama.packs, llama.shares_prefix) == (name in PACKED, shares)
     assert llama.answer_log_probs([], ANSWERS).shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_can_run_packed_gives_the_same_padded(name):
+    llama = replace(random_model(name, *KINDS[name][:2]), packs=False)
+    for rows in TABLES.values():
+        assert_same(llama.answer_log_probs(rows, ANSWERS, 3), one_by_one(llama.model, rows, ANSWERS))
+    assert (llama.packs, llama.shares_prefix) == (False, True)
 
 
 def test_batches_change_no_result_where_the_rotation_depends_on_the_length():
