@@ -268,11 +268,10 @@ def cost_section(report: Mapping) -> str:
     for rule in found["rules"]:
         cost = f"{rule['cost']:.3f} [{rule['low']:.3f}, {rule['high']:.3f}]"
         rows.append([rule["rule"], f"{rule['share']:.1%}", cost])
-    price = f"${found['mean_error_price']:.2f}, what an error of the calibration rows costs on average"
-    return (
-        f"With a price for each mistake, {report['where']}; Chow's threshold knows one price, {price}:\n"
-        f"{columns(rows, '  ')}"
+    price = (
+        f"Chow's threshold knows one price of an error: ${found['mean_error_price']:.2f}, the calibration rows' mean."
     )
+    return f"With a price for each mistake, {report['where']}:\n{columns(rows, '  ')}\n{price}"
 
 
 def shortlist_section(found: Mapping, verbose: bool) -> str:
