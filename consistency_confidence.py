@@ -44,6 +44,7 @@ import voting
 from answers import parser_of
 from command_line import printable
 from endpoint import Endpoint, PassingError, Prompt
+from explained_texts import most_probable
 from llama import Llama, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
 from logprobs_confidence import label_scorer, verdict
@@ -388,7 +389,7 @@ def get_consistency_confidence(
 
 def print_votes(row: Mapping) -> None:
     """The votes with the answers behind them."""
-    counts = row["votes"] | {"unparsed": row["unparsed"]}
+    counts = {label: row["votes"][label] for label in most_probable(row["votes"])} | {"unparsed": row["unparsed"]}
     width = max(map(len, counts))
     print(f"  answers  {'label':{width}}  as")
     for label, count in counts.items():
@@ -402,7 +403,8 @@ def print_explanation(row: Mapping) -> None:
     """The votes, how far they can be trusted, the verdict."""
     print(f"Text: {printable(row['text'])}\n")
     if "first_token" in row:
-        parts = ", ".join(f"P({label}) {100 * p:.2f} %" for label, p in row["first_token"].items())
+        shown = most_probable(row["first_token"])
+        parts = ", ".join(f"P({label}) {100 * row['first_token'][label]:.2f} %" for label in shown)
         print(f"  drawn from the first token's distribution: {parts}\n")
     print_votes(row)
     if "agreement_by_draws" in row:

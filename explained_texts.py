@@ -17,6 +17,7 @@ from command_line import columns, printable
 from predictions import Prediction
 
 SHOWN_TOKENS = 12
+MOST_LABELS = 8  # that are shown of a text
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ def read_pairs(paths: Sequence[str], names: Sequence[str], models: Sequence[Pred
     return found
 
 
+def most_probable(probabilities: Mapping[str, float], most: int = MOST_LABELS) -> list[str]:
+    """The labels to show: of few all, in their order, of many the most probable first."""
+    ranked = sorted(probabilities, key=lambda label: -probabilities[label])
+    return list(probabilities) if len(ranked) <= most else ranked[:most]
+
+
 def side_by_side(found: Mapping, names: Sequence[str]) -> str:
     """The most probable first tokens of both models, then the sums and the verdicts."""
     said = [found[name] for name in names]
@@ -104,7 +111,8 @@ def side_by_side(found: Mapping, names: Sequence[str]) -> str:
             cells = [f'"{token["token"]}"', f"{token['probability']:.2%}", token["label"] or ""] if token else [""] * 3
             rows[-1] += cells
     sums = [["", *names]]
-    for label in said[0]["total_probabilities"]:
+    most = {label: max(each["total_probabilities"][label] for each in said) for label in said[0]["total_probabilities"]}
+    for label in most_probable(most):
         sums.append([f"P({label})", *(f"{each['total_probabilities'][label]:.2%}" for each in said)])
     sums.append(["label mass", *(f"{each['label_mass']:.2%}" for each in said)])
     sums.append(["verdict", *(f"{each['prediction']} {each['confidence']:.2%}" for each in said)])

@@ -54,6 +54,7 @@ import predictions
 import scoring
 from command_line import printable
 from endpoint import Endpoint, Listing, PassingError, Prompt
+from explained_texts import most_probable
 from llama import Llama, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
 from lora import HEAD
@@ -405,10 +406,12 @@ def print_token_table(tokens: Sequence[Mapping], rows: int = 12) -> None:
 
 
 def print_answer_sums(row: Mapping) -> None:
-    """Per label: its probability, as the sum it is; then the label mass."""
-    width = max(map(len, [*row["probabilities"], "label mass"])) + 3
+    """Per label: its probability, as the sum it is; then the label mass. Of many labels the most probable."""
+    shown = most_probable(row["probabilities"])
+    width = max(map(len, [*shown, "label mass"])) + 3
     shared = row.get("label_mass_high", row["label_mass"])  # what the probabilities are shares of
-    for label, entries in row["answer_tokens"].items():
+    for label in shown:
+        entries = row["answer_tokens"][label]
         name = f"{f'P({label})':{width}}"
         if label in row.get("missing", ()):
             print(f"  {name}          not listed; it counts with all that is not, the most it can have")
@@ -421,6 +424,9 @@ def print_answer_sums(row: Mapping) -> None:
         if "label_mass_high" in row and not_listed >= 0.005:
             parts.append(f"{not_listed:.2f} not listed")
         print(f"  {name} {total:6.2f} %  = {' + '.join(parts)}")
+    if others := row["probabilities"].keys() - set(shown):
+        rest = 100 * shared * sum(row["probabilities"][label] for label in others)
+        print(f"  {f'{len(others)} others':{width}} {rest:6.2f} %")
     high = row.get("label_mass_high", row["label_mass"])
     more = f", up to {100 * high:.2f} % with what is not listed" if high > row["label_mass"] else ""
     print(f"  {'label mass':{width}} {100 * row['label_mass']:6.2f} %  of the distribution names a label{more}")

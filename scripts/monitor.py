@@ -49,6 +49,7 @@ FEWEST = 200  # rows of a file that can say anything about drift
 BINS = 10
 N_RESAMPLES = 500
 N_SHUFFLES = 999
+SHOWN_LABELS = 8  # of many those whose share has moved the most
 MANY_ROWS, N_SHUFFLES_OF_MANY = 50_000, 199
 ALPHA = 0.05  # of a guarantee that has no risk of its own
 
@@ -237,7 +238,11 @@ def print_drift(reference: Watched, current: Watched, seed: int) -> None:
     table.append(["the same, Kolmogorov-Smirnov", "", "", *cells[1]])
     if len(labels) > 1:
         counts = [Counter(row.prediction for row in rows) for rows in files]
-        shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in labels) for c in counts]
+        moved = {label: abs(np.subtract(*(c[label] / c.total() for c in counts))) for label in labels}
+        shown = (
+            labels if len(labels) <= SHOWN_LABELS else sorted(labels, key=lambda label: -moved[label])[:SHOWN_LABELS]
+        )
+        shares = [", ".join(f"{c[label] / c.total():.1%} {label}" for label in shown) for c in counts]
         table.append(["predicted labels, PSI", *shares, *cells[2]])
     masses = [f"{np.mean([row.label_mass for row in rows]):.3f}" for rows in files]
     table.append(["mean label mass", *masses, "", ""])

@@ -91,3 +91,9 @@ def test_explanations_that_cannot_be_compared_are_refused(base, tuned, message, 
     with pytest.raises(ValueError, match=message) as caught:
         read(tmp_path, base, tuned)
     assert "\n" not in str(caught.value)
+
+
+def test_of_few_labels_all_are_shown_and_of_many_the_most_probable():
+    assert explained_texts.most_probable({"a": 0.1, "b": 0.9}) == ["a", "b"]
+    many = {f"label {n}": n / 100 for n in range(77)}
+    assert explained_texts.most_probable(many) == [f"label {n}" for n in range(76, 68, -1)]
