@@ -453,7 +453,7 @@ def recount(job: scoring.Job, task: Task, samples: int | None, adaptive: bool) -
     Writes the job's output, all of it or nothing; returns the report on it.
     """
     source = job.table.source
-    rows = predictions.read(source)
+    rows = [predictions.as_scored(row) for row in predictions.read(source)]
     origin = rows[0].fingerprint
     if rows[0].task != task.name:
         raise ValueError(f"{source} answers task {rows[0].task!r}, not {task.name!r}; name it with --task")

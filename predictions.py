@@ -117,6 +117,11 @@ def uncalibrated(row: Prediction) -> Prediction:
     return replace_field(row, prediction=prediction, confidence=confidence, probabilities=probabilities, extras=extras)
 
 
+def as_scored(row: Prediction) -> Prediction:
+    """The record with the model's own prediction, where a calibrator has changed it; any other as it is."""
+    return uncalibrated(row) if "original_prediction" in row.extras else row
+
+
 def relabelled(row: Prediction, probabilities: Mapping[str, float]) -> Prediction:
     """The record with calibrated probabilities, whose most probable label is its prediction now.
 
@@ -209,7 +214,7 @@ def read_labelled(path: str | os.PathLike, score: str = "confidence") -> tuple[l
         )
     try:
         if score == "confidence":
-            rows = [uncalibrated(row) if "original_prediction" in row.extras else row for row in rows]
+            rows = [as_scored(row) for row in rows]
         confidence_and_correct(rows, score)
         return one_fingerprint(rows), sum(row.error is not None for row in rows)
     except ValueError as error:
@@ -221,8 +226,9 @@ def paired_rows(
 ) -> list[tuple[Prediction, Prediction]]:
     """The rows of two files by id, in the first's order; ValueError when they are not the same texts, labels and task.
 
-    `names` says what a message calls each file.
+    They are as the models scored them. `names` says what a message calls each file.
     """
+    first, second = ([as_scored(row) for row in rows] for rows in (first, second))
     by_id = [{row.id: row for row in rows} for rows in (first, second)]
     for name, rows, mine in zip(names, (first, second), by_id, strict=True):
         if different := [row.id for row in rows if row.fingerprint != rows[0].fingerprint]:

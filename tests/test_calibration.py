@@ -336,7 +336,7 @@ def test_a_calibrator_may_change_predictions_and_what_the_model_said_is_kept(tmp
     path = tmp_path / "p.jsonl"
     predictions.replace(path, applied)
     read_back, _ = predictions.read_labelled(path)
-    assert read_back == rows
+    assert read_back == rows and predictions.paired_rows(applied, rows, ("a", "b")) == [(row, row) for row in rows]
     assert predictions.read_labelled(path, "calibrated_confidence")[0] == applied
     # Another calibrator, which keeps predictions, brings the model's back.
     assert [row.prediction for row in fitted(PLATT, 3).apply(applied)] == [row.prediction for row in rows]

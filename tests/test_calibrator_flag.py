@@ -21,6 +21,7 @@ from calibration import (
     FittedCalibrator,
     PlattScalingCalibrator,
     Recipe,
+    VectorScalingCalibrator,
     calibrate_file,
     load_calibrator,
     save_calibrator,
@@ -322,6 +323,28 @@ def test_a_single_text_is_shown_with_its_calibrated_confidence_and_decision(call
     assert [out.splitlines()[i + 1] for i in verdicts] == lines
     assert "%: automate" in call("--calibrator k.json --threshold 0", "Fine")[1]
     assert "Calibrated" not in call("Fine")[1]
+
+
+def test_a_calibrator_may_change_the_prediction_of_a_text_and_says_what_the_model_said(call, prints):
+    vector = VectorScalingCalibrator()
+    plain = [json.loads(line) for line in call("--json", *TEXTS[:4])[1].splitlines()]
+    (other,) = set(LABELS) - {plain[0]["prediction"]}
+    vector.beta_, vector.biases_ = 1.0, np.array([9.0 if label == other else 0.0 for label in LABELS])
+    known = prints[0], "tiny", "sentiment", 100, 90, frozenset([text_key("x")]), {}, {"value": 0.6}
+    save_calibrator("k.json", FittedCalibrator(Recipe("vector", True, relabel=True), vector, LABELS, *known))
+    _, out, _ = call("--json --calibrator k.json", *TEXTS[:4])
+    for before, line in zip(plain, out.splitlines(), strict=True):
+        row = json.loads(line)
+        odds = {label: p * (math.exp(9) if label == other else 1) for label, p in before["probabilities"].items()}
+        expected = {label: value / sum(odds.values()) for label, value in odds.items()}
+        assert row["probabilities"] == pytest.approx(expected, rel=1e-9) and row["prediction"] == other
+        assert row["confidence"] == row["calibrated_confidence"] == row["probabilities"][other]
+        assert (row["original_prediction"], row["original_probabilities"]) == (
+            before["prediction"],
+            before["probabilities"],
+        )
+    _, out, _ = call("--calibrator k.json", TEXTS[0])
+    assert f"Verdict: {plain[0]['prediction']}" in out and f" % in {other}: automate" in out
 
 
 # With --debias batch
