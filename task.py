@@ -266,10 +266,9 @@ def to_toml(task: Task) -> str:
 
 # Answers: the token sequences that count for a label
 
-NOT_ONE_TOKEN = (
-    'choose words that are one token, or set scoring = "sequence" in the task, which scores whole answers and takes '
-    "longer, by a pass for each spelling of an answer"
-)
+WHOLE_ANSWERS = 'set scoring = "sequence" in the task, which scores whole answers, their tokens behind each text'
+NOT_ONE_TOKEN = f"choose words that are one token, or {WHOLE_ANSWERS}"
+MANY_LABELS = 50  # of more nobody looks for a word of one token each
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,13 @@ def find_answers(task: Task, tokenizer: object, rendered: str) -> list[Answer]:
             if i not in special and (label := task.label_of(text)) is not None
         ]
         if bad := _not_one_token(task, tokenizer, rendered, in_context, {answer.ids for answer in answers}):
-            problems[f"answers that are not one token here: {'; '.join([*bad, NOT_ONE_TOKEN])}"] = None
+            if len(task.labels) > MANY_LABELS:
+                said = (
+                    f"{len(bad)} of the {len(task.labels)} labels are not one token here, as {bad[0]}; {WHOLE_ANSWERS}"
+                )
+            else:
+                said = f"answers that are not one token here: {'; '.join([*bad, NOT_ONE_TOKEN])}"
+            problems[said] = None
     if problems:
         raise ValueError(f"task {task.name!r}: {'; '.join(problems)}")
     return answers

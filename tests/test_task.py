@@ -127,6 +127,15 @@ def test_a_label_that_is_not_one_token_is_refused_and_sequence_scoring_is_named(
         find_answers(shouted, tokenizer, "x\nSentiment:")
 
 
+def test_of_many_labels_only_the_first_is_shown_and_whole_answers_are_the_way(tokenizer):
+    labels = {f"label {number}": (f"label {number}",) for number in range(51)}
+    with pytest.raises(
+        ValueError, match=r"^task 'many': 51 of the 51 labels .*'label 0'.*; set scoring = .sequence."
+    ) as e:
+        find_answers(Task("many", labels, "{text}\nTopic:"), tokenizer, "text\nTopic:")
+    assert "'label 1'" not in str(e.value) and "choose words" not in str(e.value)
+
+
 def test_all_answers_that_are_not_one_token_are_named_at_once_each_with_what_would_help(tokenizer):
     words = {"ABBR": ("ABBR",), "card_payment": ("card_payment",), "fine": ("fine",), "other_card": ("OTHER",)}
     task = Task("t", words | {"7": ("7",), "HUM": ("HUM", "human")}, "{text}\nType:")
