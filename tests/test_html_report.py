@@ -324,6 +324,29 @@ def test_it_opens_without_errors_or_requests_and_fits_the_screen_light_and_dark(
 
 
 @browsers
+def test_it_opens_with_the_verdict_and_shows_which_labels_are_missed(any_page, visit):
+    page, verdict, errors = visit(any_page), any_page.report["verdict"], any_page.report["label_errors"]
+    first, *others = verdict["sentences"]
+    assert first.startswith(("better", "worse", "no better"))
+    assert text(page, "#verdict p >> nth=0") == f"Verdict: {first}"
+    assert page.locator("#verdict li").all_text_contents() == others
+    n, right = len(any_page.rows), int(any_page.correct.sum())
+    facts = dict(zip(*(page.locator(f"#verdict {tag}").all_text_contents() for tag in ("dt", "dd")), strict=True))
+    assert facts["Accuracy"].startswith(f"{right / n:.3f} [") and f"n = {n} labelled rows" in text(page, "#verdict")
+    assert facts[f'Always "{verdict["commonest"]}"'] == f"{verdict['commonest_share']:.3f}"
+    parts = [float(facts[name]) for name in ("its calibration part", "its refinement")]
+    assert sum(parts) == pytest.approx(float(facts["Log loss"]), abs=0.002)
+    works = "works" in page.locator("#verdict").get_attribute("class").split()
+    assert works == (not verdict["next_steps"])
+    cells = page.locator("#recalls tr td:first-child").all_text_contents()
+    assert cells == [row["label"] for row in errors["recalls"]] and set(cells) == set(LABELS)
+    mistaken = [(row.label, row.prediction) for row in any_page.rows if row.label != row.prediction]
+    for number, row in enumerate(errors["confusions"]):
+        shown = page.locator("#confusions tr").nth(number + 1).locator("td").all_text_contents()
+        assert shown == [row["label"], row["prediction"], str(mistaken.count((row["label"], row["prediction"])))]
+
+
+@browsers
 def test_the_slider_moves_by_key_and_every_number_with_it(held_out, visit):
     page, steps, at = visit(held_out), held_out.steps, held_out.start
     slider = page.locator("#threshold")
