@@ -584,9 +584,7 @@ def load_llama(
     weights are read. `device_map` "auto" spreads the layers over all GPUs, then the memory. Raises ValueError or
     OSError in one line that says what to do.
     """
-    if device_map and device != "auto":
-        raise ValueError(f"--device-map {device_map} spreads a model over all devices, --device {device} names one")
-    device = choose_device(device)
+    device, device_map = _placement(device, device_map)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else choose_dtype(dtype, device)
     quantization = {"quantization_config": _quantization(precision, device)} if load_in_4bit or load_in_8bit else {}
     if adapter not in (None, "none", "auto"):
@@ -609,7 +607,7 @@ def load_llama(
             path,
             dtype=torch.bfloat16 if quantization else getattr(torch, precision),
             use_safetensors=True,
-            device_map=device_map or (None if device == "cpu" else {"": device}),
+            device_map=device_map,
             output_loading_info=True,
             **quantization,
             **options,
@@ -628,6 +626,14 @@ def load_llama(
         network = with_adapter(network, adapter_path)
         identity["adapter"] = folder_hash(adapter_path)
     return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity, adapter_path)
+
+
+def _placement(device: str, device_map: str | None) -> tuple[str, object]:
+    """(device, what transformers calls a device map): the layers all on one device, or spread over all."""
+    if device_map and device != "auto":
+        raise ValueError(f"--device-map {device_map} spreads a model over all devices, --device {device} names one")
+    device = choose_device(device)
+    return device, device_map or (None if device == "cpu" else {"": device})
 
 
 def load_reader(model: str) -> Llama:

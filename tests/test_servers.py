@@ -193,7 +193,7 @@ def test_a_run_over_two_servers_of_which_one_is_killed_loses_nothing(gguf, url, 
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | where)
         wait_for_rows(tmp_path / "two.jsonl", 30, process)
         kill_server(other)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert err.count(f"note: no server answers at {other} any more; it is left out") == 1
     rows = predictions.read(tmp_path / "two.jsonl")
