@@ -268,10 +268,9 @@ def cost_section(report: Mapping) -> str:
     for rule in found["rules"]:
         cost = f"{rule['cost']:.3f} [{rule['low']:.3f}, {rule['high']:.3f}]"
         rows.append([rule["rule"], f"{rule['share']:.1%}", cost])
-    price = (
-        f"Chow's threshold knows one price of an error, the calibration rows' mean: ${found['mean_error_price']:.2f}."
-    )
-    return f"With a price for each mistake, {report['where']}:\n{columns(rows, '  ')}\n{price}"
+    price = f"${found['mean_error_price']:.2f}"
+    chow = f"Chow's threshold knows one price of an error, the calibration rows' mean: {price}."
+    return f"With a price for each mistake, {report['where']}:\n{columns(rows, '  ')}\n{chow}"
 
 
 def shortlist_section(found: Mapping, verbose: bool) -> str:
