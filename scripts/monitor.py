@@ -181,9 +181,10 @@ def decile_counts(reference: np.ndarray, current: np.ndarray) -> tuple[np.ndarra
 
 def kolmogorov_smirnov(reference: np.ndarray, current: np.ndarray) -> float:
     """The largest distance between the two shares of values up to a value."""
-    values = np.sort(np.concatenate([reference, current]))
-    shares = [np.searchsorted(np.sort(side), values, side="right") / len(side) for side in (reference, current)]
-    return float(np.abs(shares[0] - shares[1]).max())
+    values = np.sort(np.concatenate([reference, current]), kind="stable")
+    sides = (np.sort(side, kind="stable") for side in (reference, current))
+    one, two = (np.searchsorted(side, values, side="right") / len(side) for side in sides)
+    return float(np.abs(one - two).max())
 
 
 def shuffled_p_values(
@@ -226,8 +227,10 @@ def print_drift(reference: Watched, current: Watched, seed: int) -> None:
     number = {label: number for number, label in enumerate(labels)}
     predicted = np.array([number[row.prediction] for rows in files for row in rows])
 
+    order = np.argsort(confidence, kind="stable")  # what is sorted already is soon sorted again
+
     def statistics(is_reference: np.ndarray) -> list[float]:
-        return drift_statistics(confidence, predicted, is_reference)
+        return drift_statistics(confidence[order], predicted[order], is_reference[order])
 
     found = statistics(np.arange(len(confidence)) < len(reference.rows))
     p_values = shuffled_p_values(statistics, reference, current, seed)

@@ -19,7 +19,7 @@ from scipy.stats import binom, binomtest, chi2, ks_2samp
 import command_line
 import monitor
 import predictions
-from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator
+from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, load_calibrator, save_calibrator
 from monitor import (
     Watched,
     decile_counts,
@@ -362,6 +362,24 @@ def test_evidence_adds_up_in_the_state_file_each_row_once_and_an_alarm_stays(rep
     assert code == 1 and f"ALARM at look {first + 1}" in out
     code, out, err = report_on(reference, good, "--state", state, "--target-accuracy", 0.8)
     assert code == 2 and "another guarantee" in err and err.count("\n") == 1
+
+
+def test_each_label_with_a_target_of_its_own_is_audited_by_itself(report_on, tmp_path, call):
+    current = [row(0.95, i % 5 > 0, predicted="a") for i in range(50)] + [row(0.95, i % 5 > 0) for i in range(50)]
+    report_on([row(0.9)] * 20, current)
+    loaded = load_calibrator(tmp_path / "k.json")
+    common = {"value": 0.9, "delta": 0.05, "kind": "exact"}
+    by_label = {label: common | {"target_accuracy": target} for label, target in (("a", 0.7), ("b", 0.97))}
+    save_calibrator(tmp_path / "k.json", replace(loaded, label_thresholds=by_label))
+    files = tmp_path / "r.jsonl", tmp_path / "c.jsonl", "--calibrator", tmp_path / "k.json"
+    code, out, _ = call(*files, "--groups", tmp_path / "groups.csv")
+    assert code == 1 and cells(out, "a")[:2] == ["70.0%", "50"] and cells(out, "b")[:2] == ["97.0%", "50"]
+    assert float(cells(out, "a")[3]) < 1 and float(cells(out, "b")[3]) > 40  # 2 / .05: they share the risk
+    save_calibrator(
+        tmp_path / "k.json", replace(loaded, label_thresholds=by_label | {"b": by_label["b"] | {"value": None}})
+    )
+    code, out, _ = call(*files, "--groups", tmp_path / "groups.csv")
+    assert code == 0 and "50 of 100 rows automated" in out and not re.search("^b ", out, re.M)
 
 
 def test_rows_chosen_to_be_labelled_are_no_sample(report_on):
