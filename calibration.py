@@ -36,6 +36,7 @@ from calibrators import (
     VennAbersCalibrator,
     check_both_outcomes,
 )
+from command_line import SHOW_AFTER_S, progress
 from decisions import conformal_selection
 from files import read_json, validated, write_text
 from label_calibration import LABEL_METHODS, ClasswiseCalibrator, PooledCalibrator, VectorScalingCalibrator
@@ -248,13 +249,15 @@ def choose(
         problem = f"all {n} labelled rows are {present.pop()!r}"
         raise ValueError(f"{problem}; rows of every label are needed, for these say nothing of the others")
     check_both_outcomes(scores.correct)
-    found, problem = {}, ""
-    for recipe in recipes(n, method, len(scores.labels)):
-        try:
-            folds = [cross_fit(recipe.estimator(), *recipe.inputs(scores), groups, seed=seed) for seed in seeds]
-            found[recipe] = np.array(folds)
-        except ValueError as error:  # a fold without any error, or without one of the labels
-            problem = problem or str(error)
+    tried, found, problem = recipes(n, method, len(scores.labels)), {}, ""
+    with progress(len(tried), 0, "calibrators fitted", after_s=SHOW_AFTER_S) as advance:
+        for recipe in tried:
+            try:
+                folds = [cross_fit(recipe.estimator(), *recipe.inputs(scores), groups, seed=seed) for seed in seeds]
+                found[recipe] = np.array(folds)
+            except ValueError as error:  # a fold without any error, or without one of the labels
+                problem = problem or str(error)
+            advance(1)
     if not found:
         raise ValueError(f"{n} rows with {np.sum(~scores.correct)} wrong cannot be cross-fitted: {problem}")
     losses = {r: np.mean([log_loss(c, scores.correct) for c in oof]) for r, oof in found.items()}
@@ -425,18 +428,20 @@ def calibrate_file(
     counts = ", ".join(f"{decision} {count:,}" for decision, count in sorted(made.items()))
     if calibrator.recipe.relabel:
         counts += f"; {relabelled:,} predictions changed"
-    return f"  calibrated: {counts} ({rule_words(thresholds, select_fdr)})"
+    said = f"  calibrated: {counts} ({rule_words(thresholds, select_fdr is not None)})"
+    if select_fdr is not None:
+        said += (
+            f"\n    on average over labelled sets and files at most {select_fdr:.1%} of what is automated is wrong, if "
+            "these rows and\n    the calibration rows are exchangeable, as draws of one pool are; no guarantee for one file"
+        )
+    return said
 
 
-def rule_words(thresholds: Mapping[str, float | None], select_fdr: float | None = None) -> str:
+def rule_words(thresholds: Mapping[str, float | None], is_selected: bool = False) -> str:
     """How it was decided, in words."""
     values = set(thresholds.values())
-    if select_fdr is not None:
-        selected = f"from {values.pop():.4f} on" if values != {None} else "none"
-        return (
-            f"selected in this file, {selected}: on average over labelled sets and files at most {select_fdr:.1%} of "
-            "what is automated is wrong, if these rows and the calibration rows are exchangeable, draws of one pool"
-        )
+    if is_selected:
+        return "selected in this file: " + (f"from {values.pop():.4f} on" if values != {None} else "none")
     if values == {None}:
         return "the calibrator guarantees nothing, so nothing is automated; --threshold sets a threshold of yours"
     if len(values) == 1:

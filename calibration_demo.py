@@ -478,10 +478,13 @@ def metrics_by_calibrator(study: CalibrationStudy) -> dict[str, dict]:
     """The report row of the raw confidence and of every calibrator that is shown."""
     raw, common = study.test.original.scores, {"groups": study.test.groups, "seed": study.seed}
     found = {"raw": metrics.calibration_metrics(raw.confidence, raw.correct, **common)}
-    for recipe, confidence in study.calibrated.items():
-        correct = study.correct["calibrated"]
-        row = metrics.calibration_metrics(confidence, correct, protocol=study.protocol, **common)
-        found[str(recipe)] = row
+    unit = "calibrators measured"
+    with command_line.progress(len(study.calibrated), 0, unit, after_s=command_line.SHOW_AFTER_S) as advance:
+        for recipe, confidence in study.calibrated.items():
+            correct = study.correct["calibrated"]
+            row = metrics.calibration_metrics(confidence, correct, protocol=study.protocol, **common)
+            found[str(recipe)] = row
+            advance(1)
     return found
 
 

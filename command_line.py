@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
+SHOW_AFTER_S = 5.0  # of what mostly takes less
 LENGTH_AROUND = 40  # characters that the end of a prompt adds to the work that a text makes
 
 # Flags
@@ -161,13 +162,19 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(total: int, done: int, unit: str = "rows", every_s: float = 10.0) -> Iterator[Progress]:
-    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr)."""
+def progress(
+    total: int, done: int, unit: str = "rows", every_s: float = 10.0, after_s: float = 0.0
+) -> Iterator[Progress]:
+    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr).
+
+    On a terminal nothing is shown of work that takes less than `after_s` seconds, and the bar of such goes at the end.
+    """
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit} [{elapsed}{postfix}]"
-        with tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, bar_format=layout) as bar:
+        how = {"dynamic_ncols": True, "bar_format": layout, "delay": after_s, "leave": not after_s}
+        with tqdm(total=total, initial=done, unit=f" {unit}", **how) as bar:
 
             def draw(progress: Progress, n: float) -> None:
                 bar.set_postfix_str(progress.estimate(), refresh=False)

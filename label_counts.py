@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from calibration_metrics import bins_of
+from command_line import SHOW_AFTER_S, progress
 from plotting import Curve
 
 if TYPE_CHECKING:
@@ -44,15 +45,18 @@ def few_labels(
         scores, groups, test = scores[train], groups[train], scores[rest]
         protocol = "held-out but for the choice of the method, which saw all rows"
     n, draw, calibrated = len(scores.correct), np.random.default_rng(seed), {}
-    for size in [size for size in LABEL_COUNTS if size <= n] or [n]:
-        answers = []
-        for _ in range(REPEATS if size < n else 1):
-            rows = scores[some_groups(groups, size, draw)]
-            if 0 < rows.correct.sum() < size and len(np.unique(rows.truth)) > 1:
-                fitted = recipe.estimator().fit(*recipe.inputs(rows))
-                answers.append(fitted.predict(recipe.inputs(test)[0]))
-        if answers:
-            calibrated[size] = np.array(answers)
+    times = {size: REPEATS if size < n else 1 for size in LABEL_COUNTS if size <= n} or {n: 1}
+    with progress(sum(times.values()), 0, "fits on few labels", after_s=SHOW_AFTER_S) as advance:
+        for size in times:
+            answers = []
+            for _ in range(times[size]):
+                rows = scores[some_groups(groups, size, draw)]
+                if 0 < rows.correct.sum() < size and len(np.unique(rows.truth)) > 1:
+                    fitted = recipe.estimator().fit(*recipe.inputs(rows))
+                    answers.append(fitted.predict(recipe.inputs(test)[0]))
+                advance(1)
+            if answers:
+                calibrated[size] = np.array(answers)
     return LabelCounts(test.correct, calibrated, f"test n = {len(test.correct):,}, {protocol}")
 
 

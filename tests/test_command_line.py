@@ -144,6 +144,10 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch):
     with command_line.progress(total=10, done=4) as advance:
         advance(6)
     assert "10/10" in sys.stderr.getvalue() and "rows" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with command_line.progress(total=10, done=0, after_s=command_line.SHOW_AFTER_S) as advance:
+        advance(10)
+    assert sys.stderr.getvalue() == ""  # it took no time
 
 
 def test_columns_are_as_wide_as_their_cells_and_cannot_command_the_terminal():
