@@ -432,7 +432,7 @@ def calibrate_file(
     if select_fdr is not None:
         said += (
             f"\n    on average over labelled sets and files at most {select_fdr:.1%} of what is automated is wrong, if "
-            "these rows and\n    the calibration rows are exchangeable, as draws of one pool are; no guarantee for one file"
+            "these rows\n    and the calibration rows are exchangeable, as draws of one pool; no guarantee for one file"
         )
     return said
 
