@@ -151,7 +151,7 @@ class RunSource:
 
 def numbered_sources(facts: Sequence[SourceFacts]) -> list[RunSource]:
     """The files of a run; row numbers of several files get the file's name before them, so that they name one row."""
-    names = [file.source for file in facts]
+    names = [file.source.partition("?")[0] if "://" in file.source else file.source for file in facts]
     shared = ""
     if len(names) > 1:
         starts = [name.rpartition("/")[0].split("/") for name in names]
@@ -160,7 +160,7 @@ def numbered_sources(facts: Sequence[SourceFacts]) -> list[RunSource]:
         shared = "/".join(parts) + "/" if parts != [""] else ""
     sources = []
     for number, file in enumerate(facts):
-        prefix = f"{file.source.removeprefix(shared)}:" if file.is_numbered and len(facts) > 1 else ""
+        prefix = f"{names[number].removeprefix(shared)}:" if file.is_numbered and len(facts) > 1 else ""
         sources.append(RunSource(number, file.source, prefix, file.rows, file.bytes))
     return sources
 
@@ -211,7 +211,7 @@ def write_bytes(address: str, data: bytes) -> None:
         with whole_file(path) as scratch:
             scratch.write_bytes(data)
         return
-    with system.open_output_stream(path) as file:  # an object is there when it is closed
+    with system.open_output_stream(path, compression=None) as file:  # an object is there when it is closed
         file.write(data)
 
 

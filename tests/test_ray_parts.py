@@ -1,6 +1,8 @@
 """ray_sources.py and ray_parts.py, without Ray: what is read, what is written, what is refused."""
 
+import gzip
 import json
+import os
 import random
 from dataclasses import replace
 
@@ -21,6 +23,7 @@ from ray_parts import (
     read_parts,
     read_run,
     to_table,
+    write_bytes,
     write_part,
 )
 from ray_sources import check_sources, examine, list_sources
@@ -175,6 +178,43 @@ def test_flags_calibrated_columns_and_whatever_else_a_row_says_come_back(tmp_pat
     write_part(str(tmp_path / "out"), part.name, to_table(rows, part.own, schema))
     collect(str(tmp_path / "out"), tmp_path / "p.jsonl")
     assert list(predictions.iterate(tmp_path / "p.jsonl")) == rows
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A bucket of S3 on a stand-in; as (its address, the query that says where it is)."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
+        monkeypatch.setenv(name, "true")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    _, port = server.get_host_and_port()
+    there = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"}
+    boto3.client("s3", **there).create_bucket(Bucket="bucket-1")
+    yield "s3://bucket-1", f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_input_and_output_may_be_on_s3(bucket, tmp_path):
+    address, query = bucket
+    for name in ("a.csv", "sub/b.csv.gz", "_left_out.csv"):
+        data = b"text,label\nx,positive\ny,negative\nz,\n"
+        write_bytes(f"{address}/in/{name}{query}", gzip.compress(data) if name.endswith("gz") else data)
+    sources = list_sources([f"{address}/in{query}"])
+    assert sources == [f"{address}/in/{name}{query}" for name in ("a.csv", "sub/b.csv.gz")]
+    assert list_sources([f"{address}/in/*/*.gz{query}"]) == sources[1:]
+    run, output = run_on(sources, part_rows=2), f"{address}/out{query}"
+    begin_run(output, run, read_run(output), False)
+    rows = score_all(run, output)
+    assert read_run(output) == run and finished_parts(output) == set(run.part_names())
+    assert [row.id for row in rows][-1] == "sub/b.csv.gz:3"
+    assert collect(output, tmp_path / "p.jsonl") == 6 and predictions.read(tmp_path / "p.jsonl") == rows
+    begin_run(output, replace(run, fingerprint="def"), run, True)
+    assert not finished_parts(output)
 
 
 # Whose output it is

@@ -124,7 +124,7 @@ def test_what_differs_is_the_servers_four_bit_arithmetic(run, gguf, embedded, tm
 
 
 def in_32_bits(gguf: Path, path: Path, spoiled: bool = False) -> Path:
-    """The embedded model's GGUF file with its weights dequantized; `spoiled`: without its last layer's attention."""
+    """The embedded model's GGUF file with its weights dequantized; `spoiled`: half of its layers pay no attention."""
     source = GGUFReader(gguf)
     writer = GGUFWriter(path, source.fields["general.architecture"].contents())
     for name, value in source.fields.items():
@@ -134,7 +134,8 @@ def in_32_bits(gguf: Path, path: Path, spoiled: bool = False) -> Path:
     writer.add_file_type(0)
     for tensor in source.tensors:
         weights = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32, order="C")
-        weights[:] = 0 if spoiled and tensor.name == "blk.29.attn_output.weight" else weights
+        if spoiled and re.fullmatch(r"blk\.[12]\d\.attn_output\.weight", tensor.name):
+            weights[:] = 0
         writer.add_tensor(tensor.name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -203,9 +204,9 @@ def test_a_run_over_two_servers_of_which_one_is_killed_loses_nothing(gguf, url, 
         scorer = remote_label_scorer(connected, TASK)
         assert scorer.fingerprint == rows[0].fingerprint
         alone = list(scorer.score(iter(list(read_examples("data:test"))[:60]), lambda n: None, None))
-    for one, two in zip(alone, rows, strict=False):
-        if one.error is None and two.error is None:
-            assert one.probabilities == pytest.approx(two.probabilities, abs=0.05)
+    both = [(one, two) for one, two in zip(alone, rows, strict=False) if one.error is None and two.error is None]
+    apart = [abs(one.probabilities["positive"] - two.probabilities["positive"]) for one, two in both]
+    assert len(both) > 40 and np.mean(apart) < 0.06 and max(apart) < 0.15
 
 
 def linked_cache(folder: Path) -> Path:
@@ -231,7 +232,7 @@ def test_another_model_under_the_same_name_is_refused(gguf, url, tmp_path, monke
     monkeypatch.setattr("served_identity.cache_dir", lambda: tmp_path)
     with connect(url, served_as="smollm2") as connected:
         remote_label_scorer(connected, TASK)
-    # The same weights in 32 bits are the same model; without a layer's attention it is another.
+    # The same weights in 32 bits are the same model; with less attention it is another.
     for spoiled in (False, True):
         weights = in_32_bits(gguf, tmp_path / "float32.gguf", spoiled)
         with running(tmp_path / "log", weights) as there, connect(there, served_as="smollm2") as connected:
@@ -254,4 +255,4 @@ def test_what_the_server_used_is_counted(run, url, tmp_path):
         "--endpoint",
         url,
     )
-    assert done.returncode == 0 and re.search(r"\n  7 requests, \d{3} tokens in, 7 out\n", done.stdout), done
+    assert done.returncode == 0 and re.search(r"\n  7 requests, [\d,]+ tokens in, 7 out\n", done.stdout), done
