@@ -74,7 +74,7 @@ class Threshold:
             f"({self.accepted / self.n:.1%}), {self.errors:,} of them wrong"
         )
         if self.kind == "approximate":
-            found += f"; approximate, as rows of a group are alike: worth {self.effective:,.0f} independent rows"
+            found += f" (approximate: worth {self.effective:,.0f} independent rows)"
         return found
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest
+from scipy.stats import beta, binom, binomtest
+from scipy.stats import t as student
 
 from decisions import (
     Threshold,
     automation,
+    average_threshold,
     bucket_of,
     buckets,
     choose_threshold,
@@ -27,8 +29,11 @@ from decisions import (
     costs,
     dollars_a_day,
     guarantee_p_value,
+    measured_ladder,
     priced_automation,
     rows_needed,
+    rung_words,
+    threshold_for,
 )
 
 VECTORS = json.loads((Path(__file__).parent / "data/reference_vectors.json").read_text(encoding="utf-8"))
@@ -157,6 +162,105 @@ def test_the_choice_is_that_of_a_search_written_out_whatever_the_ties(n, levels,
     right = binomtest(chosen.accepted - chosen.errors, chosen.accepted, alternative="greater")
     assert right.proportion_ci(1 - delta, "exact").low >= target - 1e-9 and chosen.more_labels is None
     assert chosen.naive_value <= chosen.value and chosen.start <= chosen.accepted
+
+
+def slow_grouped_threshold(confidence, correct, groups, target, delta):
+    """(value, effective rows, first rank tested, rho) by the formulas, rank by rank and group by group."""
+    sizes = np.array([(groups == g).sum() for g in range(groups.max() + 1)])
+    shares = np.array([(~correct[groups == g]).mean() for g in range(groups.max() + 1)])
+    n, n_groups, rate = len(groups), len(sizes), (~correct).mean()
+    between = (sizes * (shares - rate) ** 2).sum() / (n_groups - 1)
+    within = sum((~correct[groups == g] - shares[g]) @ (~correct[groups == g] - shares[g]) for g in range(n_groups))
+    within, typical = within / (n - n_groups), (n - (sizes**2).sum() / n) / (n_groups - 1)
+    rho = min(1, max(0, (between - within) / (between + (typical - 1) * within)))
+    least, tried = math.ceil(math.log(delta) / math.log(target)), []
+    for percent in range(2, 101, 2):
+        value = sorted(confidence)[::-1][-(-n * percent // 100) - 1]
+        taken = confidence >= value
+        k, wrong = taken.sum(), (~correct[taken]).sum()
+        members = {g: (taken & (groups == g)).sum() for g in set(groups[taken])}
+        deff = max(1, 1 + (sum(m**2 for m in members.values()) / k - 1) * rho)
+        few = (student.ppf(1 - delta, k - 1) / student.ppf(1 - delta, len(members) - 1)) ** 2
+        start = k / deff * few
+        if wrong >= 4 and wrong < k:
+            errors = {g: (~correct & taken & (groups == g)).sum() for g in members}
+            spread = sum((errors[g] - wrong / k * m) ** 2 for g, m in members.items())
+            spread *= len(members) / (len(members) - 1) / k**2
+            deff = max(deff, spread / (wrong / k * (1 - wrong / k) / k))
+        worth = k / deff * few
+        p = beta.sf(1 - target, wrong / k * worth + 1, worth - wrong / k * worth) if wrong < k else 1
+        if start >= least:
+            expected = (1 - target - (1 - confidence[taken]).sum() / k) * math.sqrt(start)
+            tried.append((expected, value, worth, p <= delta, k))
+    first, best = max(range(len(tried)), key=lambda i: tried[i][0]), (None, 0.0)
+    for _, value, worth, proved, _ in tried[first:]:
+        if not proved:
+            break
+        best = value, worth
+    return *best, tried[first][4], rho
+
+
+@pytest.mark.parametrize(("seed", "target", "delta"), [(1, 0.7, 0.05), (2, 0.75, 0.2), (3, 0.9, 0.05), (4, 0.6, 0.01)])
+def test_with_groups_the_choice_is_that_of_the_formulas_written_out(seed, target, delta):
+    rng = np.random.default_rng(seed)
+    sizes = rng.choice([1, 2, 9], 90)
+    groups = np.repeat(np.arange(90), sizes)
+    confidence = rng.integers(50, 100, len(groups)) / 100
+    luck = np.where(rng.random(len(groups)) < 0.5, rng.random(90)[groups], rng.random(len(groups)))  # half is shared
+    correct, names = luck < confidence, [f"group {g}" for g in groups]
+    chosen = choose_threshold(confidence, correct, target, delta, names)
+    value, worth, start, rho = slow_grouped_threshold(confidence, correct, groups, target, delta)
+    assert (chosen.value, chosen.start, chosen.kind, chosen.groups) == (value, start, "approximate", 90)
+    assert (chosen.effective, chosen.rho) == (pytest.approx(worth), pytest.approx(rho)) and rho > 0.05
+    assert (value is None) == (target == 0.9)
+
+
+def test_groups_of_one_row_each_change_nothing_and_groups_of_another_length_are_refused():
+    rng = np.random.default_rng(2)
+    confidence = rng.random(300)
+    correct = rng.random(300) < confidence
+    alone = choose_threshold(confidence, correct, 0.8)
+    assert alone == choose_threshold(confidence, correct, 0.8, groups=[f"row {i}" for i in range(300)])
+    assert alone.kind == "exact" and alone.value is not None
+    one = choose_threshold(confidence, correct, 0.8, groups=["all"] * 300)
+    assert (one.value, one.groups, one.kind) == (None, 1, "approximate")  # a group alone says nothing
+    for groups in ([1, 2], []):
+        with pytest.raises(ValueError, match="300 confidences, but"):
+            choose_threshold(confidence, correct, 0.8, groups=groups)
+    with pytest.raises(ValueError, match="start is 'best'"):
+        choose_threshold(confidence, correct, 0.8, start="best")
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1), st.sampled_from([0.5, 0.8, 0.9]))
+@settings(max_examples=60, deadline=None)
+def test_the_threshold_on_average_is_the_lowest_with_an_error_to_spare(rows, target):
+    confidence, correct = (np.array(column) for column in zip(*rows, strict=True))
+    confidence = confidence / 20
+    found = average_threshold(confidence, correct, target)
+    fits = [
+        c for c in confidence if 1 + (~correct[confidence >= c]).sum() <= (1 - target) * (confidence >= c).sum() + 1e-9
+    ]
+    assert found.value == min(fits, default=None) and (found.kind, found.delta) == ("average", None)
+    assert "on average over labelled sets" in str(found)
+    if fits:
+        taken = confidence >= found.value
+        assert (found.accepted, found.errors) == (taken.sum(), (~correct[taken]).sum())
+
+
+def test_a_certainty_is_one_minus_delta_or_on_average():
+    rng = np.random.default_rng(3)
+    confidence = rng.random(400)
+    rows = confidence, rng.random(400) < confidence
+    assert threshold_for(*rows, 0.8, 0.8) == choose_threshold(*rows, 0.8, 0.2)
+    assert threshold_for(*rows, 0.8, 0.95) == choose_threshold(*rows, 0.8, 0.05)  # not 0.05000000000000004
+    assert threshold_for(*rows, 0.8, "average") == average_threshold(*rows, 0.8)
+    ladder = measured_ladder(rows, rows, 0.8, None, (0.8, "average", 0.99, 0.8))
+    assert [rung["certainty"] for rung in ladder] == [0.99, 0.8, "average"]
+    assert rung_words(ladder[0] | {"threshold": {"value": None, "more_labels": None}}) == "not reachable"
+    value, measured = ladder[1]["threshold"]["value"], ladder[1]["measured"]
+    assert measured == automation(*rows, [value])[0]
+    share = f"{measured['share']:.1%} from {int(1000 * value) / 1000:.3f} ({measured['accuracy']:.3f})"
+    assert rung_words(ladder[1]) == share
 
 
 def test_rows_all_right_all_wrong_one_row_and_confidences_of_0_and_1():
