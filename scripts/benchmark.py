@@ -3,20 +3,25 @@
     python scripts/benchmark.py                                   # 60 texts of data/sample.csv
     python scripts/benchmark.py --input big.csv --limit 500 --rounds 5
     python scripts/benchmark.py --training                        # fine-tuning, beside Hugging Face's Trainer
-    python scripts/benchmark.py --random-weights llama-3.1-8b     # that shape with random weights, on a GPU
+    python scripts/benchmark.py --many-labels                     # whole answers of 2, 8 and 77 labels
+    python scripts/benchmark.py --growth                          # time and memory of 1,000 and 10,000 rows
+    python scripts/benchmark.py --random-weights gemma-3-270m     # that shape with random weights; or llama-3.1-8b
 
 The article's way is one `generate` call a text; plain batches are 32 rows at a time, padded, logits at every position.
-The three are timed in turn, round after round; a rate is the median of its rounds, a ratio is against the article's
-way. The limit is this machine's own matrix-multiply rate, measured on the model's layer shapes at our batch size;
-ours is counted on the tokens that no two texts share, attention left out. It prints a table and writes nothing.
+"Padded" is what families run that cannot be packed: sorted, padded batches behind the shared beginning's cache.
+All are timed in turn, round after round; a rate is the median of its rounds, a ratio is against the first way named.
+The limit is this machine's own matrix-multiply rate, measured on the model's layer shapes at our batch size; ours is
+counted on the tokens that no two texts share, attention left out. It prints a table and writes nothing.
 
 --training times whole epochs on the first rows of data:train: transformers' Trainer on padded whole prompts with every
 label but the answer's masked, and fine_tune_model.py's steps; the same LoRA, optimizer, rows a step and precision.
+--many-labels makes labels of the first words of texts; --growth runs the command on a table of copies with numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -25,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -56,6 +62,23 @@ LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
     "max_position_embeddings": 131072,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+GEMMA_3_270M = {  # the published configuration of google/gemma-3-270m
+    "model_type": "gemma3_text",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+    "max_position_embeddings": 32768,
+    "sliding_window": 512,
+    "query_pre_attn_scalar": 256,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
+}
+SHAPES = {"llama-3.1-8b": LLAMA_31_8B, "gemma-3-270m": GEMMA_3_270M}
+LABEL_COUNTS = (2, 8, 77)
+ROWS_OF_GROWTH = (1000, 10000)
 Rows = Sequence[Sequence[int]]  # prompts as token ids
 
 
@@ -97,34 +120,103 @@ def plain_batches(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
 
 
 def ours(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
+    return whole_answers(llama, rows, [[i] for i in ids])
+
+
+def whole_answers(llama: Llama, rows: Rows, answers: Rows) -> np.ndarray:
     llama.forget_prefix()  # the shared prefix belongs to the time
-    return llama.answer_log_probs(rows, [[i] for i in ids])
+    return llama.answer_log_probs(rows, answers)
+
+
+def padded_twin(llama: Llama) -> Llama:
+    """The same model as families run that cannot be packed."""
+    return replace(llama, packs=False, shares_prefix=None)
 
 
 def compare_scoring(llama: Llama, task: tasks.Task, examples: Sequence[Example], source: str, rounds: int) -> None:
-    """Time the three ways in turn, round after round, and print rates and differences."""
+    """Time the ways in turn, round after round, and print rates and differences."""
     scorer = label_scorer(llama, task)
     rows = [llama.encode(scorer.prompt, example.text) for example in examples]
     ids = [answer.ids[0] for answer in scorer.answers]
     ways = {
         "one generate call a text (the article's way)": generate_each,
         f"plain batches of {PLAIN_BATCH}": plain_batches,
+        "padded behind a shared cache": lambda _, *given: ours(padded, *given),
         "ours": ours,
     }
+    padded = padded_twin(llama)
     for way in ways.values():
         way(llama, rows[:4], ids)  # warm up
+    timed_ways = {name: partial(way, llama, rows, ids) for name, way in ways.items()}
+    results, seconds = in_turn(timed_ways, rounds, llama.device)
+    own = print_head(llama, rows, "text", source, rounds)
+    print_rates(results, seconds, len(rows))
+    print_limit(llama, own, len(rows), median(seconds["ours"]))
+
+
+def in_turn(ways: Mapping[str, Callable], rounds: int, device: str) -> tuple[dict[str, object], dict[str, list[float]]]:
+    """What each way found, and its seconds [rounds], the ways timed one after the other in every round."""
     results, seconds = {}, {name: [] for name in ways}
     for turn in range(1, rounds + 1):
         for name, way in ways.items():
-            results[name], elapsed = timed(lambda way=way: way(llama, rows, ids), llama.device)
+            results[name], elapsed = timed(way, device)
             seconds[name].append(elapsed)
             print(f"round {turn}: {name}: {elapsed:.1f} s", file=sys.stderr)
-    own = print_head(llama, rows, "text", source, rounds)
+    return results, seconds
+
+
+def print_rates(results: Mapping[str, np.ndarray], seconds: Mapping[str, Sequence[float]], rows: int) -> None:
+    """Rates, ratios to the first way, and how far its probabilities are from the others'."""
     reference = np.exp(next(iter(results.values())))
     print(f"{'':46}{'rows/s':>8}{'ratio':>8}   largest difference in probability")
-    for name, rate, ratio in rates(seconds, len(rows)):
-        print(f"{name:46}{rate:8.1f}{ratio:8.2f}   {np.abs(np.exp(results[name]) - reference).max():.1e}")
-    print_limit(llama, own, len(rows), median(seconds["ours"]))
+    for name, rate, ratio in rates(seconds, rows):
+        print(f"{name:46}{rate:8.2f}{ratio:8.2f}   {np.abs(np.exp(results[name]) - reference).max():.1e}")
+
+
+def compare_whole_answers(llama: Llama, examples: Sequence[Example], rounds: int) -> None:
+    """Time whole answers of several numbers of labels, padded and packed, on few rows; print a table for each."""
+    padded = padded_twin(llama)
+    for count in LABEL_COUNTS:
+        scorer = label_scorer(llama, task_of_beginnings(examples, count))
+        rows = [scorer.encode(example.text)[0] for example in examples[: max(4, 64 // count)]]
+        answers = [answer.ids for answer in scorer.answers]
+        for each in (llama, padded):
+            whole_answers(each, rows[:1] * 2, answers[:4])  # warm up
+        ways = {
+            "padded behind a shared cache": partial(whole_answers, padded, rows, answers),
+            "ours": partial(whole_answers, llama, rows, answers),
+        }
+        results, seconds = in_turn(ways, rounds, llama.device)
+        tokens = sum(map(len, answers))
+        print(
+            f"\n{count} labels, {len(answers)} answers of {tokens} tokens, {len(rows)} rows, median of {rounds} rounds"
+        )
+        print_rates(results, seconds, len(rows))
+
+
+def task_of_beginnings(examples: Sequence[Example], count: int) -> tasks.Task:
+    """A task whose labels are the first three words of texts, in lower case; ValueError if too few differ."""
+    words = (" ".join(example.text.lower().replace(",", "").split()[:3]) for example in examples)
+    beginnings = list(dict.fromkeys(words))[:count]
+    if len(beginnings) < count:
+        raise ValueError(f"{count} labels need as many texts that begin differently: there are {len(beginnings)}")
+    labels = {f"label {number}": (beginning,) for number, beginning in enumerate(beginnings)}
+    return tasks.Task("beginnings", labels, "Text: {text}\nIt begins:", scoring="sequence")
+
+
+def print_growth(model: str, examples: Sequence[Example]) -> None:
+    """Time and peak memory of the whole command on tables of growing length."""
+    print(f"{'rows':>8}{'seconds':>10}{'rows/s':>8}{'peak memory':>14}")
+    for count in ROWS_OF_GROWTH:
+        with TemporaryDirectory() as folder:
+            source = Path(folder) / "rows.csv"
+            with open(source, "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["id", "text"])
+                writer.writerows([n, f"{examples[n % len(examples)].text} ({n})"] for n in range(count))
+            options = ["--input", source, "--output", Path(folder) / "rows.jsonl", "--model", model]
+            seconds, peak = measured_command(options)
+        print(f"{count:8,}{seconds:10.1f}{count / seconds:8.1f}{peak / 1e9:11.2f} GB", flush=True)
 
 
 # Fine-tuning: both train a fresh adapter for one epoch
@@ -176,14 +268,16 @@ def trainer_for(run: training.TrainingRun, folder: Path) -> object:
 def compare_training(llama: Llama, task: tasks.Task, rows: training.LabelledRows, rounds: int, ours_only: bool) -> None:
     """Time an epoch of Trainer and of ours in turn, round after round, and print rates."""
     settings = training.TrainingSettings(epochs=1, batch_size=PLAIN_BATCH)
-    seconds = {"ours": []} if ours_only else {"Hugging Face's Trainer": [], "ours": []}
+    names = ["padded behind a shared cache", "ours"]
+    seconds = {name: [] for name in (names if ours_only else ["Hugging Face's Trainer", *names])}
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         for turn in range(rounds + 1):  # the first warms up
             for name, of_rounds in seconds.items():
-                run = training.begin_training(llama, task, rows, rows, Path(folder), settings)
-                epoch = partial(take_steps, run) if name == "ours" else trainer_for(run, Path(folder)).train
+                trained = padded_twin(llama) if name == names[0] else llama
+                run = training.begin_training(trained, task, rows, rows, Path(folder), settings)
+                epoch = partial(take_steps, run) if name in names else trainer_for(run, Path(folder)).train
                 _, elapsed = timed(epoch, llama.device)
-                llama.model = llama.model.unload().requires_grad_(False)
+                llama.model = trained.model.unload().requires_grad_(False)
                 if turn:
                     of_rounds.append(elapsed)
                     print(f"round {turn}: {name}: {elapsed:.1f} s")
@@ -272,15 +366,19 @@ def print_limit(llama: Llama, own_tokens: int, rows: int, seconds: float) -> Non
 
 def first_answer(model: str, rounds: int) -> tuple[float, float]:
     """(median wall seconds, peak bytes) of the whole command on one text, after a first use."""
-    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "Not bad", "--model", model]
-    walls, peaks = [], []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, _, usage = os.wait4(process.pid, 0)
-        walls.append(time.perf_counter() - start)
-        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    walls, peaks = zip(*(measured_command(["Not bad", "--model", model]) for _ in range(rounds + 1)), strict=True)
     return median(walls[1:]), max(peaks)
+
+
+def measured_command(options: Sequence[object]) -> tuple[float, float]:
+    """(wall seconds, peak bytes) of Method 1 in a process of its own; ChildProcessError if it fails."""
+    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), *map(str, options)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise ChildProcessError(f"it failed: {' '.join(command)}")
+    return time.perf_counter() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def random_llama(shape: str, device: str, dtype: str) -> Llama:
@@ -289,7 +387,7 @@ def random_llama(shape: str, device: str, dtype: str) -> Llama:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     small = load_llama(device=device, dtype=dtype)  # resolves device and dtype, and lends its tokenizer
-    settings = LLAMA_31_8B if shape == "llama-3.1-8b" else json.loads(Path(shape).read_text(encoding="utf-8"))
+    settings = SHAPES.get(shape) or json.loads(Path(shape).read_text(encoding="utf-8"))
     config = AutoConfig.for_model(**settings)
     if config.vocab_size < len(small.tokenizer):
         raise ValueError(f"{shape}: vocab_size must be at least {len(small.tokenizer)}, the embedded tokenizer's")
@@ -310,11 +408,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_arguments(parser)
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="timed rounds (default: 3)")
-    add("--random-weights", metavar="CONFIG", help="llama-3.1-8b or a config.json: that shape, random weights")
+    shapes = ", ".join(SHAPES)
+    add("--random-weights", metavar="CONFIG", help=f"{shapes} or a config.json: that shape, random weights")
+    add("--many-labels", action="store_true", help="time whole answers (default input: data:test)")
+    add("--growth", action="store_true", help="time and memory of long tables (default input: data:train)")
     add("--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)")
     args = parser.parse_args(argv)
     if args.training and args.input is None:
         args.input, args.limit = "data:train", args.limit or 64
+    if args.growth and args.input is None:
+        args.input = "data:train"
+    if args.many_labels and args.input is None:
+        args.input = "data:test"
     args.input = args.input or str(ROOT / "data" / "sample.csv")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")
@@ -324,8 +429,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task, table = tasks.read_task(args.task), Table(args.input, column_arguments(args))
+    if args.growth:
+        print_growth(args.model, list(table))
+        return
     first = None
-    if not args.training and not args.random_weights:
+    if not args.training and not args.many_labels and not args.random_weights:
         first = first_answer(args.model, args.rounds)  # now, for a child's peak begins at its parent's size
     if args.random_weights:
         llama = random_llama(args.random_weights, args.device, args.dtype)
@@ -333,6 +441,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         llama = load_llama(**model_arguments(args))  # without a task, auto is no adapter
     if args.training:
         compare_training(llama, task, read_labelled(table, task), args.rounds, ours_only=bool(args.random_weights))
+        return
+    if args.many_labels:
+        compare_whole_answers(llama, list(table), args.rounds)
         return
     compare_scoring(llama, task, list(table), args.input, args.rounds)
     if first:
