@@ -380,6 +380,9 @@ def load_for_processes(arguments: dict[str, object]) -> Llama:
     """The model, on the device of this process, where several share a training."""
     import accelerate
 
+    for bits in ("load_in_4bit", "load_in_8bit"):
+        if arguments[bits] and not choose_device(arguments["device"]).startswith("cuda"):
+            raise ValueError(f"--{bits.replace('_', '-')} needs an NVIDIA GPU (CUDA) for a training")
     world = accelerate.PartialState(cpu=choose_device(arguments["device"]) == "cpu")
     return load_llama(**arguments | ({"device": str(world.device)} if world.num_processes > 1 else {}))
 

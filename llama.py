@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import inspect
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -594,10 +595,10 @@ def load_llama(
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     options: dict = {"local_files_only": True, "trust_remote_code": False}
     with loading(f"the model in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -666,12 +667,13 @@ def _quantization(precision: str, device: str) -> object:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if not device.startswith("cuda"):
-        raise ValueError(f"--load-in-{precision} needs an NVIDIA GPU (CUDA); this run is on {device}")
+    if not device.startswith(("cuda", "cpu")):
+        raise ValueError(f"--load-in-{precision} needs an NVIDIA GPU (CUDA) or a processor; this run is on {device}")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ValueError(f"--load-in-{precision} needs bitsandbytes: pip install bitsandbytes==0.50.2") from None
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # it warns of every input it casts
     if precision == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -688,8 +690,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on GPUs that have it, float32 on CPU (default)")
     add("--device-map", choices=["auto"], help="auto: spread a model that one GPU cannot hold over all, and the memory")
     bits = group.add_mutually_exclusive_group()
-    bits.add_argument("--load-in-4bit", action="store_true", help="4-bit weights (NVIDIA GPU, bitsandbytes)")
-    bits.add_argument("--load-in-8bit", action="store_true", help="8-bit weights (NVIDIA GPU, bitsandbytes)")
+    bits.add_argument("--load-in-4bit", action="store_true", help="4-bit weights (bitsandbytes)")
+    bits.add_argument("--load-in-8bit", action="store_true", help="8-bit weights (bitsandbytes)")
 
 
 def model_arguments(args: argparse.Namespace) -> dict[str, object]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -506,6 +507,20 @@ def test_a_model_spread_over_the_devices_says_the_same(tiny_llama, tiny_folder):
     np.testing.assert_allclose(spread.answer_log_probs(rows, [(7,), (7, 9)]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(("flag", "mean", "most"), [("load_in_8bit", 0.06, 0.2), ("load_in_4bit", 0.3, 0.7)])
+def test_quantized_weights_of_the_default_model_on_a_processor(embedded, flag, mean, most, capfd):
+    pytest.importorskip("bitsandbytes", reason="optional: pip install bitsandbytes==0.50.2")
+    quantized = load_llama(device="cpu", **{flag: True})
+    assert any("bitsandbytes" in type(module).__module__ for module in quantized.model.modules())
+    rows = [
+        embedded.encode(embedded.task_prompt(TASKS["sentiment"]), text) for text in ("Great.", "Awful!", "It rains")
+    ]
+    answers = [tuple(answer.ids) for answer in label_scorer(embedded, TASKS["sentiment"]).answers]
+    apart = np.abs(np.exp(quantized.answer_log_probs(rows, answers)) - np.exp(embedded.answer_log_probs(rows, answers)))
+    assert 1e-5 < apart.mean() < mean and apart.max() < most
+    assert "will be cast" not in capfd.readouterr().err  # which bitsandbytes would say of every layer
+
+
 def unlink(name: str):
     return lambda folder: (folder / name).unlink()
 
@@ -585,8 +600,8 @@ MISTAKES = {
     "a path in the home": ({"model": "~/no-such-folder"}, r"no such model folder: ~/no-such-folder"),
     "a device and all": ({"device": "cpu", "device_map": "auto"}, r"--device-map auto spreads a model"),
     "a device of no kind": ({"device": "tpu"}, r"no device 'tpu' here; there is cpu"),
-    "4 bits on a CPU": ({"device": "cpu", "load_in_4bit": True}, r"--load-in-4bit needs an NVIDIA GPU"),
-    "8 bits on a CPU": ({"device": "cpu", "load_in_8bit": True}, r"--load-in-8bit needs an NVIDIA GPU"),
+    "4 bits without the package": ({"device": "cpu", "load_in_4bit": True}, r"--load-in-4bit needs bitsandbytes: pip"),
+    "8 bits without the package": ({"device": "cpu", "load_in_8bit": True}, r"--load-in-8bit needs bitsandbytes: pip"),
     "no adapter": ({"adapter": "no-such-adapter"}, r"no-such-adapter is not a LoRA adapter"),
 }
 
@@ -598,6 +613,7 @@ def test_a_mistake_in_the_flags_is_one_line_before_anything_is_fetched(monkeypat
 
     monkeypatch.setattr(model_files, "download", fetch)
     monkeypatch.setattr(model_files, "embedded_model", fetch)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=problem) as refusal:
         load_llama(**{"model": "org/model"} | arguments)
     assert "\n" not in str(refusal.value)

@@ -27,15 +27,23 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "score_on_ray.py"
 RECORDED, CALIBRATOR = ROOT / "data/predictions/base_test.jsonl", ROOT / "data/calibrators/base.json"
-PATIENCE_S = 240
+PATIENCE_S = 400  # on two busy processors
 
 
-def start(*arguments, **environment):
-    """The script in a process of its own."""
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | environment
-    )
+@pytest.fixture
+def start():
+    """start(arguments, environment): the script in a process of its own, which ends with the test."""
+    started = []
+
+    def run_script(*arguments, **environment):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+        started.append(subprocess.Popen(command, env=os.environ | environment, **options))
+        return started[-1]
+
+    yield run_script
+    for process in started:
+        process.kill()
 
 
 def ended(process):
@@ -73,7 +81,7 @@ def kill(process):
 # On this machine, the real model
 
 
-def test_two_workers_give_the_script_s_rows_though_a_worker_and_the_driver_are_killed(tmp_path):
+def test_two_workers_give_the_script_s_rows_though_a_worker_and_the_driver_are_killed(start, tmp_path):
     output = tmp_path / "out"
     flags = ["--input", "data:test", "--adapter", "none", "--calibrator", CALIBRATOR, "--workers", 2]
     command = [*flags, "--output", output, "--part-rows", 256]
@@ -155,7 +163,7 @@ def expected_rows(scorer, folder):
     return rows
 
 
-def collected(output, tmp_path):
+def collected(start, output, tmp_path):
     """The rows of an output, and each with its own columns."""
     code, _, err = ended(start("--output", output, "--collect", tmp_path / "p.jsonl"))
     assert code == 0, err
@@ -172,7 +180,7 @@ def check_alike(ours, theirs):
             assert row.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
-def test_a_folder_on_two_machines_survives_its_driver(cluster, tables, tiny_folder, tmp_path):
+def test_a_folder_on_two_machines_survives_its_driver(start, cluster, tables, tiny_folder, tmp_path):
     output = tmp_path / "out"
     model = ["--model", tiny_folder, "--adapter", "none"]
     command = ["--input", tables, "--output", output, *READ, *model, "--workers", 2, "--part-rows", 1]
@@ -182,7 +190,7 @@ def test_a_folder_on_two_machines_survives_its_driver(cluster, tables, tiny_fold
     assert len(parts(output)) < 6
     code, out, err = ended(start(*command, **cluster))
     assert code == 0 and len(parts(output)) == 6 and "rows in" in out, err  # 267 rows of each file, 256 in a part
-    rows, own = collected(output, tmp_path)
+    rows, own = collected(start, output, tmp_path)
     scorer = label_scorer(load_llama(str(tiny_folder), None, device="cpu"), TASKS["sentiment"])
     check_alike(rows, expected_rows(scorer, tables))
     errors = [row for row in rows if row.error]
@@ -191,7 +199,7 @@ def test_a_folder_on_two_machines_survives_its_driver(cluster, tables, tiny_fold
     assert [int(mine["square"]) for mine in own] == [int(row.id[1:]) ** 2 for row in rows]
 
 
-def test_a_probe_scores_as_it_does_alone(cluster, tables, tiny_folder, tmp_path):
+def test_a_probe_scores_as_it_does_alone(start, cluster, tables, tiny_folder, tmp_path):
     probe, output = tmp_path / "probe", tmp_path / "out"
     model = ["--model", str(tiny_folder), "--adapter", "none"]
     train = ["--train", str(tables / "0.csv"), *READ, "--output-dir", str(probe), *model, "--limit", "60", "--truncate"]
@@ -199,13 +207,13 @@ def test_a_probe_scores_as_it_does_alone(cluster, tables, tiny_folder, tmp_path)
     flags = ["--input", tables, "--output", output, *READ, *model, "--probe", probe, "--workers", 2]
     code, _, err = ended(start(*flags, **cluster))
     assert code == 0, err
-    rows, _ = collected(output, tmp_path)
+    rows, _ = collected(start, output, tmp_path)
     scorer = probe_confidence.Classifier(probe, str(tiny_folder), None, device="cpu").scorer
     check_alike(rows, expected_rows(scorer, tables))
     assert any(row.extras.get("trained_on") for row in rows)
 
 
-def test_what_a_worker_finds_wrong_is_one_line_here(cluster, tables, tiny_folder, tmp_path):
+def test_what_a_worker_finds_wrong_is_one_line_here(start, cluster, tables, tiny_folder, tmp_path):
     flags = ["--input", tables, "--output", tmp_path / "out", *READ, "--adapter", "none", "--workers", 2]
     for wrong, problem in (
         (["--model", tiny_folder, "--calibrator", CALIBRATOR], "error: the calibrator is for smollm2-135m-instruct"),

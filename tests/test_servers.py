@@ -220,7 +220,7 @@ def linked_cache(folder: Path) -> Path:
 
 
 def wait_for_rows(path: Path, count: int, process: subprocess.Popen) -> None:
-    for _ in range(1200):
+    for _ in range(4000):
         if path.exists() and path.read_bytes().count(b"\n") >= count:
             return
         assert process.poll() is None, process.communicate()
