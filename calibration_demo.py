@@ -426,7 +426,7 @@ def study_report(
         "threshold": dict(study.fitted.threshold),
         "threshold_measured_protocol": "held-out" if study.protocol == "held-out" else "in-sample",
         "guarantees": [guarantees_at(study, target) for target in targets],
-        "words": text_report.guarantee_words(goal.target_accuracy, goal.certainty, study.fitted.threshold),
+        "guarantee_words": text_report.guarantee_words(goal.target_accuracy, goal.certainty, study.fitted.threshold),
         "by_label": guarantees_by_label(study) if goal.label_targets else None,
         "gates": gates,
         "buckets": buckets,

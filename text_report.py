@@ -177,7 +177,7 @@ def guarantee_section(report: Mapping) -> str:
     """The ladder of certainty with what its rungs mean."""
     protocol = report["threshold_measured_protocol"]
     what = f"Guarantees: coverage, from which confidence on, and how many of these are right ({protocol}):"
-    notes = [few_rows(report), *report["words"]]
+    notes = [few_rows(report), *report["guarantee_words"]]
     return "\n".join([what, ladder(report), *(filled(note) for note in notes if note)])
 
 
