@@ -3,6 +3,7 @@
     python calibration_demo.py                                            # the recorded predictions of this repository
     python calibration_demo.py mine.jsonl --target-accuracy 0.95          # one file: every number out-of-fold
     python calibration_demo.py --calibrate-on cal.jsonl --test-on test.jsonl --error-cost 50 --html
+    python calibration_demo.py mine.jsonl --relabel                       # predictions without their class bias
     python calibration_demo.py mine.jsonl --target billing=.99 other=.8 default=.9 --cost-matrix prices.csv
 
 Reads labelled predictions files, no model and no torch. Prints what to act on (--verbose: everything) and writes into
