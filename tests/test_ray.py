@@ -180,14 +180,15 @@ def check_alike(ours, theirs):
             assert row.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
-def test_a_folder_on_two_machines_survives_its_driver(start, cluster, tables, tiny_folder, tmp_path):
+def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, cluster, tables, tiny_folder, tmp_path):
     output = tmp_path / "out"
     model = ["--model", tiny_folder, "--adapter", "none"]
     command = ["--input", tables, "--output", output, *READ, *model, "--workers", 2, "--part-rows", 1]
     process = start(*command, **cluster)
     wait_for(lambda: parts(output), process)
-    kill(process)
-    assert len(parts(output)) < 6
+    process.send_signal(signal.SIGINT)
+    code, _, err = ended(process)
+    assert code == 130 and "repeat the same command to continue where it was" in err and len(parts(output)) < 6
     code, out, err = ended(start(*command, **cluster))
     assert code == 0 and len(parts(output)) == 6 and "rows in" in out, err  # 267 rows of each file, 256 in a part
     rows, own = collected(start, output, tmp_path)
