@@ -532,6 +532,15 @@ def test_a_server_in_order(examine, server):
     assert not set(rows) & {"files", "loads", "Hub login"}
 
 
+def test_labelled_rows_are_judged_through_a_server_too(examine, server, tmp_path):
+    lines = [json.dumps({"text": text, "label": label}) for text, label in doctor.EASY * 4]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), "utf-8")
+    code, rows = examine("--endpoint", server.url, "--input", tmp_path / "t.jsonl")
+    assert (code, rows["verdict"][0], rows["mass on rows"][0]) == (0, "ok", "ok"), rows
+    assert rows["verdict"][1].startswith("better than always answering 'negative' (0.500)")
+    assert "the 24 rows of the table take about" in rows["speed"][1]
+
+
 def test_a_server_without_log_probabilities_is_no_failure_but_a_broken_one_is(examine, server):
     server.always = "FAKE-NO-LOGPROBS"
     code, rows = examine("--endpoint", server.url)
