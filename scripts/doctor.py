@@ -75,6 +75,7 @@ EASY = (
 )
 UNDECIDED = "I have not made up my mind about it."
 DRAWS = 8
+EVERYWHERE = "all devices and the memory"  # --device-map auto
 SAMPLED = 50  # labelled rows of --input
 SHOWN_LABELS = 8  # with their answer words
 LEAST_MASS = 0.5
@@ -157,7 +158,9 @@ def check_packages() -> Finding:
     return Finding("failed" if is_missing else "warning", f"{'; '.join(others)}; {INSTALL}")
 
 
-def check_devices(device: str, dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> Finding:
+def check_devices(
+    device: str, dtype: str, load_in_4bit: bool, load_in_8bit: bool, device_map: str | None = None
+) -> Finding:
     """What can compute here, and what will: the value is (device, precision)."""
     import torch
 
@@ -170,6 +173,7 @@ def check_devices(device: str, dtype: str, load_in_4bit: bool, load_in_8bit: boo
         seen.append("Apple's GPU (mps)")
     device = models.choose_device(device)
     precision = "4bit" if load_in_4bit else "8bit" if load_in_8bit else models.choose_dtype(dtype, device)
+    device = EVERYWHERE if device_map else device
     seen.append(f"this run: {precision} on {device}")
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         seen.append("torch does not see the NVIDIA driver: install a torch that is built for its CUDA")
@@ -179,6 +183,12 @@ def check_devices(device: str, dtype: str, load_in_4bit: bool, load_in_8bit: boo
 
 def free_memory(device: str) -> int | None:
     """Bytes that a model on this device can have, None where nobody says; of Apple's the whole memory."""
+    if device == EVERYWHERE:
+        import torch
+
+        gpus = sum(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+        memory = free_memory("cpu")
+        return None if memory is None else gpus + memory
     if device.startswith("cuda"):
         import torch
 

@@ -196,6 +196,8 @@ def test_a_device_that_is_not_there_fails(examine, tiny_folder, monkeypatch):
 
 def test_too_little_memory_is_seen_before_the_model_is_loaded(examine, tiny_folder, monkeypatch):
     assert 10**8 < doctor.free_memory("cpu") < 10**14
+    assert doctor.check_devices("auto", "float32", False, False, "auto").value == (doctor.EVERYWHERE, "float32")
+    assert 10**8 < doctor.free_memory(doctor.EVERYWHERE) < 10**14  # here there is no GPU beside the memory
     monkeypatch.setattr(doctor, "free_memory", lambda device: 12 * 10**6)
     code, rows = examine("--model", tiny_folder)
     assert code == 1 and rows["loads"][0] == "skipped"
