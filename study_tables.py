@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 FORMAT = "public study 1"
 TOP = 6  # labels of a row whose probabilities are kept
 NATS = 250  # whole numbers a nat: P to one part in 500
+OURS = "ours"  # the dataset of this repository, which stands beside the public ones
 TARGETS, DELTA = (0.8, 0.9, 0.95), 0.05
+SHOWN_TARGET = 0.9  # of the figure
 COMMONEST, BAG_OF_WORDS, DRAFT, IMPROVED, PROBE, LORA = METHODS = (
     "commonest label",
     "bag of words",
@@ -179,6 +181,15 @@ def run_from_record(record: Mapping, n_labels: int) -> Run:
         seconds=record["seconds"],
         about=record["about"],
     )
+
+
+def read_public(folder: str | Path) -> list[Study]:
+    """All recordings of public data in a folder, by title; ValueError where there is none."""
+    found = [read_study(path) for path in sorted(Path(folder).glob("*.jsonl.gz"))]
+    found = sorted((study for study in found if study.name != OURS), key=lambda study: study.title.casefold())
+    if not found:
+        raise ValueError(f"nothing is recorded in {folder}")
+    return found
 
 
 # Measuring
@@ -483,3 +494,14 @@ def coverage(
         if automated:
             found[study.title] = plotting.SetCoverage(n, automated)
     return found
+
+
+def draw_coverage(path: str | Path, studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
+    """The figure: what each method automates of each set at SHOWN_TARGET, with few labels and with more."""
+    panels = {
+        title: coverage(studies, SHOWN_TARGET, most) for title, most in (("few labels", False), ("more labels", True))
+    }
+    shown = {method for sets in panels.values() for of_set in sets.values() for method in of_set.methods}
+    methods = [method for method in METHODS if method in shown]
+    unseen = len(studies[0][0].rows.unseen)
+    plotting.guaranteed_coverage(path, panels, methods=methods, target=SHOWN_TARGET, unseen=unseen)

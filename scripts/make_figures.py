@@ -1,4 +1,4 @@
-"""Draw every image of the README again, from the recorded predictions alone: no model, no torch, about a minute.
+"""Draw every image of the README again, from the recorded predictions alone: no model, no torch, some minutes.
 
     python scripts/make_figures.py                             # all of them, into images/
     python scripts/make_figures.py reliability cost            # some
@@ -85,6 +85,15 @@ def draw_training(folder: Path) -> None:
     )
 
 
+def draw_public_study(folder: Path) -> None:
+    """The figure of scripts/public_study.py."""
+    import study_tables
+
+    studies = study_tables.read_public(ROOT / RECORDED / "public")
+    found = [(study, study_tables.measure_study(study)) for study in studies]
+    study_tables.draw_coverage(folder / "public_study.png", found)
+
+
 def draw_vote_shares(folder: Path) -> None:
     """What consistency_confidence.py --first-token draws, from the recorded probabilities of the first token."""
     about = f"{first_recorded_rows(1)[0].model} on the first texts of data:test"
@@ -145,6 +154,7 @@ def images(names: Mapping[str, str], draw: Callable[[Path], None], source: str) 
 FIGURES = images(OF_CALIBRATION, draw_calibration, f"{RECORDED}/base_calibration.jsonl, base_test.jsonl")
 FIGURES |= images(OF_VOTE_SHARES, draw_vote_shares, f"{RECORDED}/base_test.jsonl")
 FIGURES |= images(OF_FINE_TUNING, draw_fine_tuning, f"{RECORDED}/base_*.jsonl, tuned_*.jsonl")
+FIGURES |= images({"public_study": "public_study"}, draw_public_study, f"{RECORDED}/public/")
 FIGURES["training_curves"] = Figure(
     f"{ADAPTER}/training_curves.png", draw_training, "training_curves.png", f"{ADAPTER}/training_log.jsonl"
 )

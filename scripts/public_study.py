@@ -45,15 +45,14 @@ import study_tables  # noqa: E402
 import tables  # noqa: E402
 from files import whole_file, write_text  # noqa: E402
 from near_duplicates import duplicate_groups  # noqa: E402
-from study_tables import BAG_OF_WORDS, DRAFT, IMPROVED, LORA, PROBE, Measured, Run, Study, StudyRows  # noqa: E402
+from study_tables import BAG_OF_WORDS, DRAFT, IMPROVED, LORA, OURS, PROBE, Measured, Run, Study, StudyRows  # noqa: E402
 from tables import Example, text_key  # noqa: E402
 from task import Task, read_task  # noqa: E402
 
 RECORDINGS, TASKS = ROOT / "data" / "predictions" / "public", ROOT / "data" / "public_tasks"
 UNSEEN, CHOOSING = 500, 300  # rows to judge by; labelled rows of a search or a training
 SEED = 0
-OURS = "ours"  # the dataset of this repository; it has its own split, and a fine-tuned model is recorded elsewhere
-OF_OURS = (BAG_OF_WORDS, PROBE)
+OF_OURS = (BAG_OF_WORDS, PROBE)  # a fine-tuned model of these rows is recorded elsewhere
 RUN = {"bag-of-words": BAG_OF_WORDS, "probe": PROBE, "draft": DRAFT, "improved": IMPROVED, "lora": LORA}
 
 
@@ -527,23 +526,14 @@ def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
 
 def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
     """Bring the tables of docs/ and the figure up to what is recorded."""
-    import plotting
-
     blocks = all_tables(studies)
     for path in sorted((ROOT / "docs").glob("*.md")):
         page = path.read_text(encoding="utf-8")
         if (after := with_blocks(page, blocks)) != page:
             write_text(path, after)
             print(f"{path.relative_to(ROOT)}: tables written")
-    public = public_ones(studies)
-    panels = {
-        "few labels": study_tables.coverage(public, 0.9, most=False),
-        "more labels": study_tables.coverage(public, 0.9, most=True),
-    }
-    shown = {method for sets in panels.values() for of_set in sets.values() for method in of_set.methods}
-    methods = [method for method in study_tables.METHODS if method in shown]
-    figure = ROOT / "images" / "public_study.png"
-    plotting.guaranteed_coverage(figure, panels, methods=methods, target=0.9, unseen=UNSEEN)
+    by_title = sorted(public_ones(studies), key=lambda pair: pair[0].title.casefold())
+    study_tables.draw_coverage(ROOT / "images" / "public_study.png", by_title)
     print("images/public_study.png: drawn")
 
 
