@@ -2,11 +2,11 @@
 
     python scripts/public_study.py --recorded                      # the tables of docs/, from the recordings, no model
     python scripts/public_study.py --recorded --write              # put them into docs/, and images/public_study.png
-    python scripts/public_study.py --data FOLDER --work FOLDER     # run what is not recorded yet: hours of one core
-    python scripts/public_study.py trec airline --method probe --data FOLDER --work FOLDER
-    python scripts/public_study.py sms --source sms=hf:NAME:SPLIT,text_column,label_column --work FOLDER
+    python scripts/public_study.py --data FOLDER --work ../work     # run what is not recorded yet: hours of one core
+    python scripts/public_study.py trec airline --method probe --data FOLDER --work ../work
+    python scripts/public_study.py sms --source sms=hf:NAME:SPLIT,text_column,label_column --work ../work
 
---data is the folder of the files as they are downloaded (FILES below names them); --source takes a set from another
+--data is the folder of the files as they are downloaded (SETS below names them); --source takes a set from another
 table, or from the Hub. The texts stay there and in --work; data/predictions/public/ gets recordings without texts. What
 is recorded is skipped and what was stopped goes on, so the same command may be repeated at any time.
 
