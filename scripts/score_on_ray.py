@@ -173,10 +173,10 @@ def plain_errors(ray: object) -> Iterator[None]:
         yield
     except ray.exceptions.RayError as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ValueError | OSError | MemoryError):
+        while isinstance(cause, ray.exceptions.RayError):  # some of which are of the cause's class too
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None and not isinstance(cause, ray.exceptions.RayError):
-            raise type(cause)(*cause.args) from None
+        if isinstance(cause, ValueError | OSError | MemoryError):
+            raise cause from None
         if isinstance(error, ray.exceptions.RayTaskError):
             raise
         raise OSError(
