@@ -362,9 +362,13 @@ def easy_texts(task: Task) -> tuple[tuple[tuple[str, str], ...], str]:
     return task.examples, "of the task's own examples"
 
 
-def check_mass(scorer: Method) -> Finding:
+def check_mass(scorer: Method, sample: LabelledSample | None = None) -> Finding:
     """How much of the distribution names a label at all; the value is the explained texts, and what they are."""
-    texts, kind = easy_texts(scorer.task)
+    if sample and not scorer.task.examples:
+        own, kind = sample.examples[: len(EASY)], "of your rows"
+        texts = [(one.text, scorer.task.canonical_label(one.label)) for one in own]
+    else:
+        texts, kind = easy_texts(scorer.task)
     rows, errors = [], []
     for text, label in texts:
         try:
@@ -489,7 +493,7 @@ def examine_model(
     scorer = run("answers", check_answers, llama, task, prompt, remedy=remedy)
 
     report.title("What the model says")
-    rows = run("label mass", check_mass, scorer, remedy=MORE_MASS)
+    rows = run("label mass", lambda scorer: check_mass(scorer, sample), scorer, remedy=MORE_MASS)
     run("direction", check_direction, rows)
     run("batches", check_batches, llama, scorer)
     run("sampling", check_sampling, llama, scorer)
@@ -598,7 +602,7 @@ def examine_server(
     with ExitStack() as stack:
         server = run("server", lambda: check_connection(connect, stack))
         scorer = run("log-probabilities", check_logprobs, server, task, remedy=remedy)
-        rows = run("label mass", check_mass, scorer, remedy=MORE_MASS)
+        rows = run("label mass", lambda scorer: check_mass(scorer, sample), scorer, remedy=MORE_MASS)
         run("direction", check_direction, rows)
         sampled = run("sampling", check_remote_sampling, server, task, remedy=remedy)
         run("parameters", check_parameters, server, sampled)

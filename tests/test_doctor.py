@@ -128,6 +128,16 @@ def test_labelled_rows_of_a_table_are_scored_and_judged(examine, tiny_folder, tm
     assert code == 1 or "failed" not in (rows["verdict"][0], rows["direction"][0])
 
 
+def test_without_examples_the_label_mass_is_that_of_the_own_rows(examine, tiny_folder, tmp_path):
+    lines = [f"this is text {n},{label}" for n in range(6) for label in ("north", "south")]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    task = 'name = "t"\ntemplate = "{text}\\nAnswer:"\n[labels]\nnorth = ["yes"]\nsouth = ["no"]\n'
+    (tmp_path / "t.toml").write_text(task, encoding="utf-8")
+    flags = ["--model", tiny_folder, "--task", tmp_path / "t.toml"]
+    assert examine(*flags)[1]["label mass"][1].startswith("no texts to try")
+    assert "over 6 of your rows" in examine(*flags, "--input", tmp_path / "t.csv")[1]["label mass"][1]
+
+
 @pytest.mark.parametrize("rows", ["text,label\nfine,\n", "text,label\nfine,mixed\n", "review,label\nfine,positive\n"])
 def test_a_table_that_cannot_be_judged_ends_before_a_model_is_loaded(rows, tmp_path, capsys):
     (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
