@@ -69,9 +69,7 @@ def page_thresholds(report: Mapping, calibrated: np.ndarray) -> list[float]:
     return sorted(thresholds - {None})
 
 
-def table_rows(
-    rows: Sequence[Prediction], raw: np.ndarray, calibrated: np.ndarray, numbers: np.ndarray
-) -> list[dict]:
+def table_rows(rows: Sequence[Prediction], raw: np.ndarray, calibrated: np.ndarray, numbers: np.ndarray) -> list[dict]:
     """The first of the rows with these numbers, with their texts."""
     found = []
     for number in numbers[:SHOWN].tolist():

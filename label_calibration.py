@@ -71,9 +71,7 @@ class ClasswiseCalibrator(BaseEstimator):
 
 def _check_two_labels(probabilities: np.ndarray) -> None:
     if probabilities.shape[1] != 2:
-        raise ValueError(
-            f"{probabilities.shape[1]} labels; P(label) of more than two is for pooled or vector"
-        )
+        raise ValueError(f"{probabilities.shape[1]} labels; P(label) of more than two is for pooled or vector")
 
 
 class PooledCalibrator(BaseEstimator):

@@ -449,6 +449,27 @@ def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
     return markdown(head, lines)
 
 
+def first_page_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
+    """What SHOWN_TARGET automates of each set with few labels and with more, by method; "-" where it was not run."""
+    methods = (DRAFT, BAG_OF_WORDS, PROBE)
+    lines = []
+    for study, found in studies:
+        known = by_run(found)
+        for n in (n for n in study.sizes if n >= 300):
+            cells = []
+            for method in methods:
+                one = known.get((method, n))
+                if one is None:
+                    cells.append("-")
+                    continue
+                guarantee = one.at(SHOWN_TARGET)
+                share = automated(guarantee) if guarantee.is_made else "nothing"
+                cells.append(f"{short(one.accuracy[0])}; {share}")
+            if PROBE in {one.method for one in found if one.labels == n}:
+                lines.append([study.title, f"{n:,}", short(known[COMMONEST, n].accuracy[0]), *cells])
+    return markdown(["set", "labels", COMMONEST, *methods], lines)
+
+
 def improving_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
     """The draft, the improved task, the commonest label and the bag of words of the sets that were improved."""
     head = ["set", "", "accuracy", "log loss", "minus the draft's", "label mass", "minutes"]

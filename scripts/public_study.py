@@ -502,6 +502,7 @@ def all_tables(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> dict[str,
     }
     public = public_ones(studies)
     return by_set | {
+        "study first page": study_tables.first_page_table(public),
         "study probe": study_tables.probe_table(public),
         "study improving": study_tables.improving_table(public),
         "study guarantees": study_tables.guarantees_table(public),
@@ -525,9 +526,9 @@ def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
 
 
 def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
-    """Bring the tables of docs/ and the figure up to what is recorded."""
+    """Bring the tables of README.md and docs/, and the figure, up to what is recorded."""
     blocks = all_tables(studies)
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         page = path.read_text(encoding="utf-8")
         if (after := with_blocks(page, blocks)) != page:
             write_text(path, after)
@@ -545,7 +546,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("sets", metavar="SET", nargs="*", help=f"of {', '.join(SETS)} (default: all)")
     add("--recorded", action="store_true", help="print the tables of what is recorded; no model, no data")
-    add("--write", action="store_true", help="with --recorded: put the tables into docs/ and draw the figure")
+    add(
+        "--write",
+        action="store_true",
+        help="with --recorded: put the tables into README.md and docs/ and draw the figure",
+    )
     add("--data", metavar="FOLDER", help="the folder with the files of the data sets")
     add("--source", metavar="SET=TABLE", action="append", default=[], help="a set from a table, hf:NAME:SPLIT too")
     add("--work", metavar="FOLDER", help="where texts, features and adapters are kept meanwhile, outside the project")
