@@ -450,23 +450,22 @@ def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
 
 
 def first_page_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
-    """What SHOWN_TARGET automates of each set with few labels and with more, by method; "-" where it was not run."""
-    methods = (DRAFT, BAG_OF_WORDS, PROBE)
-    lines = []
+    """Accuracy, and what SHOWN_TARGET automates, of each set with the most labels that a probe was given."""
+    methods, lines = (DRAFT, BAG_OF_WORDS, PROBE), []
     for study, found in studies:
         known = by_run(found)
-        for n in (n for n in study.sizes if n >= 300):
-            cells = []
-            for method in methods:
-                one = known.get((method, n))
-                if one is None:
-                    cells.append("-")
-                    continue
-                guarantee = one.at(SHOWN_TARGET)
-                share = automated(guarantee) if guarantee.is_made else "nothing"
-                cells.append(f"{short(one.accuracy[0])}; {share}")
-            if PROBE in {one.method for one in found if one.labels == n}:
-                lines.append([study.title, f"{n:,}", short(known[COMMONEST, n].accuracy[0]), *cells])
+        n = max((n for n in study.sizes if (PROBE, n) in known), default=None)
+        if n is None:
+            continue
+        drafted = [one for one in found if one.method == DRAFT]  # with the most labels that calibrated it
+        of_method = {DRAFT: drafted[-1] if drafted else None, BAG_OF_WORDS: known.get((BAG_OF_WORDS, n))}
+        of_method[PROBE] = known[PROBE, n]
+        cells = []
+        for method in methods:
+            one = of_method[method]
+            guarantee = one.at(SHOWN_TARGET) if one else None
+            cells.append(f"{short(one.accuracy[0])}; {automated(guarantee)}" if one else "not run")
+        lines.append([study.title, f"{n:,}", short(known[COMMONEST, n].accuracy[0]), *cells])
     return markdown(["set", "labels", COMMONEST, *methods], lines)
 
 

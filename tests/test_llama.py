@@ -266,7 +266,7 @@ def test_batches_change_no_result(name, monkeypatch):
     assert llama.answer_log_probs([], ANSWERS).shape == (0, 3)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", sorted(PACKED))
 def test_what_can_run_packed_gives_the_same_padded(name):
     llama = replace(random_model(name, *KINDS[name][:2]), packs=False)
     for rows in TABLES.values():
