@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_combined(job.output, pairs, combination, job.overwrite)
         apart = sum(one.prediction != two.prediction for one, two in both)
         more = f"  {combination.rule}; the methods name different labels in {apart:,} of {len(both):,} rows"
-        scoring.finish_table(job, f"{scoring.report(job.output)}\n{more}{spent}")
+        scoring.finish_table(job, f"{scoring.report(job.output, args.groups)}\n{more}{spent}")
     if isinstance(comparison, str):
         print(f"  the methods are not compared: {comparison}")
         return

@@ -30,7 +30,7 @@ import predictions
 import verdict
 from command_line import advance_by, natural, pace, printable, progress, worth
 from predictions import RETRY, Prediction
-from tables import Example, Table, add_table_arguments, column_arguments, open_table, sampled
+from tables import Example, Table, add_table_arguments, column_arguments, groups_of, open_table, sampled
 from task import Task, add_task_argument, check_examples
 
 if TYPE_CHECKING:
@@ -512,10 +512,11 @@ class Tally:
         )
 
 
-def report(path: str | Path) -> str:
+def report(path: str | Path, groups_file: str | None = None) -> str:
     """Counts, label mass and confidence of a predictions file; with labels the verdict on them first.
 
     Rows are read one at a time; of the labelled ones a random sample is kept for what has to be learned from texts.
+    `groups_file` says which rows belong together (default: near-duplicates).
     """
     tally = Tally()
     labelled = tally.counting(predictions.iterate(path))
@@ -523,18 +524,19 @@ def report(path: str | Path) -> str:
     scored = len(tally.confidence)
     lines = [f"{path}: {scored:,} of {tally.total:,} rows scored, {tally.total - scored:,} with an error"]
     if sample:
-        lines += verdict_lines(tally, sample)
+        groups = groups_of(sample, groups_file) if groups_file else None
+        lines += verdict_lines(tally, sample, groups)
     if scored:
         mass, lowest = np.mean(tally.label_mass), f"(lowest {min(tally.label_mass):.3f})"
         lines.append(f"  all rows: mean confidence {np.mean(tally.confidence):.3f}, label mass {mass:.3f} {lowest}")
     return "\n".join(lines)
 
 
-def verdict_lines(tally: Tally, sample: Sequence[Prediction]) -> Iterator[str]:
+def verdict_lines(tally: Tally, sample: Sequence[Prediction], groups: Sequence[object] | None = None) -> Iterator[str]:
     """What labelled rows say, and of more than two labels the worst; where there is no verdict the accuracy alone."""
     truth, predicted = tally.arrays()
     right, n = int((truth == predicted).sum()), len(truth)
-    found = verdict.no_sample(tally.chosen, n) if tally.chosen else verdict.judge_sample(sample, tally.totals())
+    found = verdict.no_sample(tally.chosen, n) if tally.chosen else verdict.judge_sample(sample, tally.totals(), groups)
     yield verdict.text(found.record())
     if found.problem:
         low, high = calibration_metrics.exact_interval(right, n)

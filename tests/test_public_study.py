@@ -146,7 +146,8 @@ def test_a_line_of_a_page_is_what_its_recording_gives():
 @pytest.mark.study
 def test_all_tables_of_the_pages_are_what_the_recordings_give():
     blocks = public_study.all_tables(public_study.recorded(list(public_study.SETS)))
-    pages = {path: path.read_text(encoding="utf-8") for path in (public_study.ROOT / "docs").glob("*.md")}
+    paths = [public_study.ROOT / "README.md", *(public_study.ROOT / "docs").glob("*.md")]
+    pages = {path: path.read_text(encoding="utf-8") for path in paths}
     for path, page in pages.items():
         assert public_study.with_blocks(page, blocks) == page, path.name
     for name in blocks:
