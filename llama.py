@@ -305,8 +305,8 @@ class Llama:
         return any(len(answer) > 1 for answer in answers)
 
     def needs_one_length(self, answers: Sequence[Sequence[int]]) -> bool:
-        """Whether the rows of a batch must be of one length."""
-        return not self.packs and (self._length_matters or self._go_on(answers))
+        """Whether the rows of a batch that is padded must be of one length."""
+        return self._length_matters or self._go_on(answers)
 
     def run_together(
         self, tails: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int | None

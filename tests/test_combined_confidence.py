@@ -515,7 +515,7 @@ def test_a_table_is_scored_by_both_methods_beside_the_combined_file_and_continue
 def test_weights_and_calibrators_of_other_rows_are_refused_before_the_model_scores_a_row(
     flags, speaking, files, calibrator, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(type(speaking), "_forward", lambda *_, **__: pytest.fail("the model ran"))
+    monkeypatch.setattr(speaking.model, "forward", lambda *_, **__: pytest.fail("the model ran"))
     (tmp_path / "t.csv").write_text("text\nA film\n", encoding="utf-8")
     table = ("--input", tmp_path / "t.csv", "--output", tmp_path / "both.jsonl", *flags)
     for command in (("a text", *flags), table):

@@ -169,6 +169,7 @@ def test_every_flag_travels_or_is_known_to_stay_at_home():
     sagemaker_job.add_arguments(parser)
     tables.add_column_arguments(parser)  # the rows go there as they were read here
     own = {"train", "validation", "groups", "task", "model", "adapter", "device", "output_dir", "resume", "overwrite"}
+    own |= {"device_map"}  # refused
     assert known == set(vars(parser.parse_args([]))) | own | set(fine_tune_model.TRAVELLING)
 
 
