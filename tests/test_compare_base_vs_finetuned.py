@@ -336,6 +336,7 @@ def test_rows_that_a_model_could_not_score_are_left_out_of_both_and_counted(held
     assert "2 rows left out, as a model could not score them" in held_out.out
 
 
+@pytest.mark.study
 def test_the_command_writes_the_same_report_and_six_figures_and_twice_the_same_bytes(held_out, tmp_path, monkeypatch):
     figure, captions = plotting.figure, []
     monkeypatch.setattr(

@@ -37,6 +37,7 @@ def test_another_model_and_texts_of_one_s_own_stop_where_no_calibrator_fits(run)
     assert "No calibrator of this repository is for this model" in done.stdout and "7." not in done.stdout
 
 
+@pytest.mark.study
 def test_the_fine_tuned_model_has_its_own_calibrator(run):
     done = run("main.py", "--adapter", "auto", "--text", "The canteen is on floor four.")
     assert "on at least 90% are right" in done.stdout and done.returncode == 0

@@ -749,11 +749,12 @@ def test_rows_keep_their_order_and_content_though_replies_come_in_another(call, 
     # Of two at a time the first waits for the fourth, which is asked for when the second and the third are done.
     texts = [f"FAKE-SEEDED row {i}" for i in range(6)] + ["FAKE-400"]
     flags, output = table(tmp_path, texts)
+    answers = 2 if script is consistency_confidence else 1  # asked for a row, each in a request
+    flags += ["--samples", answers] if answers > 1 else []
     one_by_one = unbroken(call, script, tmp_path, [*flags, "--concurrency", 1])
     fourth = threading.Event()
     fake.hold, fake.frees = {"row 0": fourth}, {"row 3": fourth}
-    samples = ["--concurrency", 2] if script is logprobs_confidence else []
-    assert call(script, *flags, *samples).code == 0 and fourth.is_set()
+    assert call(script, *flags, "--concurrency", 2 * answers).code == 0 and fourth.is_set()
     assert [(row["id"], row["text"]) for row in records(output)] == [(str(i), t) for i, t in enumerate(texts, 1)]
     assert output.read_bytes() == one_by_one
 

@@ -325,7 +325,7 @@ def killed_once(command, grown):
 
 
 def test_a_killed_training_is_continued_by_the_same_command(tiny_folder, tmp_path):
-    table = write_table(tmp_path / "many.jsonl", sentences(300, seed=5))
+    table = write_table(tmp_path / "many.jsonl", sentences(150, seed=5))
     common = [sys.executable, "probe_confidence.py", "--model", tiny_folder]
     train = [*map(str, [*common, "--train", table, "--output-dir", tmp_path / "probe"])]
     features = tmp_path / "probe" / "features.f32"
@@ -333,7 +333,7 @@ def test_a_killed_training_is_continued_by_the_same_command(tiny_folder, tmp_pat
     assert not (tmp_path / "probe" / "probe.json").exists()
     kept = features.read_bytes()
     done = subprocess.run(train, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0 and "300 rows in" in done.stdout, done.stderr
+    assert done.returncode == 0 and "150 rows in" in done.stdout, done.stderr
     assert features.read_bytes().startswith(kept) and kept
 
 
