@@ -143,11 +143,11 @@ def summary(report: Mapping) -> str:
     part["refinement"] = report["refinement"]["refinement"]
     chosen = report["metrics"][report["chosen"]]
     numbers = {"raw": report["metrics"]["raw"] | part, report["chosen"]: chosen | dict.fromkeys(part)}
-    better = "below" if gain > 0 else "NOT below"
+    compared = "is below" if low > 0 else "is ABOVE" if high < 0 else "cannot be told from"
     within = "within" if chosen["ece"] <= chosen["ece_noise_95"] else "NOT within"
     return (
         f"{metrics.metrics_table(numbers, SUMMARY)}\n"
-        f"The calibrated log loss is {better} the raw one (paired).\n"
+        f"The calibrated log loss {compared} the raw one (paired).\n"
         f"The calibrated ECE is {within} what true confidences show on so many rows (95 % point "
         f"{chosen['ece_noise_95']:.3f})."
     )

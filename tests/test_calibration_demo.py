@@ -438,7 +438,7 @@ def relabelled(held_out, tmp_path_factory):
 def test_a_calibrator_that_makes_it_worse_is_said_to(relabelled):
     raw, chosen = (relabelled.report["metrics"][name] for name in ("raw", CHOSEN))
     assert chosen["log_loss"] > raw["log_loss"] and chosen["ece"] > chosen["ece_noise_95"]
-    assert relabelled.report["log_loss_gain"][0] < 0 and "log loss is NOT below the raw one" in relabelled.run.out
+    assert relabelled.report["log_loss_gain"][0] < 0 and "log loss is ABOVE the raw one" in relabelled.run.out
     assert "ECE is NOT within what" in relabelled.run.out
 
 

@@ -182,6 +182,24 @@ def test_the_methods_are_what_the_recordings_of_both_give(run, tmp_path):
     assert gain in README
 
 
+@pytest.mark.study
+def test_the_five_commands_decide_about_a_table_as_the_readme_says(run, tmp_path):
+    commands, printed = README.partition("in five commands\n")[2].split("```\n")[1:4:2]
+    outputs = []
+    for line in commands.splitlines():
+        script, *arguments = shlex.split(line)[1:]
+        done = run(ROOT / script, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert len(outputs) == 5 and printed in outputs[3] and "no better than always answering" in outputs[1]
+    with open(tmp_path / "mine" / "new.jsonl", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    automated = [row for row in rows if row["decision"] == "automate"]
+    right = sum(row["label"] == row["prediction"] for row in automated) / len(automated)
+    said = f"about the {len(rows)} new rows: {len(automated)} are automated, and {short(right)} of them are right"
+    assert said in " ".join(README.split())
+
+
 # Tables
 
 
