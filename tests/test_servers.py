@@ -88,7 +88,7 @@ def sample_examples():
 def differences(run, url: str, llama, folder: Path) -> np.ndarray:
     """P(positive) and label mass, by the server less by the model loaded here, absolute [texts, 2]."""
     output = folder / "remote.jsonl"
-    listed = ("--timeout", 300, "--top-tokens", 200)  # with 20, one row's prediction could change with what is not listed
+    listed = ("--timeout", 300, "--top-tokens", 200)  # with 20, what is not listed could change one prediction
     done = run("logprobs_confidence.py", "--endpoint", url, "--input", "data/sample.csv", "--output", output, *listed)
     assert done.returncode == 0, done.stderr
     remote, local = predictions.read(output), label_scorer(llama, TASK).score_together(sample_examples())
