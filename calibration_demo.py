@@ -27,7 +27,6 @@ import csv
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ import relabelling
 import tables
 import text_report
 from calibration_figures import draw_figures
-from command_line import printable
+from command_line import filled, printable
 from verdict import Verdict, judge
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in made:
             path.replace(folder / path.name)
     names = ", ".join(path.name for path in made)
-    print("\n" + textwrap.fill(f"Written to {printable(str(folder))}: {names}", 100, break_long_words=False))
+    print("\n" + filled(f"Written to {printable(str(folder))}: {names}", 100))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -188,6 +188,33 @@ def exact_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def shown(self, form: str = ".3f") -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def mean_estimate(values: np.ndarray, groups: Sequence[object], seed: int = 0) -> Estimate:
+    """The mean of values [n] with its bootstrap interval, whole groups resampled."""
+    ((low, high),) = bootstrap_interval(lambda rows: [values[rows].mean()], groups, seed=seed)
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def share_estimate(correct: np.ndarray, groups: Sequence[object], seed: int = 0) -> Estimate:
+    """The share of right rows; its interval is exact, and where rows belong together as wide as the bootstrap's too."""
+    low, high = exact_interval(correct.sum(), len(correct))
+    if len(np.unique(groups)) < len(groups):
+        resampled = mean_estimate(correct, groups, seed)
+        low, high = min(low, resampled.low), max(high, resampled.high)
+    return Estimate(float(correct.mean()), low, high)
+
+
 def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
     """Groups of any kind as whole numbers from 0, in order of appearance."""
     numbers: dict[Hashable, int] = {}

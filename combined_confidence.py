@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,9 @@ from pooling import Combination, Pair, combine, read_pairs, scored_by_both
 from scoring import SavedRows
 from tables import Example
 from task import Task, read_task
+
+if TYPE_CHECKING:
+    from calibration_metrics import Estimate
 
 TARGETS = (0.8, 0.9, 0.95)  # accuracies that the comparison asks a guarantee for
 DELTA = 0.05
@@ -227,34 +230,17 @@ def cross_fitted(features: np.ndarray, truth: np.ndarray, groups: Sequence[objec
     return found
 
 
-class Estimate(NamedTuple):
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def shown(self, form: str = ".3f") -> str:
-        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
-
-
-def mean_estimate(values: np.ndarray, groups: Sequence[object], seed: int) -> Estimate:
-    """The mean of values [n] with its bootstrap interval, whole groups resampled."""
-    from calibration_metrics import bootstrap_interval
-
-    ((low, high),) = bootstrap_interval(lambda rows: [values[rows].mean()], groups, seed=seed)
-    return Estimate(values.mean(), low, high)
-
-
 def log_loss_gain(comparison: MethodComparison, name: str, over: str, seed: int = 0) -> Estimate:
     """How much less one contender's log loss is than another's, on the same rows."""
     measured = comparison.measured
+    from calibration_metrics import mean_estimate
+
     return mean_estimate(measured.losses(over) - measured.losses(name), measured.groups, seed)
 
 
 def measure(comparison: MethodComparison, name: str, seed: int = 0) -> dict[str, object]:
     """The numbers of `calibration_metrics` for a contender; its log loss is that of the true label's probability."""
-    from calibration_metrics import calibration_metrics
+    from calibration_metrics import calibration_metrics, mean_estimate
 
     measured = comparison.measured
     protocol = comparison.protocol if CONTENDERS[name].is_fitted else "nothing fitted"
@@ -316,6 +302,8 @@ def print_report(comparison: MethodComparison, seconds: Mapping[str, float] | No
 
 def with_interval(row: Mapping, name: str) -> str:
     """A number of `measure` with its interval, as far as they are defined."""
+    from calibration_metrics import Estimate  # late, as everything of the number side that --help does without
+
     return "-" if row[name] is None else Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]).shown()
 
 

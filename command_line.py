@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -217,6 +218,11 @@ class PrintableStream:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
+
+
+def filled(text: str, width: int, indent: str = "") -> str:
+    """A text in lines of at most so many characters, broken between words; all but the first are indented."""
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def one_line(error: BaseException) -> str:

@@ -262,6 +262,25 @@ def threshold_for(
     return choose_threshold(confidence, correct, target_accuracy, round(1 - float(certainty), 12), groups)
 
 
+def threshold_without_rows(target_accuracy: float, certainty: float | str = 0.95) -> Threshold:
+    """What no labelled rows at all can guarantee: nothing, and how many would do cannot be told."""
+    average = certainty == AVERAGE
+    return Threshold(
+        value=None,
+        target_accuracy=target_accuracy,
+        kind=AVERAGE if average else "exact",
+        delta=None if average else round(1 - float(certainty), 12),
+        n=0,
+        groups=0,
+        rho=0.0,
+        start=None,
+        **_accepting_nothing(),
+        naive_value=None,
+        naive_accepted=0,
+        more_labels=None,
+    )
+
+
 def measured_ladder(
     known: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],

@@ -13,13 +13,12 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from calibration_metrics import bootstrap_interval
-from decisions import AVERAGE, Threshold, automation, cost_optimal_threshold, threshold_for
+from decisions import AVERAGE, Threshold, automation, cost_optimal_threshold, threshold_for, threshold_without_rows
 
 DEFAULT = "default"  # in --target: all labels that are not named
 
@@ -69,9 +68,8 @@ def choose_label_thresholds(
         rows = np.flatnonzero(predicted == number)
         if len(rows):
             found[label] = threshold_for(confidence[rows], correct[rows], target, share, groups[rows])
-        else:  # what one wrong row says, less that row
-            nothing = threshold_for([0.0], [False], target, share)
-            found[label] = replace(nothing, n=0, groups=0, start=None, more_labels=None)
+        else:
+            found[label] = threshold_without_rows(target, share)
     return found
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -225,15 +226,15 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class Measured:
-    """A method with so many labels on the unseen rows: [value, low, high] are 95 % intervals."""
+    """A method with so many labels on the unseen rows."""
 
     method: str
     labels: int
     calibration_rows: int
     unseen: int
-    accuracy: tuple[float, float, float]
+    accuracy: metrics.Estimate
     log_loss: float  # of the true label, nothing calibrated
-    minus_draft: tuple[float, float, float] | None  # log loss, paired
+    minus_draft: metrics.Estimate | None  # log loss, paired
     label_mass: float | None
     calibrator: str
     ece: float | None  # of the calibrated confidence
@@ -271,7 +272,7 @@ def measure(rows: StudyRows, run: Run, n: int, draft: Run | None) -> Measured:
         labels=n,
         calibration_rows=len(fit),
         unseen=len(unseen),
-        accuracy=share_with_interval(correct, rows.groups[unseen]),
+        accuracy=metrics.share_estimate(correct, rows.groups[unseen]),
         log_loss=float(losses.mean()),
         minus_draft=None if run.method == DRAFT else minus_draft(rows, losses, draft),
         label_mass=None if run.label_mass is None else float(run.label_mass[m:].mean()),
@@ -293,7 +294,7 @@ def measure_commonest(rows: StudyRows, n: int, draft: Run | None) -> Measured:
         labels=n,
         calibration_rows=n,
         unseen=len(truth),
-        accuracy=share_with_interval(truth == shares.argmax(), groups),
+        accuracy=metrics.share_estimate(truth == shares.argmax(), groups),
         log_loss=float(losses.mean()),
         minus_draft=minus_draft(rows, losses, draft),
         label_mass=None,
@@ -310,22 +311,12 @@ def losses_of(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], metrics.EPSILON, 1))
 
 
-def minus_draft(rows: StudyRows, losses: np.ndarray, draft: Run | None) -> tuple[float, float, float] | None:
+def minus_draft(rows: StudyRows, losses: np.ndarray, draft: Run | None) -> metrics.Estimate | None:
     """Mean loss of the unseen rows minus the draft's on the same rows; the interval resamples whole groups."""
     if draft is None:
         return None
     apart = losses - losses_of(draft.probabilities[len(draft.calibrate_on) :], rows.truth[rows.unseen])
-    (interval,) = metrics.bootstrap_interval(lambda drawn: [apart[drawn].mean()], rows.groups[rows.unseen])
-    return float(apart.mean()), float(interval[0]), float(interval[1])
-
-
-def share_with_interval(correct: np.ndarray, groups: np.ndarray) -> tuple[float, float, float]:
-    """The share of right rows, its interval exact; of rows that belong together the wider of it and the bootstrap's."""
-    low, high = metrics.exact_interval(correct.sum(), len(correct))
-    if len(np.unique(groups)) < len(groups):
-        (resampled,) = metrics.bootstrap_interval(lambda drawn: [correct[drawn].mean()], groups)
-        low, high = min(low, resampled[0]), max(high, resampled[1])
-    return float(correct.mean()), float(low), float(high)
+    return metrics.mean_estimate(apart, rows.groups[rows.unseen])
 
 
 def guaranteed(rows: StudyRows, run: Run, fit: np.ndarray) -> tuple[np.ndarray, str, tuple[Guarantee, ...]]:
@@ -379,10 +370,9 @@ def short(value: float | None) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
-def with_interval(value: Sequence[float], sign: str = "") -> str:
-    """A number and its interval; with sign="+" all signed."""
-    point, low, high = (f"{number:{sign}.3f}".replace("0.", ".", 1) for number in value)
-    return f"{point} [{low}, {high}]"
+def with_interval(estimate: metrics.Estimate, sign: str = "") -> str:
+    """A number and its interval without leading zeros; with sign="+" all signed."""
+    return re.sub(r"\b0\.", ".", estimate.shown(f"{sign}.3f"))
 
 
 def automated(guarantee: Guarantee) -> str:
@@ -442,8 +432,8 @@ def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
                 continue
             words = known.get((BAG_OF_WORDS, n))
             others = [known.get((COMMONEST, n)), drafted, words]
-            lines.append([study.title, f"{n:,}", *(short(one.accuracy[0]) if one else "-" for one in others)])
-            lines[-1] += [short(probe.accuracy[0]), f"{short(probe.ece)} ({short(probe.expected_ece)})"]
+            lines.append([study.title, f"{n:,}", *(short(one.accuracy.value) if one else "-" for one in others)])
+            lines[-1] += [short(probe.accuracy.value), f"{short(probe.ece)} ({short(probe.expected_ece)})"]
             lines[-1].append(automated(words.at(0.9)) if words else "-")
             lines[-1] += [automated(guarantee) for guarantee in probe.guarantees]
     return markdown(head, lines)
@@ -464,8 +454,8 @@ def first_page_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str
         for method in methods:
             one = of_method[method]
             guarantee = one.at(SHOWN_TARGET) if one else None
-            cells.append(f"{short(one.accuracy[0])}; {automated(guarantee)}" if one else "not run")
-        lines.append([study.title, f"{n:,}", short(known[COMMONEST, n].accuracy[0]), *cells])
+            cells.append(f"{short(one.accuracy.value)}; {automated(guarantee)}" if one else "not run")
+        lines.append([study.title, f"{n:,}", short(known[COMMONEST, n].accuracy.value), *cells])
     return markdown(["set", "labels", COMMONEST, *methods], lines)
 
 

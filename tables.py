@@ -561,18 +561,6 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least one row is needed")
-    label_map = {}
-    for pair in args.label_map:
-        old, _, new = pair.partition("=")
-        if not (old and new):
-            raise ValueError(f"--label-map {pair}: write it as OLD=NEW")
-        label_map[old] = new
-    where = {}
-    for pair in args.where:
-        column, equals, value = pair.partition("=")
-        if not (column and equals):
-            raise ValueError(f"--where {pair}: write it as COLUMN=VALUE")
-        where[column] = value
     delimiter = DELIMITERS.get(args.delimiter, args.delimiter)
     if delimiter is not None and len(delimiter) != 1:
         raise ValueError(f"--delimiter {args.delimiter}: {', '.join(DELIMITERS)}, or one character")
@@ -581,12 +569,24 @@ def column_arguments(args: argparse.Namespace) -> dict[str, object]:
         "label_column": args.label_column,
         "id_column": args.id_column,
         "header": not args.no_header,
-        "label_map": label_map,
+        "label_map": _by_name("--label-map OLD=NEW", args.label_map),
         "limit": args.limit,
         "sample": args.sample,
         "seed": args.seed,
         "delimiter": delimiter,
         "encoding": args.encoding,
         "skip_bad_rows": args.skip_bad_rows,
-        "where": where,
+        "where": _by_name("--where COLUMN=VALUE", args.where, may_be_empty=True),
     }
+
+
+def _by_name(usage: str, pairs: Sequence[str], may_be_empty: bool = False) -> dict[str, str]:
+    """What pairs such as "OLD=NEW" say, of a flag with this usage."""
+    flag, form = usage.split()
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and (value or may_be_empty)):
+            raise ValueError(f"{flag} {pair}: write it as {form}")
+        found[name] = value
+    return found

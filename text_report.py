@@ -7,11 +7,10 @@ A screen or two: what is automated at which guarantee, how true the confidences 
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 
 import calibration_metrics as metrics
-from command_line import columns, printable
+from command_line import columns, filled, printable
 from confusions import WORST, label_errors_text
 from decisions import (
     AVERAGE,
@@ -178,11 +177,7 @@ def guarantee_section(report: Mapping) -> str:
     protocol = report["threshold_measured_protocol"]
     what = f"Guarantees: coverage, from which confidence on, and how many of these are right ({protocol}):"
     notes = [few_rows(report), *report["guarantee_words"]]
-    return "\n".join([what, ladder(report), *(filled(note) for note in notes if note)])
-
-
-def filled(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([what, ladder(report), *(filled(note, WIDTH) for note in notes if note)])
 
 
 def ladder(report: Mapping) -> str:

@@ -11,7 +11,6 @@ and fits take ROWS rows at most, drawn at random; accuracy and shares are of all
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -21,7 +20,7 @@ import numpy as np
 import calibration_metrics as metrics
 import tables
 from baselines import LENGTH, bag_of_words, commonest_label
-from command_line import printable
+from command_line import filled, printable
 from predictions import Prediction
 
 if TYPE_CHECKING:
@@ -32,15 +31,6 @@ LITTLE_MASS = 0.5
 GOOD_AUC = 0.8
 ENOUGH_FOR_A_PROBE = 100  # labelled rows
 WIDTH = 110  # characters of a line
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ class Verdict:
     tested: int = 0  # of them drawn for tests and fits
     groups: int = 0  # of these
     labels: int = 0
-    accuracy: Measured | None = None
+    accuracy: metrics.Estimate | None = None
     commonest: str = ""
     commonest_share: float = 0.0
     over_commonest: Gain | None = None
@@ -74,9 +64,9 @@ class Verdict:
     relabelled: float | None = None  # accuracy of the most probable label once the class bias is taken out
     over_raw: Gain | None = None  # of these labels over the predictions
     relabelled_over_commonest: Gain | None = None
-    auroc: Measured | None = None  # of the confidence, for being right
+    auroc: metrics.Estimate | None = None  # of the confidence, for being right
     last_label: str = ""
-    auc: Measured | None = None  # of two labels: of P(last label), for the label being that one
+    auc: metrics.Estimate | None = None  # of two labels: of P(last label), for the label being that one
     label_mass: float = 0.0  # mean
     log_loss: float = 0.0  # of the confidence, nats: refinement and calibration part together
     refinement: float | None = None
@@ -129,7 +119,7 @@ def judge(
     numbers = metrics.group_numbers(tables.groups_of(rows) if groups is None else groups)
     drawn = drawn_rows(len(rows), seed)
     found = judge_sample([rows[n] for n in drawn], totals_of(rows), numbers[drawn], words, seed)
-    found = replace(found, accuracy=share_right(scores.correct, numbers, seed))
+    found = replace(found, accuracy=metrics.share_estimate(scores.correct, numbers, seed))
     if recalibrated is None:
         return found
     split = metrics.refinement_split(scores.confidence, recalibrated, scores.correct)
@@ -146,10 +136,6 @@ def why_none(rows: Sequence[Prediction]) -> str | None:
     """Why nothing can be said of these labelled rows, if nothing can."""
     from calibration import LEAST_ROWS
 
-    if chosen := sum(row.extras.get("purpose") == "chosen" for row in rows):
-        return (
-            f"{chosen:,} of {len(rows):,} labelled rows were chosen to be labelled, so they are no sample of all rows"
-        )
     if len(rows) < LEAST_ROWS:
         return f"{len(rows)} labelled rows are too few, at least {LEAST_ROWS} are needed and some hundred say more"
     if len({row.label for row in rows}) == 1:
@@ -208,9 +194,9 @@ def judge_sample(
     words = words_of(rows, groups, seed) if words is None else words
     commonest, share = commonest_label(totals.true_rows)
     if totals.n == len(rows):
-        accuracy = share_right(scores.correct, groups, seed)
+        accuracy = metrics.share_estimate(scores.correct, groups, seed)
     else:
-        accuracy = Measured(totals.right / totals.n, *metrics.exact_interval(totals.right, totals.n))
+        accuracy = metrics.Estimate(totals.right / totals.n, *metrics.exact_interval(totals.right, totals.n))
     only = np.flatnonzero(totals.predicted_rows)
     return Verdict(
         method=rows[0].method,
@@ -229,15 +215,6 @@ def judge_sample(
         **rankings(scores, groups, seed),
         **loss_parts(scores, groups, totals.log_loss, seed),
     )
-
-
-def share_right(correct: np.ndarray, groups: np.ndarray, seed: int = 0) -> Measured:
-    """The accuracy; the interval is exact, and where rows belong together as wide as the cluster bootstrap's."""
-    low, high = metrics.exact_interval(correct.sum(), len(correct))
-    if len(np.unique(groups)) < len(groups):
-        ((lower, higher),) = metrics.bootstrap_interval(lambda rows: [correct[rows].mean()], groups, seed=seed)
-        low, high = min(low, lower), max(high, higher)
-    return Measured(float(correct.mean()), float(low), float(high))
 
 
 def comparisons(
@@ -267,11 +244,11 @@ def gain(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray, seed: int = 0
     from scipy.special import bdtr
 
     apart = ours.astype(float) - theirs
-    ((low, high),) = metrics.bootstrap_interval(lambda rows: [apart[rows].mean()], groups, seed=seed)
+    mean = metrics.mean_estimate(apart, groups, seed)
     only_ours, only_theirs = int((apart > 0).sum()), int((apart < 0).sum())
     p = min(1.0, 2 * bdtr(min(only_ours, only_theirs), only_ours + only_theirs, 0.5))
-    sign = int(low > 0) - int(high < 0) if p < 0.05 else 0
-    return Gain(float(apart.mean()), float(low), float(high), sign)
+    sign = int(mean.low > 0) - int(mean.high < 0) if p < 0.05 else 0
+    return Gain(mean.value, mean.low, mean.high, sign)
 
 
 def without_class_bias(scores: Scores, groups: np.ndarray, seed: int = 0) -> np.ndarray | None:
@@ -297,8 +274,8 @@ def rankings(scores: Scores, groups: np.ndarray, seed: int = 0) -> dict[str, obj
         def statistic(rows: np.ndarray, score: np.ndarray = score, target: np.ndarray = target) -> list[float]:
             return [metrics.auroc(score[rows], target[rows])]
 
-        ((low, high),) = metrics.bootstrap_interval(statistic, groups, n_resamples=300, seed=seed)
-        found[name] = Measured(metrics.auroc(score, target), float(low), float(high))
+        ((low, high),) = metrics.bootstrap_interval(statistic, groups, seed=seed)
+        found[name] = metrics.Estimate(metrics.auroc(score, target), float(low), float(high))
     return found
 
 
@@ -385,7 +362,9 @@ def about_the_bias(found: Verdict) -> str | None:
 
 
 def next_steps(found: Verdict, labelled: int | None = None) -> list[str]:
-    """What to try, the largest gain first; nothing where the classifier beats both baselines.
+    """What to try, in the order of what it gained on public data (docs/study.md).
+
+    Nothing where the classifier beats both baselines.
 
     `labelled` rows are there to learn from (default: those that were judged).
     """
@@ -397,7 +376,7 @@ def next_steps(found: Verdict, labelled: int | None = None) -> list[str]:
     more = "more labels (label_next.py)"
     if found.method == "probe":
         return [more, "a larger --model", "fine_tune_model.py"]
-    steps = ["improve_task.py", "fine_tune_model.py", more]
+    steps = ["fine_tune_model.py", "improve_task.py", more]
     if found.over_raw and found.over_raw.sign > 0 and found.relabelled_over_commonest.sign > 0:
         steps.insert(0, "calibration_demo.py --relabel")
     if (labelled or found.n) >= ENOUGH_FOR_A_PROBE:
@@ -415,8 +394,9 @@ def text(record: Mapping, name: str = "Verdict") -> str:
     if not record["problem"]:
         lines += [f"  {line}" for line in number_lines(record)]
     if record["next_steps"]:
-        lines.append(f"  next, the largest gain first (docs/improving.md): {', '.join(record['next_steps'])}")
-    return filled(lines)
+        steps = ", ".join(record["next_steps"])
+        lines.append(f"  next, by what gained most on public data (docs/improving.md): {steps}")
+    return "\n".join(filled(printable(line), WIDTH, "    ") for line in lines)
 
 
 def text_of_several(records: Mapping[str, Mapping]) -> str:
@@ -427,13 +407,7 @@ def text_of_several(records: Mapping[str, Mapping]) -> str:
         lines += [f"{name}: {first}", *(f"  {sentence}" for sentence in others)]
     if not record["problem"]:
         lines.append(f"On the same {rows_words(record)}: {baseline_words(record)}")
-    return filled(lines)
-
-
-def filled(lines: Sequence[str]) -> str:
-    """Lines for a terminal, long ones broken between words."""
-    whole = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(printable(line), WIDTH, subsequent_indent="    ", **whole) for line in lines)
+    return "\n".join(filled(printable(line), WIDTH, "    ") for line in lines)
 
 
 def number_lines(record: Mapping) -> list[str]:
@@ -448,7 +422,7 @@ def number_lines(record: Mapping) -> list[str]:
     lines += ["; ".join(ranking)] if ranking else []
     loss = f"log loss {record['log_loss']:.3f}"
     if record["refinement"] is not None:
-        loss += f" = {record['calibration_part']:.3f} calibration + {record['refinement']:.3f} refinement"
+        loss += f" = {record['calibration_part']:z.3f} calibration + {record['refinement']:.3f} refinement"
     return [*lines, f"label mass {record['label_mass']:.3f}; {loss}"]
 
 

@@ -526,7 +526,7 @@ def check_verdict(scored: ScoredSample, labelled: int) -> Finding:
     accuracy = f"accuracy {verdict.interval(record['accuracy'])}; {verdict.baseline_words(record)}"
     said = [*record["sentences"], accuracy]
     if steps := verdict.next_steps(found, labelled):
-        said.append(f"next, the largest gain first (docs/improving.md): {', '.join(steps)}")
+        said.append(f"next, by what gained most on public data (docs/improving.md): {', '.join(steps)}")
     status = "ok" if verdict.works(found) else "failed" if verdict.fails(found) else "warning"
     return Finding(status, "; ".join(said))
 

@@ -295,8 +295,9 @@ def test_the_report_says_n_groups_protocol_and_cost_and_its_numbers_are_those_me
         calls = {"1": "1.0", "2": "10.0", "3": "11.0"}[name[0]]
         assert shown[-2:] == [calls, "-"]  # how long the methods ran is not known here
     assert "thresholds come from the calibration rows." in done.out and "in-sample" not in done.out
-    gain, low, high = log_loss_gain(found, "3 stacked", "1 logprobs, fitted")
-    assert f"fitted logprobs, on the same rows: {gain:+.4f} [{low:+.4f}, {high:+.4f}]" in lines[-2]
+    gain = log_loss_gain(found, "3 stacked", "1 logprobs, fitted")
+    shown = f"{gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+    assert f"fitted logprobs, on the same rows: {shown}" in lines[-2]
 
 
 def test_cross_fitted_thresholds_are_called_in_sample_and_groups_are_counted(files, tmp_path):

@@ -123,7 +123,7 @@ def test_labelled_rows_of_a_table_are_scored_and_judged(examine, tiny_folder, tm
     assert re.match("(worse|no better|better) than always answering|only '(pos|neg)ative' is ever predicted", said), (
         said
     )
-    assert "accuracy 0." in said and "next, the largest gain first" in said
+    assert "accuracy 0." in said and "next, by what gained most on public data" in said
     assert rows["mass on rows"][0] == "warning" and "over 30 of your rows" in rows["mass on rows"][1]
     assert code == 1 or "failed" not in (rows["verdict"][0], rows["direction"][0])
 

@@ -86,13 +86,13 @@ def test_numbers_are_those_of_the_unseen_rows_alone(measured):
     unseen, one = rows.unseen, found[PROBE, 120]
     right = (probe.probabilities[unseen].argmax(axis=1) == rows.truth[unseen]).mean()
     loss = -np.log(probe.probabilities[unseen, rows.truth[unseen]])
-    assert one.accuracy[0] == right and one.accuracy[1] < right < one.accuracy[2]
+    assert one.accuracy.value == right and one.accuracy.low < right < one.accuracy.high
     assert one.log_loss == pytest.approx(loss.mean())
     drafted = -np.log(draft.probabilities[unseen, rows.truth[unseen]])
-    assert one.minus_draft[0] == pytest.approx((loss - drafted).mean()) and one.minus_draft[2] < 0
+    assert one.minus_draft.value == pytest.approx((loss - drafted).mean()) and one.minus_draft.high < 0
     assert found[DRAFT, 60].label_mass == pytest.approx(draft.label_mass[unseen].mean())
     commonest = np.bincount(rows.truth[:60]).argmax()
-    assert found["commonest label", 60].accuracy[0] == (rows.truth[unseen] == commonest).mean()
+    assert found["commonest label", 60].accuracy.value == (rows.truth[unseen] == commonest).mean()
     # Nine of ten rows are right whatever the confidence: 80 % can be guaranteed, 95 % cannot.
     assert one.at(0.8).is_made and one.at(0.8).share > 0.5 and not one.at(0.8).is_broken
     assert not one.at(0.95).is_made and not found[DRAFT, 120].at(0.8).is_made
