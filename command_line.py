@@ -73,7 +73,8 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit complains again
             sys.exit(1)
         except (ValueError, OSError, MemoryError, RecursionError, OverflowError, ImportError) as error:
-            if isinstance(error, ImportError) and "SOCKS" not in str(error):
+            is_missing = isinstance(error, ModuleNotFoundError) and error.name
+            if isinstance(error, ImportError) and not is_missing and "SOCKS" not in str(error):
                 raise
             print("error: " + printable(_message(error)), file=sys.stderr)
             sys.exit(2)
@@ -84,6 +85,12 @@ def run(main: Callable[[], None], resumes: bool = False) -> None:
 
 
 def _message(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return (
+            f"{sys.executable} lacks the package {package}: activate the environment that has it "
+            "(. .venv/bin/activate), or pip install -r requirements.txt"
+        )
     if isinstance(error, ImportError):
         return proxy_problem(needs_package=True)
     if getattr(error, "filename", None) and error.strerror:

@@ -270,7 +270,7 @@ def _delimited_rows(
         if names is None and not problem:
             if not cells:
                 continue
-            names = cells if header else [str(n) for n in range(1, len(cells) + 1)]
+            names = cells if header else _numbered(cells, where)
             if header:
                 _check_names(names, where)
                 continue
@@ -301,6 +301,19 @@ def _check_names(names: Sequence[str], where: str) -> None:
         raise ValueError(
             f"{where}: two columns have the name {twice!r}; if this line is a row already, say --no-header"
         )
+
+
+def _numbered(cells: Sequence[str], where: str) -> list[str]:
+    """The names of columns that no header names: 1, 2, ...
+
+    Tables made here of such a table (split_table.py, label_next.py and others) have these names in a header, and with
+    --no-header that line would be taken for a row.
+    """
+    names = [str(n) for n in range(1, len(cells) + 1)]
+    own = [cell for cell in cells if cell != "purpose"]  # which label_next.py adds
+    if len(own) > 1 and own == names[: len(own)]:
+        raise ValueError(f"{where}: this line names the columns {', '.join(own)}; leave --no-header out")
+    return names
 
 
 def _json_rows(source: str, written: TextFormat) -> Iterator[tuple[str, dict]]:
@@ -383,11 +396,11 @@ def _sheet_rows(source: str, header: bool) -> Iterator[tuple[str, dict]]:
         where = f"{source} row {number}"
         cells = [formula if value is None else value for value, formula in zip(values, formulas, strict=True)]
         if names is None:
-            names = [str(n) for n in range(1, len(cells) + 1)]
+            names = ["" if cell is None else str(cell) for cell in cells]
             if header:
-                names = ["" if cell is None else str(cell) for cell in cells]
                 _check_names([name for name in names if name], where)
                 continue
+            names = _numbered(names, where)
         if any(cell is not None for cell in cells):
             cells += [None] * (len(names) - len(cells))
             yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name}

@@ -112,7 +112,7 @@ def test_slow_work_is_told_in_seconds_a_row_and_long_work_in_minutes_and_hours()
     assert [command_line.duration(s) for s in (599, 601, 7199, 9000)] == ["599 s", "10 min", "120 min", "2.5 h"]
 
 
-def test_a_socks_proxy_without_its_package_is_one_line_and_another_missing_package_a_bug(capsys, monkeypatch):
+def test_a_socks_proxy_without_its_package_is_one_line_and_another_failed_import_a_bug(capsys, monkeypatch):
     def fail(words):
         raise ImportError(words)
 
@@ -123,7 +123,14 @@ def test_a_socks_proxy_without_its_package_is_one_line_and_another_missing_packa
     line = "error: the environment variable all_proxy names a SOCKS proxy, for which the package socksio is missing"
     assert capsys.readouterr().err.startswith(line)
     with pytest.raises(ImportError):
-        command_line.run(lambda: fail("No module named 'x'"))
+        command_line.run(lambda: fail("cannot import name 'x'"))
+
+
+def test_a_package_that_is_missing_is_one_line_with_the_way_out(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command_line.run(lambda: __import__("no_such_package.part"))
+    problem = capsys.readouterr().err
+    assert "lacks the package no_such_package: activate" in problem and problem.count("\n") == 1
 
 
 def test_progress_survives_a_long_wait_for_the_first_row(capsys, monkeypatch):

@@ -62,6 +62,14 @@ def test_a_csv_table_takes_its_columns_by_name_or_by_number(tmp_path):
     assert rows(tmp_path / "bare.csv", header=False, label_column="2")[1] == ("2", "Awful", "1")
 
 
+@pytest.mark.parametrize("header", ["1,2,3", "1,2,purpose"])
+def test_the_header_of_a_table_made_of_one_without_is_not_taken_for_a_row(header, tmp_path):
+    (tmp_path / "part.csv").write_text(f"{header}\n4,Title,Body\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 1: this line names the columns 1, 2.*leave --no-header out"):
+        rows(tmp_path / "part.csv", header=False, text_column="2")
+    assert rows(tmp_path / "part.csv", text_column="2", label_column="1") == [("1", "Title", "4")]
+
+
 def test_a_tsv_file_has_no_quoting(tmp_path):
     (tmp_path / "t.tsv").write_bytes(b'text\tlabel\r\n"Good" he said\tpositive\r\n"never closed\tnegative\r\n')
     assert rows(tmp_path / "t.tsv") == [
