@@ -14,7 +14,7 @@ With two files everything is fitted and chosen on the first and measured on the 
 measured by a calibrator that did not see its group (out-of-fold), and the figures that need separate test rows use a
 fixed half of the groups. Nothing here is measured on the rows it was fitted on. In a program:
 
-    study = calibration_study(labelled_rows("cal.jsonl"), labelled_rows("test.jsonl"), target_accuracy=0.8)
+    study = calibration_study(labelled_rows("cal.jsonl"), labelled_rows("test.jsonl"), Goal(target_accuracy=0.8))
     report = study_report(study, review_cost=5, error_cost=50)
     print(text_report.report_text(report))
     draw_figures(study, report, Path("figures"))             # calibration_figures.py
