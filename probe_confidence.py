@@ -246,8 +246,8 @@ def training_report(record: ProbeRecord, folder: str | Path) -> str:
     ]
     shown += [("the commonest label", found["commonest_label_log_loss"], found["commonest_label_accuracy"])]
     lines = [f"{record.n:,} rows in {record.groups:,} groups, {len(record.labels)} labels; all numbers out-of-fold"]
-    cells = [("", "log loss of labels", "accuracy"), *((name, f"{loss:.4f}", f"{right:.3f}") for name, loss, right in shown)]
-    lines.append(command_line.columns(cells, indent="  "))
+    cells = [(name, f"{loss:.4f}", f"{right:.3f}") for name, loss, right in shown]
+    lines.append(command_line.columns([("", "log loss of labels", "accuracy"), *cells], indent="  "))
     if WORDS in by_name and by_name[WORDS]["log_loss"] < by_name[names[0]]["log_loss"]:
         lines.append("  The bag of words alone knows more than the hidden states alone.")
     if record.rare:
