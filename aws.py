@@ -6,7 +6,7 @@
     found = checked(checks, "weights", lambda: find_weights(...), otherwise=...)
     refuse_failed(checks)
 
-Nothing that is printed or raised shows a key or a token: `hidden` takes them out of texts, `redacted` out of requests.
+Nothing that is printed or raised shows a key or a token: `hidden` takes them out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -67,7 +68,6 @@ PRICES = {
     "ml.g7e.2xlarge": 4.20,
 }
 PRICED = "us-east-1, November 2026"
-SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|KEY|PASSWORD)S?(_|$)", re.I)
 SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}")
 URL_PASSWORD = re.compile(r"(?<=//)[^/\s@]+@")
 SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -151,17 +151,9 @@ def hidden(text: str) -> str:
     return SECRET_VALUE.sub("[redacted]", URL_PASSWORD.sub("[redacted]@", text))
 
 
-def redacted(value: object, name: str = "") -> object:
-    """A request without secrets: tokens anywhere, and values whose name says that they are one (an ARN is none)."""
-    if isinstance(value, Mapping):
-        return {key: redacted(part, key) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    if SECRET_NAME.search(name) and name != "Key" and not value.startswith("arn:"):  # a tag's name is under "Key"
-        return "[redacted]"
-    return hidden(value)
+def shown(request: Mapping) -> str:
+    """A request as --dry-run prints it."""
+    return hidden(json.dumps(request, indent=1))
 
 
 def printed(text: str) -> str:

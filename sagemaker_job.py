@@ -12,7 +12,6 @@ the container reads a secret by its ARN. Checkpoints lie in S3, so a spot interr
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import gzip
 import json
@@ -25,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import aws
@@ -101,7 +101,7 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """A job, what was checked, what it costs at most, and what is uploaded before it starts: address -> content."""
 
     job: TrainingJob
@@ -121,7 +121,7 @@ def train(settings: Settings, training: Training) -> None:
     plan = plan_job(account, settings, training)
     aws.print_checks(plan.checks)
     if settings.dry_run:
-        print(json.dumps(aws.redacted(training_request(plan.job)), indent=1))
+        print(aws.shown(training_request(plan.job)))
         return
     aws.refuse_failed(plan.checks)
     if not settings.yes:
@@ -226,12 +226,17 @@ def check_landing(settings: Settings) -> None:
 # What is sent
 
 
-def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
+def plan_job(account: Account, settings: Settings, training: Training) -> JobPlan:
     """The job that the flags describe, and everything that can be checked before it is billed."""
     checks, role = aws.check_account(account, settings.role, settings.bucket, settings.instance_type)
     home = f"s3://{aws.bucket_name(account, settings.bucket)}/{aws.PREFIX}"
-    fetched = Weights(training.model, "", f"the container fetches {training.model}")
-    weights = checked(checks, "weights", lambda: job_weights(settings, training.model, home) or fetched, fetched)
+    weights = Weights(training.model, "", f"the container fetches {training.model}")  # the default one through pip
+    if training.model != "default":
+        way = {"place": settings.weights, "home": home, "dry_run": settings.dry_run}
+        way["has_token"] = bool(settings.hf_token_secret)
+        weights = checked(checks, "weights", lambda: aws.find_weights(training.model, **way), weights)
+    else:
+        checks.append(Check("ok", "weights", weights.detail))
     if arn := settings.hf_token_secret:
         checked(checks, "token", lambda: check_secret(account, arn), arn)
     cost = most_it_costs(account.region, settings)
@@ -256,7 +261,7 @@ def plan_job(account: Account, settings: Settings, training: Training) -> Plan:
         weights=weights.prefix,
     )
     uploads = {f"{job.data}{one}": content for one, content in rows.items()} | {job.source: packed}
-    return Plan(job, checks, cost, uploads, weights)
+    return JobPlan(job, checks, cost, uploads, weights)
 
 
 def training_request(job: TrainingJob) -> dict:
@@ -337,13 +342,6 @@ def earlier_checkpoints(account: Account, alike: str) -> str:
 # The model, the token, the rows and the sources
 
 
-def job_weights(settings: Settings, model: str, home: str) -> Weights | None:
-    """The weights of a model of the Hub or of a folder; None for the default model, which comes through pip."""
-    if model == "default":
-        return None
-    return aws.find_weights(model, settings.weights, home, settings.dry_run, bool(settings.hf_token_secret))
-
-
 def staged_as(weights: Weights) -> str:
     """The folder in which the container must find staged weights, in the Hub's cache for a model of the Hub."""
     if hub_id(weights.model) is None:
@@ -392,18 +390,10 @@ def source_files(root: Path, training: Training, weights: Weights) -> dict[str, 
 
 def imported_modules(root: Path, name: str) -> dict[str, bytes]:
     """The file of a module, and of every module of ours that it imports, directly or not."""
-    files, todo = {}, [name]
-    while todo:
-        file = f"{todo.pop()}.py"
-        if file in files or not (root / file).is_file():
-            continue
-        files[file] = (root / file).read_bytes()
-        for node in ast.walk(ast.parse(files[file])):
-            if isinstance(node, ast.Import):
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                todo.append(node.module)
-    return files
+    finder = ModuleFinder([str(root)])  # which finds no others
+    finder.run_script(str(root / f"{name}.py"))
+    files = [Path(module.__file__) for module in finder.modules.values() if module.__file__]  # others are built in
+    return {file.name: file.read_bytes() for file in files}
 
 
 def job_requirements(file: Path, flags: Mapping[str, object]) -> bytes:
@@ -449,7 +439,7 @@ def follow(account: Account, name: str, poll_s: float) -> dict:
 
     boto3's waiter would wait as well, but in silence.
     """
-    shown, tokens = 0, {}
+    shown, seen = 0, set()
     while True:
         description = describe(account, name)
         changes = description.get("SecondaryStatusTransitions", [])
@@ -459,36 +449,27 @@ def follow(account: Account, name: str, poll_s: float) -> dict:
         has_ended = description["TrainingJobStatus"] not in ("InProgress", "Stopping")
         if has_ended:
             time.sleep(min(poll_s, 2.0))  # the last lines arrive a little after the end
-        print_logs(account, name, tokens)
+        print_logs(account, name, seen)
         if has_ended:
             return description
         time.sleep(poll_s)
 
 
-def print_logs(account: Account, name: str, tokens: dict[str, str]) -> None:
-    """Print the log lines that are new since `tokens`, by stream. A log that is not there yet is no error."""
-    client, group = account.client("logs"), {"logGroupName": LOG_GROUP}
+def print_logs(account: Account, name: str, seen: set[str]) -> None:
+    """Print the log lines whose ids are not in `seen`, and add them. A log that is not there yet is no error."""
+    pages = account.client("logs").get_paginator("filter_log_events")
     try:
         with explained("read the log"):
-            streams = client.describe_log_streams(**group, logStreamNamePrefix=f"{name}/")["logStreams"]
-            for stream in sorted(one["logStreamName"] for one in streams):
-                tokens[stream] = _print_stream(client, group | {"logStreamName": stream}, tokens.get(stream))
+            for page in pages.paginate(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{name}/"):
+                new = [event for event in page["events"] if event["eventId"] not in seen]
+                seen.update(event["eventId"] for event in new)
+                for event in new:
+                    message = "".join(c if c.isprintable() else " " for c in event["message"])  # laid out as it was
+                    print(f"  | {aws.hidden(message)}".rstrip(), flush=True)
     except AwsError as error:
-        if not error.is_gone and "told" not in tokens:
-            tokens["told"] = str(error)  # once is enough
+        if not error.is_gone and "told" not in seen:
+            seen.add("told")  # once is enough
             print(f"note: {error}; the status still is read", file=sys.stderr)
-
-
-def _print_stream(client: object, stream: dict, token: str | None) -> str:
-    """Print a stream from a token on; the token that goes on from there."""
-    while True:
-        page = client.get_log_events(**stream, startFromHead=True, **({"nextToken": token} if token else {}))
-        for event in page["events"]:
-            message = "".join(c if c.isprintable() else " " for c in event["message"])  # laid out as it was
-            print(f"  | {aws.hidden(message)}".rstrip(), flush=True)
-        if page["nextForwardToken"] == token:  # which says that there is no more
-            return token
-        token = page["nextForwardToken"]
 
 
 def ended_badly(account: Account, description: dict) -> str | None:

@@ -17,7 +17,6 @@ anything or not:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import aws  # noqa: E402
 import command_line  # noqa: E402
 import sagemaker_endpoint  # noqa: E402
 from aws import Account, AwsError  # noqa: E402
-from sagemaker_endpoint import MAX_LENGTH, MAX_RANK, Plan, Serving, deletion, rate  # noqa: E402
+from sagemaker_endpoint import MAX_LENGTH, MAX_RANK, EndpointPlan, Serving, deletion, rate  # noqa: E402
 
 ANY_TIME = ("endpoint", "adapter", "remove", "bucket", "region", "dry_run", "yes", "max_wait", "poll_seconds")
 
@@ -109,13 +108,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"the adapter {name} is named twice")
 
 
-def print_requests(plan: Plan) -> None:
+def print_requests(plan: EndpointPlan) -> None:
     for step in plan.steps:
-        print(f"\n{step.operation}\n{json.dumps(aws.redacted(step.body), indent=1)}")
+        print(f"\n{step.operation}\n{aws.shown(step.body)}")
     print("\na dry run: nothing was started or changed" if plan.steps else "\na dry run: nothing is to be done")
 
 
-def carry_out(account: Account, plan: Plan, bucket: str, max_wait_s: float, poll_s: float) -> None:
+def carry_out(account: Account, plan: EndpointPlan, bucket: str, max_wait_s: float, poll_s: float) -> None:
     if plan.weights:
         aws.upload_weights(account, plan.weights)
     for adapter in plan.uploads:
@@ -138,7 +137,7 @@ def left(account: Account, endpoint: str, hourly: float | None) -> str:
     return f"the endpoint {endpoint} is {found['EndpointStatus']} and costs {rate(hourly)}; {delete}"
 
 
-def print_end(account: Account, endpoint: str, plan: Plan) -> None:
+def print_end(account: Account, endpoint: str, plan: EndpointPlan) -> None:
     """What serves now, what it costs, and what to do next."""
     start = f"{endpoint}-adapter-"
     names = [name.removeprefix(start) for name in sagemaker_endpoint.component_names(account, endpoint)]

@@ -1,13 +1,27 @@
-"""Shared fixtures: the embedded model, and tiny random ones that read with its tokenizer, built in memory."""
+"""What tests share: the embedded model and tiny random ones that read with its tokenizer, tables, scripts that run.
 
+Whatever is computed, here and in the processes that tests start, is computed on one thread: tiny models are faster so,
+and sums come out the same everywhere.
+"""
+
+import csv
+import functools
+import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports numpy or torch
+
+import command_line
+
 ROOT = Path(__file__).parent.parent
+WORDS = ("a", "film", "that", "is", "not", "good", "bad", "long", "funny", "dull", "and", "never", "quite", "warm")
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +98,93 @@ def counted():
     llama.model.get_input_embeddings().register_forward_hook(lambda module, ids, output: read.append(ids[0].numel()))
     llama.model.lm_head.register_forward_hook(lambda module, states, output: heads.append(tuple(output.shape)))
     return llama, read, heads
+
+
+# Tables
+
+
+def texts(n, seed=0):
+    """n labelled rows of one to twenty words."""
+    draw = random.Random(seed)
+    return [
+        (f"r{i}", " ".join(draw.choices(WORDS, k=draw.randint(1, 20))), draw.choice(["positive", "negative"]))
+        for i in range(n)
+    ]
+
+
+def write_csv(path, rows, header=("id", "text", "label")):
+    """Write rows, tuples or examples; -> the path."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *(row if isinstance(row, tuple) else astuple(row) for row in rows)])
+    return path
+
+
+def records(path):
+    """The JSON objects of a file, one a line."""
+    return [json.loads(line) for line in Path(path).read_bytes().splitlines()]
+
+
+def stamp(path):
+    """What changes whenever a file is written."""
+    return Path(path).read_bytes(), Path(path).stat().st_mtime_ns, Path(path).stat().st_ino
+
+
+# Scripts
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer():
+    """The tokenizer, and its vocabulary with it, is read once."""
+    from transformers import AutoTokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
+        yield
+
+
+def exit_code_of(main, *arguments):
+    """Run a script's main as its guard does."""
+    try:
+        command_line.run(lambda: main([*map(str, arguments)]))
+    except SystemExit as stopped:
+        return stopped.code or 0
+    return 0
+
+
+@pytest.fixture
+def outcome(capsys):
+    """Run a script's main in this process: `outcome(main, "text")` -> exit code, stdout, stderr."""
+
+    def run_main(main, *arguments):
+        capsys.readouterr()
+        return exit_code_of(main, *arguments), *capsys.readouterr()
+
+    return run_main
+
+
+def assert_one_error(result, *words):
+    """Whether an outcome is exit code 2 and one line with these words."""
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: "), result
+    assert all(word in err for word in words), err
+
+
+@pytest.fixture(scope="session")
+def aws_stand():
+    from fake_sagemaker import Fake
+
+    with Fake() as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(aws_stand, monkeypatch):
+    """A stand-in for Amazon Web Services with nothing in it, for commands that run in this process."""
+    aws_stand.clear()
+    for name, value in aws_stand.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("boto3.Session", aws_stand.session)
+    return aws_stand
 
 
 @pytest.fixture

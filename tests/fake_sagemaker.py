@@ -5,8 +5,7 @@
         assert fake.calls("CreateTrainingJob")[0]["RoleArn"] == ...
 
 botocore checks little of what it sends, so every request is checked here against its own model of the service: enums,
-patterns and lengths too. What a wrong order of requests would do on AWS it does here. What it cannot show: permissions,
-image pulls, GPUs, capacity, AWS's wording.
+patterns and lengths too. What it cannot show: permissions, image pulls, GPUs, capacity, AWS's wording.
 """
 
 import functools
@@ -19,11 +18,11 @@ import traceback
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import boto3
 import botocore.session
-from botocore import xform_name
 from botocore.config import Config
 from botocore.stub import Stubber
 from botocore.validate import ParamValidator
@@ -34,6 +33,7 @@ ACCOUNT, REGION = "123456789012", "us-east-1"
 BUCKET = f"sagemaker-{REGION}-{ACCOUNT}"
 MODEL = botocore.session.get_session().get_service_model("sagemaker")
 COMPONENT_HEADER = "X-Amzn-SageMaker-Inference-Component"
+KINDS = ("TrainingJob", "Model", "EndpointConfig", "Endpoint", "InferenceComponent")
 
 
 def problems(operation, body):
@@ -86,9 +86,9 @@ def session():
 
 
 class RefusalError(Exception):
-    def __init__(self, message, code="ValidationException", status=400, **extra):
+    def __init__(self, message, code="ValidationException"):
         super().__init__(message)
-        self.code, self.status, self.extra = code, status, extra
+        self.code = code
 
 
 @dataclass
@@ -107,10 +107,6 @@ class Job:
     def name(self):
         return self.request["TrainingJobName"]
 
-    @property
-    def running(self):
-        return self.status in ("InProgress", "Stopping")
-
     def move(self, secondary, message=""):
         self.secondary = secondary
         self.transitions.append({"Status": secondary, "StartTime": time.time(), "StatusMessage": message})
@@ -121,14 +117,24 @@ class Job:
             self.result["FailureReason"] = reason
         self.status = status  # last: whoever polls must see a complete record
 
+    def described(self):
+        artifacts = f"{self.request['OutputDataConfig']['S3OutputPath']}/{self.name}/output/model.tar.gz"
+        return {
+            "TrainingJobStatus": self.status,
+            "SecondaryStatus": self.secondary,
+            "SecondaryStatusTransitions": list(self.transitions),
+            "ModelArtifacts": {"S3ModelArtifacts": artifacts},
+            **self.result,
+        }
+
 
 @dataclass
 class Resource:
-    """An endpoint or an inference component on its way to a state; `left` are the looks until it is there."""
+    """A model, a configuration, an endpoint or a component; `left` are the looks until it is in its next state."""
 
     request: dict
-    status: str = "Creating"
-    left: int = 2
+    status: str = "InService"
+    left: int = 0
     reason: str | None = None
 
     @property
@@ -145,11 +151,18 @@ class Fake:
 
     def __init__(self, run_training=None, serving=None):
         self.run_training, self.serving = run_training, serving
+        self.broken, self.clients, self.lock = [], {}, threading.RLock()
+
+    def clear(self):
+        """As it was at first: nothing but a role."""
+        urlopen(f"{self.env['AWS_ENDPOINT_URL']}/moto-api/reset", data=b"").close()
+        role = {"RoleName": "SageMakerExecutionRole", "AssumeRolePolicyDocument": '{"Version": "2012-10-17"}'}
+        self.client("iam").create_role(**role)
         self.plan = {}  # of the next jobs
         self.failing, self.stuck = {}, set()  # names that become Failed, with their reason; that stay in Creating
-        self.requests, self.broken, self.injected = [], [], []
-        self.jobs, self.models, self.configs, self.endpoints, self.components = {}, {}, {}, {}, {}
-        self.lock = threading.RLock()
+        self.requests, self.injected = [], []
+        self.there = {kind: {} for kind in KINDS}  # by name
+        self.jobs, self.components = self.there["TrainingJob"], self.there["InferenceComponent"]
 
     def __enter__(self):
         from moto.server import ThreadedMotoServer
@@ -160,7 +173,6 @@ class Fake:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         moto = "http://{}:{}".format(*self.moto.get_host_and_port())
-        urlopen(f"{moto}/moto-api/reset", data=b"").close()  # what moto keeps is the process's, not the server's
         self.env = {
             "AWS_ENDPOINT_URL": moto,
             "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{self.server.server_port}",
@@ -173,6 +185,7 @@ class Fake:
             "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
             "NO_PROXY": "127.0.0.1",
         }
+        self.clear()  # what moto keeps is the process's, not the server's
         return self
 
     def __exit__(self, kind, error, trace):
@@ -188,12 +201,19 @@ class Fake:
     # What tests use
 
     def client(self, service):
-        url = self.env.get(f"AWS_ENDPOINT_URL_{service.upper()}", self.env["AWS_ENDPOINT_URL"])
-        with self.lock:  # making clients is not safe for threads
-            return session().client(service, endpoint_url=url)
+        url = self.env.get(f"AWS_ENDPOINT_URL_{service.upper().replace('-', '_')}", self.env["AWS_ENDPOINT_URL"])
+        with self.lock:  # making clients is not safe for threads, and takes long
+            if service not in self.clients:
+                self.clients[service] = session().client(service, endpoint_url=url)
+            return self.clients[service]
 
-    def role(self, name="SageMakerExecutionRole"):
-        self.client("iam").create_role(RoleName=name, AssumeRolePolicyDocument='{"Version": "2012-10-17"}')
+    def session(self, region_name=None):
+        """What boto3.Session is to commands in this process."""
+        return SimpleNamespace(
+            region_name=region_name or REGION,
+            client=lambda service, **_: self.client(service),
+            get_partition_for_region=lambda region: "aws",
+        )
 
     def objects(self):
         """Everything in S3: (bucket, key) -> content."""
@@ -205,16 +225,26 @@ class Fake:
                 found[bucket, key] = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
         return found
 
-    def fail(self, operation, code, message="", times=1):
-        """The next `times` calls of the operation answer with this error."""
-        self.injected += [(operation, code, message)] * times
+    def below(self, uri):
+        """What S3 holds below an address: the rest of the key -> content."""
+        return {
+            f"s3://{bucket}/{key}".removeprefix(uri): content
+            for (bucket, key), content in self.objects().items()
+            if f"s3://{bucket}/{key}".startswith(uri)
+        }
+
+    def fail(self, operation, code, message=""):
+        """The next call of the operation answers with this error."""
+        self.injected.append((operation, code, message))
 
     def calls(self, operation):
         return [body for name, body in self.requests if name == operation]
 
     def left_behind(self):
-        tables = (self.endpoints, self.configs, self.models, self.components)
-        return [name for table in tables for name in table] + [job.name for job in self.jobs.values() if job.running]
+        """What is billed, or clutters the account."""
+        return [name for kind in KINDS[1:] for name in self.there[kind]] + [
+            name for name, job in self.jobs.items() if job.status == "InProgress"
+        ]
 
     # Requests
 
@@ -226,23 +256,81 @@ class Fake:
                 raise RefusalError(injected[2], injected[1])
         if found := problems(operation, body):
             raise RefusalError("; ".join(found))
+        verb, kind = re.fullmatch("([A-Z][a-z]+)([A-Z][A-Za-z]+?)s?", operation).groups()
         with self.lock:
-            return getattr(self, xform_name(operation))(body) or {}
+            if verb == "List":
+                return self.list(kind, body)
+            name = body[f"{kind}Name"]
+            if verb == "Create":
+                return self.create(kind, name, body)
+            self.settle(kind, name)
+            if name not in self.there[kind]:
+                raise RefusalError(f'Could not find "arn:aws:sagemaker:{REGION}:{ACCOUNT}:{name}".')
+            found = self.there[kind][name]
+            if verb == "Describe":
+                return self.describe(kind, found)
+            if verb == "Update":
+                found.request, found.status, found.left = found.request | body, "Updating", 2
+            elif verb == "Stop":
+                found.end("Stopped", "Stopped")
+            else:
+                self.delete(kind, name, found)
+            return {}
 
-    def add(self, table, name, value):
-        if name in table:
+    def list(self, kind, body):
+        """The newest first."""
+        if kind == "InferenceComponent":
+            names = [
+                n for n, one in self.components.items() if one.request["EndpointName"] == body["EndpointNameEquals"]
+            ]
+        else:
+            names = [name for name in self.there[kind] if body["NameContains"] in name]
+        plural = {"TrainingJob": "TrainingJobSummaries"}.get(kind, f"{kind}s")
+        return {plural: [{f"{kind}Name": name} for name in reversed(names)]}
+
+    def create(self, kind, name, body):
+        if name in self.there[kind]:
             raise RefusalError(f'Cannot create already existing resource "{name}".')
-        table[name] = value
+        if kind == "TrainingJob":
+            self.jobs[name] = job = Job(body, dict(self.plan))
+            job.move("Starting", "Starting the training job")
+            if self.run_training:
+                job.thread = threading.Thread(target=self.run_training, args=(self, job), daemon=True)
+                job.thread.start()
+            return {"TrainingJobArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/{name}"}
+        made = Resource(body)
+        if kind in ("Endpoint", "InferenceComponent"):
+            made.status, made.left = "Creating", 2
+        needed = [("Endpoint", body["EndpointName"])] if kind == "InferenceComponent" else []
+        if made.base:
+            needed.append(("InferenceComponent", made.base))
+        for of, other in needed:
+            if other not in self.there[of] or self.there[of][other].status != "InService":
+                raise RefusalError(f"{other} is not InService")
+        self.there[kind][name] = made
+        return {}
 
-    def find(self, table, name):
-        self.settle(table, name)
-        if name not in table:
-            raise RefusalError(f'Could not find "arn:aws:sagemaker:{REGION}:{ACCOUNT}:{name}".')
-        return table[name]
+    def describe(self, kind, found):
+        if kind == "TrainingJob":
+            return found.request | found.described()
+        reason = {"FailureReason": found.reason} if found.reason else {}
+        return found.request | {f"{kind}Status": found.status} | reason
 
-    def settle(self, table, name):
+    def delete(self, kind, name, found):
+        if kind in ("Model", "EndpointConfig"):
+            del self.there[kind][name]
+            return
+        for other, one in self.components.items():
+            if name == (one.base if kind == "InferenceComponent" else one.request["EndpointName"]):
+                raise RefusalError(f"Cannot delete {name}: {other} belongs to it.")
+        if found.status in ("Creating", "Updating"):
+            raise RefusalError("Cannot update in-progress resource.")
+        if found.status != "Deleting":
+            found.status, found.left = "Deleting", 2
+
+    def settle(self, kind, name):
         """One look passes: count down, and enter the state that follows Creating, Updating or Deleting."""
-        found = table.get(name)
+        found = self.there[kind].get(name)
         if not isinstance(found, Resource) or found.status in ("InService", "Failed"):
             return
         if found.status == "Creating" and name in self.stuck:
@@ -251,166 +339,21 @@ class Fake:
         if found.left > 0:
             return
         if found.status == "Deleting":
-            del table[name]
+            del self.there[kind][name]
             return
-        found.reason = self.failing.get(name) or (self.load(name, found) if table is self.components else None)
+        found.reason = self.failing.get(name)
         found.status = "Failed" if found.reason else "InService"
-
-    def load(self, name, component):
-        """Let the serving side load a component; a FailureReason or None."""
-        try:
-            if self.serving:
-                self.serving.load(self, name, component)
-        except ValueError as error:
-            return str(error)[:1024]
-
-    def start_deleting(self, resource):
-        if resource.status in ("Creating", "Updating"):
-            raise RefusalError("Cannot update in-progress resource.")
-        if resource.status != "Deleting":
-            resource.status, resource.left = "Deleting", 2
-
-    # Training jobs
-
-    def create_training_job(self, body):
-        text = json.dumps([body["HyperParameters"], body["Environment"]])
-        if re.search(r"hf_[A-Za-z0-9]{20,}", text):
-            raise RefusalError("Security-sensitive credentials were detected.")
-        limits = body["StoppingCondition"]
-        if body.get("EnableManagedSpotTraining") != ("MaxWaitTimeInSeconds" in limits or None):
-            raise RefusalError("MaxWaitTimeInSeconds goes with EnableManagedSpotTraining")
-        job = Job(body, dict(self.plan))
-        self.add(self.jobs, job.name, job)
-        job.move("Starting", "Starting the training job")
-        if self.run_training:
-            job.thread = threading.Thread(target=self.run_training, args=(self, job), daemon=True)
-            job.thread.start()
-        return {"TrainingJobArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/{job.name}"}
-
-    def describe_training_job(self, body):
-        job = self.find(self.jobs, body["TrainingJobName"])
-        output = job.request["OutputDataConfig"]["S3OutputPath"]
-        kept = ("TrainingJobName", "ResourceConfig", "CheckpointConfig", "EnableManagedSpotTraining")
-        return {
-            **{name: job.request[name] for name in kept if name in job.request},
-            "TrainingJobStatus": job.status,
-            "SecondaryStatus": job.secondary,
-            "SecondaryStatusTransitions": list(job.transitions),
-            "ModelArtifacts": {"S3ModelArtifacts": f"{output}/{job.name}/output/model.tar.gz"},
-            **job.result,
-        }
-
-    def stop_training_job(self, body):
-        job = self.find(self.jobs, body["TrainingJobName"])
-        if job.status != "InProgress":
-            raise RefusalError(f"The request was rejected because the training job is in status {job.status}.")
-        job.end("Stopped", "Stopped")
-
-    def list_training_jobs(self, body):
-        newest = list(self.jobs)[::-1]
-        return {"TrainingJobSummaries": [{"TrainingJobName": name} for name in newest if body["NameContains"] in name]}
-
-    # Models, configurations, endpoints, components
-
-    def create_model(self, body):
-        source = body["PrimaryContainer"].get("ModelDataSource", {}).get("S3DataSource", {})
-        if source and not source["S3Uri"].endswith("/"):
-            raise RefusalError("S3Uri must end with a forward slash when S3DataType is S3Prefix")
-        self.add(self.models, body["ModelName"], body)
-
-    def describe_model(self, body):
-        return self.find(self.models, body["ModelName"])
-
-    def list_models(self, body):
-        return {"Models": [{"ModelName": name} for name in self.models if body["NameContains"] in name]}
-
-    def delete_model(self, body):
-        del self.models[self.find(self.models, body["ModelName"])["ModelName"]]
-
-    def create_endpoint_config(self, body):
-        if "ExecutionRoleArn" not in body:
-            raise RefusalError("ExecutionRoleArn is required when a production variant has no ModelName")
-        self.add(self.configs, body["EndpointConfigName"], body)
-
-    def describe_endpoint_config(self, body):
-        return self.find(self.configs, body["EndpointConfigName"])
-
-    def list_endpoint_configs(self, body):
-        names = [name for name in self.configs if body["NameContains"] in name]
-        return {"EndpointConfigs": [{"EndpointConfigName": name} for name in names]}
-
-    def delete_endpoint_config(self, body):
-        del self.configs[self.find(self.configs, body["EndpointConfigName"])["EndpointConfigName"]]
-
-    def create_endpoint(self, body):
-        self.find(self.configs, body["EndpointConfigName"])
-        self.add(self.endpoints, body["EndpointName"], Resource(body))
-
-    def describe_endpoint(self, body):
-        found = self.find(self.endpoints, body["EndpointName"])
-        reply = {"EndpointStatus": found.status, "EndpointConfigName": found.request["EndpointConfigName"]}
-        return reply | ({"FailureReason": found.reason} if found.reason else {})
-
-    def delete_endpoint(self, body):
-        found = self.find(self.endpoints, body["EndpointName"])
-        if any(one.request["EndpointName"] == body["EndpointName"] for one in self.components.values()):
-            raise RefusalError("Cannot delete endpoint with inference component associated.")
-        self.start_deleting(found)
-
-    def create_inference_component(self, body):
-        endpoint = self.find(self.endpoints, body["EndpointName"])
-        if endpoint.status != "InService":
-            raise RefusalError(f"Endpoint {body['EndpointName']} is not InService but {endpoint.status}")
-        made = Resource(body)
-        if made.base:
-            if self.find(self.components, made.base).status != "InService":
-                raise RefusalError(f"Base inference component {made.base} is not InService")
-            if body.keys() & {"VariantName", "RuntimeConfig"} or "ComputeResourceRequirements" in made.specification:
-                raise RefusalError("an adapter has no variant, copies or resources of its own")
-        else:
-            self.find(self.models, made.specification["ModelName"])
-        self.add(self.components, body["InferenceComponentName"], made)
-
-    def update_inference_component(self, body):
-        found = self.find(self.components, body["InferenceComponentName"])
-        if found.status != "InService" or body["Specification"]["BaseInferenceComponentName"] != found.base:
-            raise RefusalError(f"{body['InferenceComponentName']} cannot be updated so")
-        found.request, found.status, found.left = found.request | body, "Updating", 2
-
-    def describe_inference_component(self, body):
-        found = self.find(self.components, body["InferenceComponentName"])
-        reply = {
-            "InferenceComponentName": body["InferenceComponentName"],
-            "EndpointName": found.request["EndpointName"],
-            "InferenceComponentStatus": found.status,
-            "Specification": found.specification,
-        }
-        return reply | ({"FailureReason": found.reason} if found.reason else {})
-
-    def list_inference_components(self, body):
-        names = [n for n, one in self.components.items() if one.request["EndpointName"] == body["EndpointNameEquals"]]
-        return {"InferenceComponents": [{"InferenceComponentName": name} for name in names]}
-
-    def delete_inference_component(self, body):
-        name = body["InferenceComponentName"]
-        found = self.find(self.components, name)
-        if adapters := [other for other, one in self.components.items() if one.base == name]:
-            raise RefusalError(f"Cannot delete inference component {name}: it has adapters {', '.join(adapters)}")
-        self.start_deleting(found)
+        if self.serving and kind == "InferenceComponent" and not found.reason:
+            self.serving.load(self, name, found)
 
     # Asking
 
     def invoke(self, endpoint, component, content):
         """(status, reply) of InvokeEndpoint; a failure inside the container is a ModelError."""
-        if endpoint not in self.endpoints or self.endpoints[endpoint].status != "InService":
-            raise RefusalError(f"Endpoint {endpoint} of account {ACCOUNT} not found.", "ValidationError")
-        if component not in self.components or self.components[component].status != "InService":
-            raise RefusalError(f"Inference Component {component} of endpoint {endpoint} not found.", "ValidationError")
-        status, reply = self.serving.invoke(component, json.loads(content))
-        if status != 200:
-            extra = {"OriginalStatusCode": status, "OriginalMessage": json.dumps(reply)}
-            raise RefusalError("Received error from primary", "ModelError", 424, **extra)
-        return reply
+        for kind, name in (("Endpoint", endpoint), ("InferenceComponent", component)):
+            if name not in self.there[kind] or self.there[kind][name].status != "InService":
+                raise RefusalError(f"{kind} {name} of account {ACCOUNT} not found.", "ValidationError")
+        return self.serving.invoke(component, json.loads(content))
 
 
 def handler(fake):
@@ -432,8 +375,8 @@ def handler(fake):
                     endpoint = re.fullmatch(r"/endpoints/([^/]+)/invocations", self.path)[1]
                     reply = fake.invoke(endpoint, self.headers[COMPONENT_HEADER], body)
             except RefusalError as error:
-                status, headers["x-amzn-ErrorType"] = error.status, error.code
-                reply = {"__type": error.code, "message": str(error), "Message": str(error), **error.extra}
+                status, headers["x-amzn-ErrorType"] = 400, error.code
+                reply = {"__type": error.code, "message": str(error), "Message": str(error)}
             except Exception:
                 fake.broken.append(traceback.format_exc())
                 status, reply = 500, {"__type": "InternalFailure", "message": "the stand-in is broken"}

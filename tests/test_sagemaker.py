@@ -1,7 +1,7 @@
 """The cloud commands from end to end, on a stand-in for AWS whose containers really train and really answer.
 
-fake_sagemaker.py is AWS, container_simulator.py the training container, fake_lmi.py the serving one. The commands run
-as a user runs them. What only AWS can show (permissions, images, GPUs, vLLM itself) is not shown here.
+fake_sagemaker.py is AWS, container_simulator.py the containers. The commands run as a user runs them. What only AWS
+can show (permissions, images, GPUs, vLLM itself) is not shown here.
 """
 
 import json
@@ -10,8 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from container_simulator import run_training
-from fake_lmi import LMI
+from container_simulator import LMI, run_training
 from fake_sagemaker import Fake
 
 import predictions
@@ -29,7 +28,6 @@ FAST = ["--poll-seconds", "0.2"]
 @pytest.fixture(scope="module")
 def fake():
     with Fake(run_training=run_training, serving=LMI()) as fake:
-        fake.role()
         yield fake
 
 
