@@ -238,7 +238,7 @@ def finished_parts(output: str) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What an output is of: run.json, written before the first row."""
 
     fingerprint: str
@@ -269,7 +269,7 @@ class Run:
         return names
 
 
-def read_run(output: str) -> Run | None:
+def read_run(output: str) -> RunRecord | None:
     """What an output says it is of; None where there is none yet. ValueError for a folder of something else."""
     from pyarrow.fs import FileSelector, FileType
 
@@ -285,13 +285,13 @@ def read_run(output: str) -> Run | None:
         value = json.loads(content)
     except ValueError:
         raise ValueError(f"{inside(output, RUN)} is not JSON; remove {output} to begin anew") from None
-    run = validated(Run, value, inside(output, RUN))
+    run = validated(RunRecord, value, inside(output, RUN))
     if run.format != FORMAT:
         raise ValueError(f"{inside(output, RUN)} is of another version: {run.format!r}")
     return run
 
 
-def begin_run(output: str, run: Run, before: Run | None, overwrite: bool) -> None:
+def begin_run(output: str, run: RunRecord, before: RunRecord | None, overwrite: bool) -> None:
     """Write run.json, or see that what is there is of this run; ValueError if it is not, unless `overwrite`."""
     if before is not None:
         then, now = asdict(before), asdict(run)
@@ -332,7 +332,7 @@ def collect(output: str, path: str | Path, sample: int | None = None, seed: int 
     return run.total if wanted is None else len(wanted)
 
 
-def collected_rows(output: str, run: Run, wanted: set[int] | None) -> Iterator[Prediction]:
+def collected_rows(output: str, run: RunRecord, wanted: set[int] | None) -> Iterator[Prediction]:
     """The rows of a run in order, or those whose numbers are wanted."""
     from pyarrow.parquet import ParquetFile
 

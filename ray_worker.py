@@ -22,7 +22,7 @@ from llama import load_llama
 from logprobs_confidence import label_scorer
 from probe_confidence import probe_scorer
 from probe_files import load_probe
-from ray_parts import Part, Run, RunSource, finished_parts, read_parts, to_table, write_part
+from ray_parts import Part, RunRecord, RunSource, finished_parts, read_parts, to_table, write_part
 from scoring import Method, SavedRows
 from tables import Example
 from task import Task
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerSettings:
     """What every worker must know to score rows: how the model is loaded, what is asked, what is added."""
 
     folder: str  # the driver's
@@ -57,7 +57,7 @@ class Described:
     notes: str
 
 
-def load_method(work: Work) -> Method:
+def load_method(work: WorkerSettings) -> Method:
     """The model with its task or probe, as the scripts load them; their errors too."""
     loading = dict(work.loading)
     for name in ("model", "adapter"):
@@ -76,7 +76,7 @@ def here(name: str, folder: str) -> str:
     return str(path) if not Path(name).exists() and path.exists() else name
 
 
-def describe(work: Work) -> Described:
+def describe(work: WorkerSettings) -> Described:
     """Load the model where the workers will, and say what it is; ValueError when the calibrator is not for it."""
     with contextlib.redirect_stderr(io.StringIO()) as notes:
         method = load_method(work)
@@ -87,15 +87,15 @@ def describe(work: Work) -> Described:
 
 def run_of(
     described: Described,
-    work: Work,
+    work: WorkerSettings,
     sources: list[RunSource],
     own: dict[str, tuple[str, str]],
     columns: dict[str, object],
     part_rows: int,
-) -> Run:
+) -> RunRecord:
     """The record of a run; its parts are whole windows."""
     calibrator = f"{work.calibrator_digest}, threshold {work.threshold}" if work.calibrator else None
-    return Run(
+    return RunRecord(
         fingerprint=described.fingerprint,
         method=described.method,
         model=described.model,
@@ -113,7 +113,7 @@ def run_of(
 class PartReader:
     """Reads the files of a run: a file's row in, its unfinished parts out, one at a time and packed."""
 
-    run: Run
+    run: RunRecord
     output: str
 
     def __call__(self, batch: Mapping[str, object]) -> Iterator[dict[str, list]]:
@@ -126,7 +126,7 @@ class PartReader:
 class PartScorer:
     """One worker: it holds the model, scores parts and writes them."""
 
-    def __init__(self, work: Work, run: Run, output: str) -> None:
+    def __init__(self, work: WorkerSettings, run: RunRecord, output: str) -> None:
         self.work, self.run, self.output = work, run, output
         self.method = load_method(work)
         if self.method.fingerprint != run.fingerprint:

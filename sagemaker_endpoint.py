@@ -72,7 +72,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EndpointPlan:
     """What was checked, what is uploaded first, and the requests in their order."""
 
     checks: Sequence[Check]
@@ -337,7 +337,7 @@ def deletion(account: Account, endpoint: str) -> str:
 
 def plan_start(
     account: Account, wanted: Serving, adapters: Sequence[Adapter], bucket: str | None, weights: str, dry_run: bool
-) -> Plan:
+) -> EndpointPlan:
     """Make an endpoint, from the first step on. The role of `wanted` may be a name; its weights are found here."""
     checks, role = aws.check_account(account, wanted.role, bucket, wanted.instance_type)
     name = aws.bucket_name(account, bucket)
@@ -354,7 +354,7 @@ def plan_start(
     if all(one.status != "failed" for one in checks):
         base = {"base_model": found.model, "base_weights": found.identity, "source": found.prefix}
         steps = start_steps(replace(wanted, role=role, **base), adapters, name)
-    return Plan(checks, steps, adapters, found.model, hourly, found)
+    return EndpointPlan(checks, steps, adapters, found.model, hourly, found)
 
 
 def start_steps(serving: Serving, adapters: Sequence[Adapter], bucket: str) -> list[Step]:
@@ -372,7 +372,7 @@ def start_steps(serving: Serving, adapters: Sequence[Adapter], bucket: str) -> l
 
 def plan_change(
     account: Account, now: Serving, adapters: Sequence[Adapter], removed: Sequence[str], bucket: str
-) -> Plan:
+) -> EndpointPlan:
     """Add, swap and remove adapters of an endpoint that serves."""
     endpoint, hourly = now.endpoint, aws.price(account.region, now.instance_type)
     checks = [Check("ok", "base", f"{now.base_model} serves on {endpoint} for {rate(hourly)}, as before")]
@@ -384,7 +384,7 @@ def plan_change(
         if needed := adapter_steps(account, endpoint, adapter.name, adapter.uri(bucket)):
             steps += needed
             uploads.append(adapter)
-    return Plan(checks, steps, uploads, now.base_model, hourly)
+    return EndpointPlan(checks, steps, uploads, now.base_model, hourly)
 
 
 def adapter_steps(account: Account, endpoint: str, adapter: str, uri: str) -> list[Step]:

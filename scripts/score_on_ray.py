@@ -45,9 +45,9 @@ from embedded_model import sha256  # noqa: E402
 from llama import add_arguments as add_model_arguments  # noqa: E402
 from llama import model_arguments  # noqa: E402
 from probe_files import load_probe  # noqa: E402
-from ray_parts import PART_ROWS, Run, begin_run, finished_parts, numbered_sources, own_names, read_run  # noqa: E402
+from ray_parts import PART_ROWS, RunRecord, begin_run, finished_parts, numbered_sources, own_names, read_run  # noqa: E402
 from ray_sources import SourceFacts, absolute, check_sources, examine, list_sources, size_of  # noqa: E402
-from ray_worker import PartReader, PartScorer, Work, describe, run_of  # noqa: E402
+from ray_worker import PartReader, PartScorer, WorkerSettings, describe, run_of  # noqa: E402
 from task import Task, add_task_argument, read_task  # noqa: E402
 
 RESTARTS = 3  # of a worker that dies, and tries of its part
@@ -107,7 +107,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     scoring.check_calibrator_arguments(parser, args)
 
 
-def work_from_arguments(args: argparse.Namespace) -> Work:
+def work_from_arguments(args: argparse.Namespace) -> WorkerSettings:
     """What the flags ask of every worker; the calibrator and the probe are read and checked."""
     calibrator, digest = None, None
     if args.calibrator:
@@ -116,7 +116,7 @@ def work_from_arguments(args: argparse.Namespace) -> Work:
         calibrator, digest = load_calibrator(args.calibrator), sha256(Path(args.calibrator))[:8]
     task = Task.from_settings(load_probe(args.probe)[0].task) if args.probe else read_task(args.task)
     loading = model_arguments(args)
-    return Work(
+    return WorkerSettings(
         str(Path.cwd()), loading, task, args.probe, args.truncate, args.batch_size, calibrator, digest, args.threshold
     )
 
@@ -146,7 +146,8 @@ def start_ray(workers: int) -> object:
     except ImportError:
         raise ValueError(INSTALL) from None
     options: dict = {"log_to_driver": False, "logging_level": "ERROR"}
-    options["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *python_path()]))}}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
     if not os.environ.get("RAY_ADDRESS"):
         cores = max(workers + 1, os.cpu_count() or 1)
         options |= {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
@@ -160,10 +161,6 @@ def start_ray(workers: int) -> object:
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte: a block is one part, so that each goes to the next free worker
     return ray
-
-
-def python_path() -> list[str]:
-    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 @contextmanager
@@ -212,14 +209,14 @@ def examine_all(ray: object, sources: Sequence[str], task: Task, columns: Mappin
     return facts
 
 
-def still_true(before: Run | None, sources: Sequence[str], columns: Mapping[str, object]) -> bool:
+def still_true(before: RunRecord | None, sources: Sequence[str], columns: Mapping[str, object]) -> bool:
     """Whether a run was begun on these very files, so that they need not be checked again."""
     if before is None or before.columns != columns:
         return False
     return [(s.source, s.bytes) for s in before.sources] == [(source, size_of(source)) for source in sources]
 
 
-def score_parts(ray: object, work: Work, run: Run, output: str, workers: int, gpus: float) -> None:
+def score_parts(ray: object, work: WorkerSettings, run: RunRecord, output: str, workers: int, gpus: float) -> None:
     """Score what is not there yet, with progress in rows."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
@@ -229,7 +226,8 @@ def score_parts(ray: object, work: Work, run: Run, output: str, workers: int, gp
         print(f"all {run.total:,} rows of {output} are scored", file=sys.stderr)
         return
     warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=DeprecationWarning)  # until Ray 2.64
-    starts = [{"number": source.number} for source in run.sources if unfinished(run, source.number, finished)]
+    unfinished = [source for source in run.sources if not finished.issuperset(source.part_names(run.part_rows))]
+    starts = [{"number": source.number} for source in unfinished]
     readers = TaskPoolStrategy(size=min(READERS, len(starts)))
     parts = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
         PartReader(run, output), batch_size=1, num_cpus=0, compute=readers
@@ -250,11 +248,6 @@ def score_parts(ray: object, work: Work, run: Run, output: str, workers: int, gp
             advance(int(batch["rows"].sum()))
     seconds = time.monotonic() - started
     print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second; {errors:,} with an error")
-
-
-def unfinished(run: Run, number: int, finished: frozenset[str]) -> bool:
-    """Whether a file has parts that are not written."""
-    return not finished.issuperset(run.sources[number].part_names(run.part_rows))
 
 
 def print_collected(output: str, path: str, sample: int | None, seed: int) -> None:

@@ -14,7 +14,7 @@ import predictions
 from ray_parts import (
     FLAGS,
     OutputSchema,
-    Run,
+    RunRecord,
     begin_run,
     collect,
     finished_parts,
@@ -62,7 +62,7 @@ def run_on(files, part_rows=4, columns=None):
     own = own_names(facts[0].columns, READ_AS, list(TASK.labels), False)
     sources = numbered_sources(facts)
     fields = {"labels": list(TASK.labels), "part_rows": part_rows, "sources": sources, "columns": columns, "own": own}
-    return Run(**COMMON, **fields, calibrator=None)
+    return RunRecord(**COMMON, **fields, calibrator=None)
 
 
 def score_all(run, output, names=None):
