@@ -14,7 +14,6 @@ from scipy.stats import chisquare
 
 from tables import (
     Example,
-    Table,
     check_disjoint,
     check_text,
     groups_of,
@@ -38,18 +37,16 @@ HARD_TEXTS = [
 ]
 
 
-def test_a_csv_file_of_pandas_is_read_cell_for_cell(tmp_path):
-    table = pandas.DataFrame({"id": range(7), "text": HARD_TEXTS, "label": ["positive", "negative"] * 3 + [None]})
-    for name, options in {
-        "plain.csv": {},
-        "dos.csv": {"lineterminator": "\r\n"},
-        "excel.CSV": {"encoding": "utf-8-sig", "quoting": 1},
-    }.items():
-        table.to_csv(tmp_path / name, index=False, **options)
-        assert rows(tmp_path / name) == [
-            (str(i), text, label if isinstance(label, str) else None)
-            for i, text, label in table.itertuples(index=False)
-        ]
+def test_tables_of_pandas_are_read_cell_for_cell(tmp_path):
+    table = pandas.DataFrame({"id": range(7), "text": HARD_TEXTS, "label": ["a", "b"] * 3 + [None]})
+    table.to_csv(tmp_path / "dos.csv", index=False, lineterminator="\r\n")
+    table.to_csv(tmp_path / "excel.CSV", index=False, encoding="utf-8-sig", quoting=1)
+    for ascii_only in (True, False):
+        table.to_json(tmp_path / f"{ascii_only}.jsonl", orient="records", lines=True, force_ascii=ascii_only)
+    parquet.write_table(pyarrow.Table.from_pandas(table), tmp_path / "t.parquet", row_group_size=2)
+    expected = [(str(n), text, None if n == 6 else "ab"[n % 2]) for n, text in enumerate(HARD_TEXTS)]
+    for path in tmp_path.iterdir():
+        assert rows(path) == expected, path.name
 
 
 def test_a_csv_table_takes_its_columns_by_name_or_by_number(tmp_path):
@@ -78,25 +75,12 @@ def test_a_tsv_file_has_no_quoting(tmp_path):
     ]
 
 
-def test_json_lines_of_pandas_are_read_value_for_value(tmp_path):
-    table = pandas.DataFrame({"id": range(10, 17), "text": HARD_TEXTS, "label": [1, 0, 1, 0, 1, 0, 1], "extra": 0.5})
-    for name, ascii_only in (("a.jsonl", True), ("b.jsonl", False)):
-        table.to_json(tmp_path / name, orient="records", lines=True, force_ascii=ascii_only)
-        assert rows(tmp_path / name) == [(str(10 + i), HARD_TEXTS[i], "10"[i % 2]) for i in range(7)]
-
-
 def test_nulls_are_no_label_an_empty_text_and_the_row_number(tmp_path):
     lines = ['{"text": null, "label": null, "id": null}', '{"text": "x", "label": "", "id": 7}', '{"text": "y"}']
     (tmp_path / "n.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
     assert rows(tmp_path / "n.jsonl") == [("1", "", None), ("7", "x", None), ("3", "y", None)]
     parquet.write_table(pyarrow.table({"text": ["x", None], "label": [None, 1]}), tmp_path / "n.parquet")
     assert rows(tmp_path / "n.parquet") == [("1", "x", None), ("2", "", "1")]
-
-
-def test_a_parquet_file_is_read_row_for_row(tmp_path):
-    table = pyarrow.table({"id": range(7), "text": HARD_TEXTS, "label": pyarrow.array(["a", "b"] * 3 + [None])})
-    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
-    assert rows(tmp_path / "t.parquet") == [(str(r["id"]), r["text"], r["label"]) for r in table.to_pylist()]
 
 
 def test_a_text_file_is_one_text_a_line(tmp_path):
@@ -137,20 +121,15 @@ def test_a_hugging_face_dataset_is_read_by_split_and_class_name(tmp_path, monkey
 BROKEN_TABLES = {
     "empty.csv": (b"", "no rows"),
     "header-only.csv": (b"text,label\n", "no rows"),
-    "empty.jsonl": (b"", "no rows"),
-    "empty.parquet": (b"", "Parquet"),
-    "empty.txt": (b"", "no rows"),
     "columns.csv": (b"review,stars\nGood,5\n", "line 2.*'text'.*review, stars"),
     "columns.jsonl": (b'{"text": "x"}\n{"review": "x"}\n', "line 2.*'text'.*review"),
     "cyrillic.csv": ("text\n\u041f\u0440\u0438\u0432\u0435\u0442\n".encode("cp1251"), "UTF-8.*--encoding.*--delimiter"),
-    "polish.csv": ("text\nza\u017c\u00f3\u0142\u0107 g\u0119\u015bl\u0105\n".encode("cp1250"), "UTF-8.*--encoding"),
     "binary.csv": (b"text\n\x00\x01" * 9, "bytes of value 0"),
     "either.csv": (b"a;b,text;c\n1;2,x;3\n", "comma or semicolon.*--delimiter"),
     "tabs.txt": (b"good\t1\nbad\t0\n", "1 tabs.*--delimiter tab"),
     "cut.csv.gz": (gzip.compress(b"text\n" + b"x\n" * 99)[:-9], "gzip"),
     "plain.csv.gz": (b"text\nx\n", "gzip"),
     "ragged.csv": (b"text,label\nGood,5\nGood, really,5\n", "line 3: 3 cells where 2.*--skip-bad-rows"),
-    "short.tsv": (b"text\tlabel\nGood\n", "line 2: 1 cells where 2"),
     "unclosed.csv": (b'text\n"never closed\nx\n', "line 2: "),
     "stray.csv": (b'text,label\n"Good" film,5\n', "line 2: "),
     "twice.csv": (b"text,text\na,b\n", "line 1: two columns"),
@@ -266,13 +245,8 @@ def test_encoding_and_delimiter_are_found_out_and_told_once(encoding, tmp_path, 
 def test_columns_are_joined_named_in_any_case_or_put_together_by_a_template(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("Title,Body,LABEL,ID\nA,b,x,7\nB,,y,8\n", encoding="utf-8")
     assert rows(tmp_path / "t.csv", text_column=["Title", "Body"]) == [("7", "A\n\nb", "x"), ("8", "B", "y")]
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["note: taking column 'ID' for the id", "note: taking column 'LABEL' for the label"] or set(
-        said
-    ) == {
-        "note: taking column 'ID' for the id",
-        "note: taking column 'LABEL' for the label",
-    }
+    said = sorted(capsys.readouterr().err.splitlines())
+    assert said == ["note: taking column 'ID' for the id", "note: taking column 'LABEL' for the label"]
     joined = rows(tmp_path / "t.csv", text_template="{title} // {body}", id_column="")
     assert joined == [("1", "A // b", "x"), ("2", "B // ", "y")]
 
@@ -375,9 +349,3 @@ def test_a_text_that_no_model_can_read_is_refused():
     for text, message in ((" \n", "the text is empty"), ("a \ud83c lone", "not valid Unicode")):
         with pytest.raises(ValueError, match=message):
             check_text(text)
-
-
-def test_a_table_is_read_anew_each_time(tmp_path):
-    (tmp_path / "t.csv").write_text("review\nx\ny\n", encoding="utf-8")
-    table = Table(str(tmp_path / "t.csv"), {"text_column": "review"})
-    assert [e.text for e in table] == [e.text for e in table] == ["x", "y"]
