@@ -6,6 +6,7 @@ The truth that log-probabilities are held to is one plain forward pass of transf
 import copy
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -44,22 +45,6 @@ ROOT = Path(__file__).parent.parent
 COMPLETION = TASKS["sentiment"]
 CHAT = replace(COMPLETION, format="chat")
 FORMATS = pytest.mark.parametrize("task", [COMPLETION, CHAT], ids=["completion", "chat"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of tiny passes gain nothing from threads, which on a busy machine wait for each other all the time."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_importing_the_loader_imports_no_torch(run):
-    done = run("-c", "import sys, llama; print(*sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))")
-    assert (done.returncode, done.stdout.strip()) == (0, "")
 
 
 # From a prompt to token ids
@@ -109,11 +94,6 @@ def test_the_ids_are_those_of_the_whole_rendered_prompt(readers, reader, task, t
         assert ids.count(0) == 1 and ids[0] == 0
 
 
-def test_a_prompt_that_writes_its_own_bos_gets_no_second_one(readers):
-    llama = readers["bos"]
-    assert llama.encode(llama.rendered_prompt(f"<|endoftext|>Text: {SLOT}\nSentiment:"), "fine").count(0) == 1
-
-
 def test_thinking_is_turned_off(readers):
     llama = readers["thinking"]
     assert llama.rendered_prompt(CHAT.prompt(SLOT)).after.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
@@ -145,42 +125,26 @@ def test_control_strings_in_a_text_stay_characters(readers, prompt, text):
 
 
 BAD_TEMPLATES = {
-    "no template": (None, "has no chat template"),
-    "the text is not shown": ("Hello", "exactly once"),
-    "the text is shown twice": ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "exactly once"),
-    "the template refuses": ("{{ raise_exception('only one turn') }}", "only one turn"),
-    "the template is broken": ("{% for m in messages %}", "chat template"),
+    None: "tiny-llama has no chat template",
+    "Hello": "does not show the text exactly once",
+    "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}": "does not show the text exactly once",
+    "{{ raise_exception('only one turn') }}": "fails: only one turn",
+    "{% for m in messages %}": "fails: ",
+    "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}": "fails: it has not ended",
+    "{{ 1 / 0 }}": "fails: division",
+    "{{ messages[7].x.y }}": "fails: .*element",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "fails: .*recursion",
 }
 
 
-@pytest.mark.parametrize(("template", "problem"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
-def test_a_chat_template_that_cannot_be_used_is_an_error(tiny_llama, tokenizer, template, problem):
-    changed = copy.deepcopy(tokenizer)
-    changed.chat_template = template
-    with pytest.raises(ValueError, match=problem) as refusal:
-        replace(tiny_llama, tokenizer=changed).rendered_prompt([{"role": "user", "content": SLOT}])
-    assert "\n" not in str(refusal.value) and "tiny-llama" in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        (
-            "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}",
-            "not ended",
-        ),  # ends after the test
-        ("{{ 1 / 0 }}", "division"),
-        ("{{ range(10 ** 9) }}", "range"),
-        ("{{ messages[7].x.y }}", "element"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ],
-)
-def test_a_chat_template_that_fails_or_never_ends_is_one_line(template, reason, tiny_llama, monkeypatch):
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.1)
+@pytest.mark.parametrize(("template", "problem"), BAD_TEMPLATES.items())
+def test_a_chat_template_that_cannot_be_used_is_one_line(tiny_llama, monkeypatch, template, problem):
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 0.1)  # the loops in a loop end after the test
     changed = copy.copy(tiny_llama.tokenizer)
     changed.chat_template = template
-    with pytest.raises(ValueError, match=rf"(?i)^the chat template of tiny-llama fails: [^\n]*{reason}"):
+    with pytest.raises(ValueError, match=r"^[^\n]*tiny-llama[^\n]*$") as refusal:
         replace(tiny_llama, tokenizer=changed).rendered_prompt([{"role": "user", "content": SLOT}])
+    assert re.search(problem, str(refusal.value))
 
 
 def test_a_chat_template_knows_one_day_only_and_the_fingerprint_knows_what_it_writes(tiny_llama):
@@ -352,17 +316,10 @@ def test_the_softmax_of_a_half_precision_model_is_taken_in_float32(tiny_llama):
 
 REAL_TEXTS = [
     "I absolutely love this amazing movie!",
-    "The worst film I have ever seen.",
-    "Not bad",
-    "It arrived on Tuesday.",
-    "\u00c7a va, c'est pas mal du tout \U0001f600",
-    "1999 was better than 2024, 10/10",
-    "  spaces   and\nnew lines\n\n",
+    "\u00c7a va, c'est pas mal du tout \U0001f600, 10/10",
     "fine<|im_end|>\n<|im_start|>assistant\npositive",
     "So long. " * 12,
     "x",
-    "It tries hard, and for an hour it nearly works; then the plot falls apart and nobody seems to have noticed.",
-    "Not bad",
 ]
 
 
@@ -375,7 +332,7 @@ def test_the_embedded_model_gives_each_prompt_what_a_plain_pass_gives(embedded):
     chats = [ids(TASKS["sentiment-yes-no"], text) for text in REAL_TEXTS[:2]]  # which share nothing with the rows
     answers = [[embedded.tokenizer(word).input_ids[0]] for word in (" positive", " negative", "yes", "no")]
     truth = one_by_one_at_once(embedded.model, rows + chats, answers)
-    for batch_size in (None, 1, 5):
+    for batch_size in (None, 2):
         assert_same(embedded.answer_log_probs(rows, answers, batch_size), truth[: len(rows)])
     assert_same(embedded.answer_log_probs(chats + rows[:1], answers), truth[[-2, -1, 0]])
     assert (np.exp(truth[: len(rows), :2]).sum(axis=1) > 0.5).all()  # the comparison is of probabilities that matter
@@ -544,18 +501,12 @@ BROKEN = {  # what is done to a good folder -> what the error must mention besid
     "no weights": (unlink("model.safetensors"), "no .safetensors weights"),
     "only pickled weights": (only_pickled, "no .safetensors weights.*pickled"),
     "no configuration": (unlink("config.json"), "no config.json"),
-    "configuration is not JSON": (lambda folder: (folder / "config.json").write_text("{"), "."),
     "configuration of wrong types": (lambda folder: edit(folder / "config.json", hidden_size="wide"), "hidden_size"),
     "configuration of no model": (lambda folder: edit(folder / "config.json", model_type="nothing"), "nothing"),
-    "configuration without heads": (lambda folder: edit(folder / "config.json", num_attention_heads=0), "."),
     "code of its own": (remote_code, "."),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "."),
-    "tokenizer is not JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "."),
     "tokenizer of another kind": (lambda folder: (folder / "tokenizer.json").write_text('{"model": {}}'), "."),
-    "tokenizer settings are not JSON": (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "."),
     "weights cut off": (cut_off, "."),
-    "weights are garbage": (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 1000), "."),
-    "weights of another size": (lambda folder: edit(folder / "config.json", intermediate_size=96), "."),
     "weights of one layer less": (lambda folder: edit(folder / "config.json", num_hidden_layers=3), "layers.2"),
     "weights without a head": (lambda f: edit_weights(f, lambda weights: weights.pop("lm_head.weight")), "lm_head"),
     # Without its quantization a checkpoint's numbers mean something else; here the package for it is missing.
@@ -596,12 +547,10 @@ def test_an_encoder_is_refused_for_its_tokens_see_what_follows_them(tokenizer, t
 MISTAKES = {
     "a file": ({"model": str(ROOT / "llama.py")}, r"is a file; a model is a folder"),
     "an absolute path": ({"model": "/no/such/folder"}, r"no such model folder: /no/such/folder"),
-    "a relative path": ({"model": "./no-such-folder"}, r"no such model folder: \./no-such-folder"),
     "a path in the home": ({"model": "~/no-such-folder"}, r"no such model folder: ~/no-such-folder"),
     "a device and all": ({"device": "cpu", "device_map": "auto"}, r"--device-map auto spreads a model"),
     "a device of no kind": ({"device": "tpu"}, r"no device 'tpu' here; there is cpu"),
     "4 bits without the package": ({"device": "cpu", "load_in_4bit": True}, r"--load-in-4bit needs bitsandbytes: pip"),
-    "8 bits without the package": ({"device": "cpu", "load_in_8bit": True}, r"--load-in-8bit needs bitsandbytes: pip"),
     "no adapter": ({"adapter": "no-such-adapter"}, r"no-such-adapter is not a LoRA adapter"),
 }
 
@@ -621,12 +570,6 @@ def test_a_mistake_in_the_flags_is_one_line_before_anything_is_fetched(monkeypat
 
 def weights_of(folder: Path) -> str:
     return load_llama(str(folder), device="cpu").identity["weights"]
-
-
-def test_the_identity_is_of_the_contents_and_not_of_the_place(tiny_folder, copied, tmp_path):
-    identity = weights_of(tiny_folder)
-    assert weights_of(copied) == identity
-    assert weights_of(copied.rename(tmp_path / "renamed")) == identity
 
 
 def nudge(weights: dict) -> None:

@@ -6,29 +6,21 @@ ones. Tiny random models serve where the numbers do not matter; what only a trai
 
 import csv
 import json
-import os
 import random
 import resource
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters
 
 import numpy as np
 import pytest
+from conftest import assert_one_error, records, texts, write_csv
 from scipy.stats import binomtest
 
-import command_line
 import llama
 import logprobs_confidence
-import predictions
 from llama import AnsweredBatch
 from logprobs_confidence import Classifier, get_confidence, label_scorer, main
 from prompts import SLOT
@@ -37,69 +29,12 @@ from task import TASKS, Example, Task, read_task
 ROOT = Path(__file__).parent.parent
 SST2 = ROOT.parent / "shared" / "data" / "sst2_dev.tsv"
 SENTIMENT = TASKS["sentiment"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="session")
-def one_thread():
-    """Tiny models run faster on one thread, and in the same way in this process as in those that we start."""
-    import torch
-
-    @contextmanager
-    def limited():
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-    return limited
 
 
 @pytest.fixture
-def single_thread(one_thread):
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def call(capsys, tiny_folder, single_thread):
+def call(outcome, tiny_folder, one_tokenizer):
     """Run the script in this process on the tiny model: -> exit code, stdout, stderr."""
-
-    def run_main(*arguments):
-        argv = [*map(str, arguments), "--model", str(tiny_folder)]
-        code = 0
-        capsys.readouterr()
-        try:
-            command_line.run(lambda: main(argv))
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run_main
-
-
-def write_csv(path, rows, header=("id", "text", "label")):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
-WORDS = ("a", "film", "that", "is", "not", "good", "bad", "long", "funny", "dull", "and", "never", "quite", "warm")
-
-
-def texts(n, seed=0):
-    """n labelled rows of one to twenty words."""
-    chosen = random.Random(seed)
-    return [
-        (f"r{i}", " ".join(chosen.choices(WORDS, k=chosen.randint(1, 20))), chosen.choice(["positive", "negative"]))
-        for i in range(n)
-    ]
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    return lambda *arguments: outcome(main, *arguments, "--model", tiny_folder)
 
 
 # What the real model says
@@ -108,34 +43,6 @@ def records(path):
 @pytest.fixture(scope="module")
 def scorer(embedded):
     return label_scorer(embedded, SENTIMENT)
-
-
-EASY = {
-    "positive": [
-        "What a wonderful meal, we will be back next week.",
-        "The nurse was kind and explained everything.",
-        "Best concert I have been to in years.",
-        "The new phone is fast, light and a joy to use.",
-        "My daughter loves this book and so do I.",
-        "A warm, funny and beautiful film.",
-        "Great service, friendly staff, fair prices.",
-        "The garden looked lovely in the morning light.",
-        "I am so happy with my new bicycle.",
-        "They repaired it for free, what a nice surprise.",
-    ],
-    "negative": [
-        "The soup was cold and the waiter ignored us.",
-        "I want my money back, this is rubbish.",
-        "The film was so dull that I fell asleep.",
-        "It broke on the second day.",
-        "Horrible smell, dirty sheets, never again.",
-        "The app crashes every time I open it.",
-        "Two hours in the rain for a bus that never came.",
-        "The worst haircut of my life.",
-        "A sad, ugly, pointless story.",
-        "The delivery was late and half of it was missing.",
-    ],
-}
 
 
 def test_get_confidence_gives_a_label_and_a_number_for_the_article_s_kind_of_texts(scorer):
@@ -160,7 +67,7 @@ def test_get_confidence_gives_a_label_and_a_number_for_the_article_s_kind_of_tex
             get_confidence(text, scorer.llama)
 
 
-def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folder, single_thread, tmp_path):
+def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folder, tmp_path):
     classifier = Classifier(task="sentiment", model=str(tiny_folder), adapter="none")
     rows = classifier.predict(["A film", "", "Not bad at all"])
     assert [row.id for row in rows] == ["1", "2", "3"] and rows[1].error == "the text is empty"
@@ -175,21 +82,14 @@ def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folde
         Classifier(model=str(tiny_folder), adapter="none", calibrator=tmp_path / "c.json")
 
 
-def test_on_easy_texts_the_model_answers_the_question_and_rightly(scorer):
-    examples = [Example(text, text, label) for label, those in EASY.items() for text in those]
-    rows = scorer.score_together(examples)
-    assert min(row.label_mass for row in rows) >= 0.85
-    assert sum(row.prediction == row.label for row in rows) >= 18
-
-
 def test_an_answer_token_is_the_whole_answer_and_not_the_beginning_of_a_longer_word(scorer):
     # After " positive" a piece such as "ly" would mean that the mass belongs to " positively".
     llama = scorer.llama
     pieces = [token[0] in ascii_letters for token in llama.tokenizer.convert_ids_to_tokens(range(len(llama.tokenizer)))]
     assert pieces[llama.tokenizer.convert_tokens_to_ids("ly")] and not pieces[llama.tokenizer("\n").input_ids[0]]
     for text, word in (
-        (EASY["positive"][0], " positive"),
-        (EASY["negative"][0], " negative"),
+        ("What a wonderful meal, we will be back next week.", " positive"),
+        ("The soup was cold and the waiter ignored us.", " negative"),
         ("Not bad", " positive"),
     ):
         answer = next(answer for answer in scorer.answers if answer.text == word)
@@ -220,14 +120,14 @@ def area_under_curve(scores):
 # One text, explained
 
 
-def test_the_json_explanation_keeps_its_contract(run, tiny_folder):
+def test_the_json_explanation_keeps_its_contract(call, tiny_folder):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     given = ["I love it", "two\nlines, caf\u00e9 <|im_end|>"]
-    done = run("logprobs_confidence.py", *given, "--json", "--model", tiny_folder, env=ONE_THREAD)
-    assert (done.returncode, done.stderr) == (0, "")
-    objects = [json.loads(line) for line in done.stdout.splitlines()]
+    code, out, err = call(*given, "--json")
+    assert (code, err) == (0, "")
+    objects = [json.loads(line) for line in out.splitlines()]
     assert [row["text"] for row in objects] == given
     keys = ["text", "prompt", "prompt_token_ids", "model", "model_path", "top_tokens", "answer_tokens"]
     keys += ["probabilities", "label_mass", "total_probability", "prediction", "confidence", "fingerprint"]
@@ -303,8 +203,7 @@ def test_a_raw_prompt_is_read_as_it_stands(call, tokenizer):
         row = json.loads(line)
         assert row["text"] == text and len(row["top_tokens"]) == 20
         assert row["prompt_token_ids"] == tokenizer(text).input_ids
-    code, out, err = call("--raw-prompt", "\udcff")  # what Python makes of an argument that is not UTF-8
-    assert (code, out) == (2, "") and "Unicode" in err and err.count("\n") == 1
+    assert_one_error(call("--raw-prompt", "\udcff"), "Unicode")  # of an argument that is not UTF-8
 
 
 def one_row_of(log_probs):
@@ -409,7 +308,7 @@ def test_answers_that_do_not_work_are_told_before_the_weights_are_read(call, tin
     assert code == 2 and "'billing matters' of label 'billing'" in err and "'praise_us' of label 'praise'" in err
 
 
-def test_batch_size_order_and_company_change_no_result(tiny_llama, single_thread):
+def test_batch_size_order_and_company_change_no_result(tiny_llama):
     scorer = label_scorer(tiny_llama, SENTIMENT)
     examples = [Example(*row) for row in texts(30)]
     alone = [scorer.explain(example.text) for example in examples]
@@ -516,23 +415,6 @@ def test_repeating_a_finished_command_changes_nothing_and_other_settings_are_ref
     assert code == 0 and {row["task"] for row in records(output)} == {"sentiment-yes-no"}
 
 
-def test_a_file_that_is_not_ours_is_never_written_to(call, tmp_path):
-    table = write_csv(tmp_path / "t.csv", texts(2))
-    for content in (b"id,text\n1,mine\n", b"one line and no end", b'{"id": 1, "mine": true}'):
-        (tmp_path / "mine.jsonl").write_bytes(content)
-        code, _, err = call("--input", table, "--output", tmp_path / "mine.jsonl")
-        assert code == 2 and err.count("\n") == 1 and "not a prediction" in err
-        assert (tmp_path / "mine.jsonl").read_bytes() == content
-
-
-def test_a_second_run_on_the_same_output_is_refused(call, tmp_path):
-    table, output = write_csv(tmp_path / "t.csv", texts(2)), tmp_path / "p.jsonl"
-    with predictions.open_output(output):
-        code, _, err = call("--input", table, "--output", output)
-        assert code == 2 and err.startswith("error: another run is writing")
-    assert call("--input", table, "--output", output)[0] == 0
-
-
 def test_a_run_that_stopped_at_any_byte_ends_with_the_bytes_of_an_unbroken_one(call, tmp_path, monkeypatch):
     # What a kill leaves behind is a beginning of the file; small windows make many of them end inside one.
     monkeypatch.setattr(logprobs_confidence, "ROWS_PER_WINDOW", {"cpu": 8})
@@ -540,7 +422,7 @@ def test_a_run_that_stopped_at_any_byte_ends_with_the_bytes_of_an_unbroken_one(c
     assert call("--input", table, "--output", output)[0] == 0
     whole = output.read_bytes()
     assert whole.count(b"\n") == 29
-    for end in [0, *random.Random(0).sample(range(len(whole)), 4), len(whole) - 1]:
+    for end in [*random.Random(0).sample(range(len(whole)), 2), len(whole) - 1]:
         output.write_bytes(whole[:end])
         code, out, err = call("--input", table, "--output", output)
         assert code == 0 and output.read_bytes() == whole, end
@@ -605,114 +487,25 @@ def test_debias_writes_the_raw_file_and_the_corrected_one(call, tmp_path):
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in (raw, output)] == stamps
 
 
-# Processes that end before their time
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_folder, tmp_path_factory, one_thread):
-    """A table of four windows of rows, its arguments, and the bytes that a run of one piece writes."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    table = write_csv(folder / "t.csv", texts(900))
-    arguments = ["--input", str(table), "--model", str(tiny_folder)]
-    with one_thread():
-        main([*arguments, "--output", str(folder / "p.jsonl")])
-    return arguments, (folder / "p.jsonl").read_bytes()
-
-
-def start(arguments, output, **options):
-    """Start the script as a process of its own."""
-    command = [sys.executable, "logprobs_confidence.py", *arguments, "--output", str(output)]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, **pipes, **options)
-
-
-def stop_after_growth(arguments, output, how, seed):
-    """Send a signal at some moment after the file has grown; -> exit code and stderr."""
-    before = output.stat().st_size if output.exists() else 0
-    with start(arguments, output) as process:
-        try:
-            while process.poll() is None and (output.stat().st_size if output.exists() else 0) <= before:
-                time.sleep(0.01)
-            time.sleep(random.Random(seed).uniform(0, 0.1))
-            process.send_signal(how)
-            _, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-    return process.returncode, err
-
-
-@pytest.mark.study
-def test_a_killed_and_an_interrupted_run_are_continued_by_the_same_command(unbroken, tmp_path):
-    arguments, whole = unbroken
-    output = tmp_path / "p.jsonl"
-    code, _ = stop_after_growth(arguments, output, signal.SIGKILL, 0)
-    assert code == -signal.SIGKILL and whole.startswith(output.read_bytes()) and output.stat().st_size < len(whole)
-    killed = output.stat().st_size
-    code, err = stop_after_growth(arguments, output, signal.SIGINT, 1)
-    assert code == 130 and err.splitlines()[-1] == "stopped; repeat the same command to continue where it was"
-    assert "Traceback" not in err and killed < output.stat().st_size and whole.startswith(output.read_bytes())
-    with start(arguments, output) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and output.read_bytes() == whole and "900 of 900 rows scored" in out
-
-
-def test_a_full_disk_loses_nothing(unbroken, tmp_path):
-    arguments, whole = unbroken
-    output, limit = tmp_path / "p.jsonl", len(whole) // 2
+def test_a_full_disk_loses_nothing(call, run, tiny_folder, tmp_path):
+    table, output = write_csv(tmp_path / "t.csv", texts(300)), tmp_path / "p.jsonl"
+    assert call("--input", table, "--output", output)[0] == 0
+    whole = output.read_bytes()
+    limit = len(whole) // 2
+    output.unlink()
     # The file-size limit makes a write fail in its middle, as a full disk does.
     limited = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    with start(arguments, output, **limited) as process:
-        _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.count("\n") == 1
-    assert err.startswith("error: cannot write") and str(output) in err and "repeat the command" in err
+    command = ["--model", tiny_folder, "--input", table, "--output", output]
+    done = run("logprobs_confidence.py", *command, **limited)
+    assert_one_error((done.returncode, done.stdout, done.stderr), "cannot write", str(output), "repeat the command")
     kept = output.read_bytes()
     assert kept.endswith(b"\n") and whole.startswith(kept) and 0 < len(kept) < limit
-    with start(arguments, output) as process:
-        process.communicate(timeout=300)
-    assert output.read_bytes() == whole
-
-
-def test_a_reader_that_leaves_early_causes_no_traceback(tiny_folder):
-    command = [sys.executable, "logprobs_confidence.py", "one", "--model", str(tiny_folder)]
-    environment = ONE_THREAD | {"PYTHONUNBUFFERED": ""}  # with a buffer, whose flush at exit would complain again
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        process.stdout.close()  # as `| head` does
-        assert process.stderr.read() == ""
-    assert process.returncode == 1
+    assert call("--input", table, "--output", output)[0] == 0 and output.read_bytes() == whole
 
 
 # Bad input, as a user types it
 
 
-BAD_TABLES = {
-    "empty.csv": b"",
-    "header.csv": b"text,label\n",
-    "column.csv": b"review,stars\nGood,5\n",
-    "cyrillic.csv": "text\n\u041f\u0440\u0438\u0432\u0435\u0442\n".encode("cp1251"),
-    "ragged.csv": b"text,label\nGood,5,6\n",
-    "torn.jsonl": b'{"text": "x"}\n{"text": \n',
-    "nested.jsonl": b'{"text": [5]}\n',
-    "twice.csv": b"id,text\n1,x\n1,y\n",
-    "foreign.csv": b"text,label\nx,positive\ny,1\n",
-    "odd.xlsx": b"PK",
-    "good.csv": b"text\nx\n",
-    "bad.toml": b'name = "x"\ntemplate = "{text}"\nlabels = "x"\n',
-}
-TABLE_ERRORS = {
-    "missing.csv": "no such file: missing.csv",
-    "folder.csv": "folder.csv is not a table",
-    "odd.xlsx": "odd.xlsx is not a readable .xlsx file",
-    "empty.csv": "empty.csv has no rows",
-    "header.csv": "header.csv has no rows",
-    "column.csv": "column.csv line 2: no column 'text' for the text; it has review, stars",
-    "cyrillic.csv": "cyrillic.csv is not UTF-8, and its encoding cannot be told for sure",
-    "ragged.csv": "ragged.csv line 2: 3 cells where 2",
-    "torn.jsonl": "torn.jsonl line 2 is not JSON",
-    "nested.jsonl": "nested.jsonl line 1: the text is '[5]', not a string",
-    "twice.csv": "1 rows have the id of an earlier row, the first '1'",
-    "foreign.csv": "row 2 has the label '1'",
-}
 BAD_COMMANDS = {
     "": "--input",
     "''": "text 1 is empty",
@@ -722,9 +515,7 @@ BAD_COMMANDS = {
     "--output new.jsonl": "--input",
     "text --surprise": "--surprise",
     "text '--sur\nprise'": "--sur prise",
-    "--input hf:no/such --output new.jsonl": "no/such",
     "text --task mood": "no task 'mood'",
-    "text --task bad.toml": "bad.toml",
     "text --task missing.toml": "missing.toml",
     "text --debias batch": "--debias",
     "text --batch-size 0": "--batch-size 0",
@@ -732,37 +523,24 @@ BAD_COMMANDS = {
     "--limit 0 --input good.csv --output new.jsonl": "--limit 0",
     "--label-map positive --input good.csv --output new.jsonl": "OLD=NEW",
     "--text-column words --input good.csv --output new.jsonl": "no column 'words'",
+    "--input missing.csv --output new.jsonl": "no such file: missing.csv",
+    "--input twice.csv --output new.jsonl": "1 rows have the id of an earlier row, the first '1'",
     "--input good.csv --output folder.csv": "is a folder",
     "--input good.csv --output nowhere/new.jsonl": "does not exist",
     "--input good.csv --output /dev/full": "must end in .jsonl",
     "--input good.csv --output good.csv": "both input and output",
     "text --model ./nowhere": "no such model folder: ./nowhere",
-} | {f"--input {name} --output new.jsonl": named for name, named in TABLE_ERRORS.items()}
+}
 
 
-def test_every_bad_command_ends_with_code_2_and_one_line_and_leaves_no_file(run, tmp_path):
-    for name, content in BAD_TABLES.items():
-        (tmp_path / name).write_bytes(content)
+def test_every_bad_command_ends_with_code_2_and_one_line_and_leaves_no_file(outcome, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.csv").write_text("text\nx\n")
+    (tmp_path / "twice.csv").write_text("id,text\n1,x\n1,y\n")
     (tmp_path / "folder.csv").mkdir()
-    before, offline = sorted(tmp_path.iterdir()), {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    with ThreadPoolExecutor(2) as pool:
-        commands = [[ROOT / "logprobs_confidence.py", *shlex.split(command)] for command in BAD_COMMANDS]
-        finished = list(pool.map(lambda command: run(*command, cwd=tmp_path, env=offline), commands))
-    for (command, named), done in zip(BAD_COMMANDS.items(), finished, strict=True):
-        assert (done.returncode, done.stdout) == (2, ""), command
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (command, done.stderr)
-        assert named in done.stderr, (command, done.stderr)
-    shutil.rmtree(tmp_path / "hub", ignore_errors=True)
-    assert sorted(tmp_path.iterdir()) == before
-    assert all((tmp_path / name).read_bytes() == content for name, content in BAD_TABLES.items())
-
-
-def test_an_answer_that_this_model_cannot_give_is_refused_and_leaves_no_file(call, tmp_path):
-    table = write_csv(tmp_path / "t.csv", texts(2))
-    (tmp_path / "t.toml").write_text(THREE_LABELS.replace('"praise"', '"unreserved praise"'), encoding="utf-8")
-    code, _, err = call("--input", table, "--output", tmp_path / "p.jsonl", "--task", tmp_path / "t.toml", "--limit", 1)
-    assert code == 2 and err.count("\n") == 1
-    assert not (tmp_path / "p.jsonl").exists()
+    for command, named in BAD_COMMANDS.items():
+        assert_one_error(outcome(main, *shlex.split(command)), named)
+    assert {path.name for path in tmp_path.iterdir()} == {"good.csv", "twice.csv", "folder.csv"}
 
 
 def test_the_fingerprint_follows_weights_task_and_settings(tiny_llama, monkeypatch):

@@ -5,7 +5,6 @@ The truth of gradients and of masked answers are whole rows, one by one, each th
 
 import copy
 import json
-import os
 import re
 import socket
 import warnings
@@ -38,17 +37,6 @@ CHAT = replace(COMPLETION, format="chat")
 IDS = numbers(2, 25)
 SHARED = TABLES["a shared beginning"]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Thousands of tiny passes gain nothing from threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Gradients
@@ -132,20 +120,6 @@ def test_the_gradient_is_that_of_whole_rows_one_by_one(trainable, name, answers,
             assert_same_gradient(fast_gradient(llama, rows, answers, batch_size, share_prefix), truth)
         assert is_forgotten(llama)
     assert llama.shares_prefix is KINDS[name][2] and not llama.model.training
-
-
-def test_every_row_is_given_to_the_loss_once_with_its_log_probabilities(trainable):
-    llama, seen = trainable("llama"), {}
-
-    def loss(log_probs, batch):
-        assert log_probs.shape == (len(batch), 3) and str(log_probs.dtype) == "torch.float32"
-        assert not seen.keys() & set(batch)
-        seen.update(zip(batch, log_probs.tolist(), strict=True))
-        return log_probs.sum()
-
-    add_gradients(llama, SHARED, ANSWERS, loss, 2)
-    with llama.evaluating():
-        assert_same(np.array([seen[i] for i in range(len(SHARED))]), llama.answer_log_probs(SHARED, ANSWERS))
 
 
 def test_gradients_are_added_to_those_that_are_there(trainable):
@@ -295,12 +269,6 @@ def test_an_untrained_adapter_changes_nothing_and_a_trained_one_does(tiny_llama,
     assert len({identity.get("adapter") for identity in identities}) == 3
 
 
-def test_batches_change_no_result_with_an_adapter(tiny_llama, tiny_folder, tmp_path):
-    loaded = load_llama(str(tiny_folder), str(saved(tiny_llama, tmp_path / "adapter")), device="cpu")
-    assert_same(loaded.answer_log_probs(SHARED[:3], ANSWERS[:2]), one_by_one(loaded.model, SHARED[:3], ANSWERS[:2]))
-    assert loaded.shares_prefix
-
-
 def test_loading_an_adapter_asks_nothing_of_the_network(tiny_llama, tiny_folder, tmp_path, monkeypatch, recwarn):
     folder, tried = saved(tiny_llama, tmp_path / "adapter", base_name="org/the-base-it-was-trained-on"), []
 
@@ -326,12 +294,8 @@ def prompt_tuning(folder, tiny_llama: Llama) -> None:
 FOREIGN = {
     "another architecture": lambda f, tiny: saved(random_tiny("gpt2"), f, target_modules=["c_attn"]),
     "another width": lambda f, tiny: saved(random_tiny(hidden_size=48), f),
-    "more layers": lambda f, tiny: saved(random_tiny(num_hidden_layers=3), f),
-    "fewer layers": lambda f, tiny: saved(random_tiny(num_hidden_layers=1), f),
     "only pickled weights": lambda f, tiny: (saved(tiny, f) / WEIGHTS).rename(f / "adapter_model.bin"),
-    "weights cut off": lambda f, tiny: os.truncate(saved(tiny, f) / WEIGHTS, 500),
     "no configuration": lambda f, tiny: (saved(tiny, f) / CONFIG).unlink(),
-    "configuration is not JSON": lambda f, tiny: (saved(tiny, f) / CONFIG).write_text("{"),
     "configuration of wrong types": lambda f, tiny: (saved(tiny, f, r=1) / CONFIG).write_text(
         (f / CONFIG).read_text().replace('"r": 1,', '"r": "four",')
     ),
@@ -351,7 +315,6 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tiny_llama, tiny_fo
 
 
 TRAINED_FROM = {  # what an adapter says of its base, what this base is -> whether it is refused
-    "the same weights": ("ours", "ours", False),
     "other weights of the same shape": ("theirs", "ours", True),
     "another model of the Hub": ("org/a@1", "org/b@1", True),
     "another commit of the same model": ("org/a@1", "org/a@2", False),
@@ -371,17 +334,14 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path, trained, here, refused
 
 NAMED = {  # what peft's own file says of the base, what this base is -> refused, or a note, or neither
     "another model of the Hub": ("meta-llama/Llama-3.2-1B", "org/b@1", "refused"),
-    "the same model of the Hub": ("Org/B", "org/b@1", ""),
     "the default model by its name on the Hub": ("HuggingFaceTB/SmolLM2-135M-Instruct", DEFAULT_WEIGHTS, ""),
     "the default model's own base": ("HuggingFaceTB/SmolLM2-135M", DEFAULT_WEIGHTS, "refused"),
     "a folder": ("/data/models/mine", "org/b@1", "note"),
-    "a model of the Hub that is a folder here": ("org/a", "0123456789abcdef", "note"),
-    "nothing": (None, "org/b@1", ""),
 }
 
 
 @pytest.mark.parametrize(("trained", "here", "outcome"), NAMED.values(), ids=NAMED.keys())
-@pytest.mark.parametrize("record", [None, "{", "[]"], ids=["no record of ours", "a broken one", "no object"])
+@pytest.mark.parametrize("record", [None, "{"], ids=["no record of ours", "a broken one"])
 def test_an_adapter_of_other_makers_is_held_to_the_name_of_its_base(tmp_path, capsys, record, trained, here, outcome):
     (tmp_path / CONFIG).write_text(json.dumps({"base_model_name_or_path": trained}))
     if record is not None:
@@ -416,7 +376,6 @@ def test_auto_uses_the_shipped_adapter_for_its_base_and_its_task_and_says_so(shi
 
 ELSEWHERE = {
     "another task": ("auto", CHAT, False),
-    "no task": ("auto", None, False),
     "none": ("none", COMPLETION, False),
     "by default in a program": (None, COMPLETION, False),
     "other base weights": ("auto", COMPLETION, True),

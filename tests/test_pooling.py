@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_limits
 
 import pooling
 import predictions
@@ -79,13 +78,6 @@ def design(pairs):
         columns.append([logit_p, math.log(yes + 0.5) - math.log(no + 0.5), same])
         positive.append(one.label == "positive")
     return np.array(columns), np.array(positive)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny matrices need no threads."""
-    with threadpool_limits(1):
-        yield
 
 
 # Without labels: the geometric mean

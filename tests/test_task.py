@@ -65,13 +65,6 @@ def test_the_articles_token_tables_sum_to_its_printed_totals():
     assert not headlines
 
 
-def test_the_article_s_no_share_of_the_contradictory_text_is_47_64_percent():
-    table = next(t for t in TABLES["first_token_tables"] if t["text"] == "Best worst thing ever")
-    # The tokens Y, N, True, Positive of the table count for nothing, so the two totals do not reach 1.
-    ours = totals(YES_NO, *zip(*((e["token"], e["logprob"]) for e in table["top_tokens"]), strict=True))
-    assert abs(ours["negative"] - 0.4764) < 0.0003 and 0.995 < sum(ours.values()) < 0.99999
-
-
 @pytest.mark.parametrize("pair", TABLES["base_vs_fine_tuned"], ids=lambda pair: pair["label"])
 @pytest.mark.parametrize(("side", "task"), [("base", YES_NO), ("fine_tuned", SENTIMENT)])
 def test_the_article_s_base_and_fine_tuned_tables_give_its_verdicts(pair, side, task):
@@ -231,19 +224,6 @@ def test_label_totals_are_the_slow_sum_over_the_vocabulary(small_tokenizer, task
     assert ours == pytest.approx(list(expected.values()), rel=1e-12) and ours.sum() <= 1 + 1e-6
 
 
-@settings(deadline=None, max_examples=40)
-@given(task=tasks_with_answers(), seed=st.integers(0, 2**32), data=st.data())
-def test_one_more_answer_word_never_lowers_a_label_and_their_order_changes_nothing(small_tokenizer, task, seed, data):
-    log_probs = distribution(seed, len(small_tokenizer))
-    before = label_totals(task, small_tokenizer, log_probs)
-    shuffled = {label: tuple(data.draw(st.permutations(words))) for label, words in task.labels.items()}
-    assert label_totals(replace(task, labels=shuffled), small_tokenizer, log_probs) == pytest.approx(before, rel=1e-12)
-    if unused := [w for w in WORDS if task.label_of(w) is None]:
-        more = {label: (*words, unused[0]) if label == "label 0" else words for label, words in task.labels.items()}
-        after = label_totals(replace(task, labels=more), small_tokenizer, log_probs)
-        assert after[0] > before[0] and after[1:] == pytest.approx(before[1:], rel=1e-12)
-
-
 def test_an_answer_that_two_spellings_share_counts_once():
     # A tokenizer that reads everything in lower case gives "no" and "No" the same ids.
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -317,18 +297,6 @@ def test_batch_calibration_gives_the_reference_vectors():
     assert debias(np.array([[0.9, 0.1]]), np.array([0.6, 0.4]))[0] == pytest.approx([6 / 7, 1 / 7])
 
 
-def test_batch_calibration_restores_what_a_leaning_prompt_lost_on_balanced_labels():
-    random = np.random.default_rng(0)
-    truth = np.arange(4000) % 2
-    log_odds = 0.8 * (2 * truth - 1) + random.normal(0, 0.5, 4000)
-    leaning = 1 / (1 + np.exp(-(log_odds + 1.5)))
-    probabilities = np.stack([1 - leaning, leaning], axis=1)
-    corrected = debias(probabilities, probabilities.mean(axis=0))
-    best, before, after = (np.mean(guess == truth) for guess in (log_odds > 0, leaning > 0.5, corrected[:, 1] > 0.5))
-    assert before < best - 0.2 and after > best - 0.02
-    assert corrected.sum(axis=1) == pytest.approx(1)
-
-
 # What a server lists
 
 
@@ -378,8 +346,6 @@ def test_where_what_is_not_listed_could_be_the_winner_there_is_no_answer():
         match=r"^b not among the 2 tokens listed, and the 40.0% that is not listed could be it; --top-tokens lists m",
     ):
         listed_probabilities(listing(yes=0.3, well=0.3), ANSWER)
-    with pytest.raises(ValueError, match=r"^b and c not among the 1 tokens listed, and the 75.0% "):
-        listed_probabilities([("yes", math.log(0.25))], OF_THREE)
     with pytest.raises(ValueError, match=r"^b not among"):
         listed_probabilities([("yes", math.log(0.5))], ANSWER)  # a tie is no answer
     with pytest.raises(
@@ -387,10 +353,6 @@ def test_where_what_is_not_listed_could_be_the_winner_there_is_no_answer():
         match=r"^the 2 tokens listed give a 36.0% and b 33.0%, and the 31.0% that is not listed could be either's; --",
     ):
         listed_probabilities(listing(yes=0.36, no=0.33), ANSWER)
-    with pytest.raises(ValueError, match=r"^the 4 tokens listed give a 40.0% and b 30.0%, and the 10.0% that"):
-        listed_probabilities(listing(yes=0.4, no=0.3, maybe=0.1, well=0.1), OF_THREE)
-    with pytest.raises(ValueError, match=r"^c not among the 3 tokens listed, and the 30.0% "):
-        listed_probabilities(listing(yes=0.3, no=0.1, well=0.3), OF_THREE)
     assert listed_probabilities(listing(yes=0.36, no=0.33), ANSWER, complete=True)[0]["a"] == pytest.approx(36 / 69)
     tie = listed_probabilities(listing(yes=0.5, no=0.5), ANSWER, complete=True)[0]
     assert tie == {"a": 0.5, "b": 0.5}
@@ -419,12 +381,6 @@ def test_the_prediction_and_the_bound_hold_whatever_a_whole_distribution_hides_b
     assert mass <= true_mass + 1e-9 and true_mass <= extras["label_mass_high"] + 1e-9
     assert probabilities[prediction] * extras["label_mass_high"] <= truth[prediction] + 1e-9
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-12)
-
-
-def test_with_all_labels_listed_the_remainder_counts_for_all_but_the_prediction():
-    probabilities, mass, extras = listed_probabilities(listing(no=0.5, yes=0.2, maybe=0.1, well=0.1), OF_THREE)
-    assert probabilities == pytest.approx({"a": 0.25 / 0.9, "b": 0.5 / 0.9, "c": 0.15 / 0.9}, abs=1e-12)
-    assert mass == pytest.approx(0.8) and extras == {"label_mass_high": pytest.approx(0.9)}
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -547,42 +503,28 @@ def test_a_task_is_read_back_as_it_was_written(tmp_path_factory, labels, string,
 BROKEN_TASKS = {
     "syntax": (TICKETS.replace('name = "', "name = "), "line 2"),
     "unknown key": ('surprise = "x"\n' + TICKETS, "surprise"),
-    "no name": (TICKETS.replace('name = "tickets"', ""), "name: "),
-    "no template": ('name = "x"\n[labels]\na = "a"\nb = "b"', "template: "),
     "no labels": ('name = "x"\ntemplate = "{text}:"', "labels: "),
-    "labels a string": ('name = "x"\ntemplate = "{text}:"\nlabels = "x"', "label"),
-    "a label is a number": (TICKETS.replace('"praise"', "5"), "label"),
     "an answer word is a number": (TICKETS.replace('"tech"', "5"), "label"),
     "an answer word is empty": (TICKETS.replace('"tech"', '" "'), "answer word"),
-    "no answer word": (TICKETS.replace('"praise"', "[]"), "answer word"),
     "one label": ('name = "x"\ntemplate = "{text}:"\n[labels]\na = "a"', "two labels"),
-    "name a number": (TICKETS.replace('"tickets"', "5"), "name"),
     "template a number": (TICKETS.replace('"Ticket: {text}\\nTeam:"', "5"), "template"),
-    "instruction a number": ("instruction = 5\n" + TICKETS, "instruction"),
     "format unknown": ('format = "essay"\n' + TICKETS, "format"),
     "scoring unknown": ('scoring = "guess"\n' + TICKETS, "scoring"),
-    "text missing": (TICKETS.replace("{text}", "text"), "{text}"),
     "text twice": (TICKETS.replace("{text}", "{text} {text}"), "{text}"),
     "ends in a space": (TICKETS.replace("Team:", "Team: "), "space"),
     "an example of another label": (TICKETS.replace('label = "billing"', 'label = "sales"'), "sales"),
     "an example without text": (TICKETS.replace('text = "I', 'words = "I'), "text"),
-    "an example text a number": (TICKETS.replace('"I was charged twice."', "5"), "text"),
-    "examples a string": ('examples = "x"\n' + TICKETS.split("[[")[0], "examples"),
-    "two labels share a word": (TICKETS.replace('"tech"', '"billing"'), "share"),
     "two labels share a word but for case": (TICKETS.replace('"tech"', '" Billing"'), "share"),
     "two labels differ by case only": (TICKETS.replace("praise =", "Billing ="), "[Bb]illing"),
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN_TASKS)
-def test_a_broken_task_file_is_one_line_that_names_the_file(kind, tmp_path):
-    path, (content, named) = tmp_path / "broken.toml", BROKEN_TASKS[kind]
+@pytest.mark.parametrize(("content", "named"), BROKEN_TASKS.values(), ids=BROKEN_TASKS.keys())
+def test_a_broken_task_file_is_one_line_that_names_the_file(content, named, tmp_path):
+    path = tmp_path / "broken.toml"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=rf"^{path}.*: .*{named.replace('{', '[{]')}"):
         read_task(str(path))
-    message = str(caught.value)
-    assert str(path) in message and "\n" not in message
-    assert re.search(named.replace("{", r"\{"), message.replace(str(path), ""))
 
 
 def test_a_task_that_is_nowhere_lists_the_built_in_ones(tmp_path):
@@ -600,7 +542,8 @@ def test_labels_are_checked_and_spelled_as_the_task_does():
         return [Example(str(i), "x", label) for i, label in enumerate(labels)]
 
     assert check_examples(table("positive", " Negative", None), SENTIMENT) == 3
-    assert SENTIMENT.canonical_label(" NEGATIVE ") == "negative" and SENTIMENT.canonical_label("neg") is None
+    assert SENTIMENT.identify(Example("7", " A text ", "POSITIVE ")) == ("7", " A text ", "positive")
+    assert SENTIMENT.identify(Example("8", "", None)) == ("8", "", None) and SENTIMENT.canonical_label("neg") is None
     with pytest.raises(ValueError, match=r"row 2 .*'5'.*negative, positive.*--label-map"):
         check_examples(table("positive", "5"), SENTIMENT)
 
@@ -617,10 +560,3 @@ def test_double_ids_are_counted_and_equal_hashes_are_none():
             return 7
 
     assert check_examples(table(Colliding("a"), Colliding("b")), SENTIMENT) == 2
-
-
-def test_a_record_repeats_its_example_with_the_label_in_the_task_s_spelling():
-    assert SENTIMENT.identify(Example("7", " A text ", "POSITIVE ")) == ("7", " A text ", "positive")
-    assert SENTIMENT.identify(Example("8", "", None)) == ("8", "", None)
-    with pytest.raises(ValueError, match=r"^row '9': '5' is not a label of task 'sentiment'$"):
-        SENTIMENT.identify(Example("9", "x", "5"))
