@@ -1,7 +1,7 @@
-"""A stand-in for Amazon SageMaker on 127.0.0.1; S3, IAM, STS, logs and secrets are moto's.
+"""A stand-in for Amazon SageMaker in this process; S3, IAM, STS, logs and secrets are moto's server on 127.0.0.1.
 
-    with Fake() as fake:                                      # boto3 finds it through the variables of fake.env
-        subprocess.run([...], env=os.environ | fake.env)
+    with Fake() as fake:
+        monkeypatch.setattr("boto3.Session", fake.session)     # then commands run in this process
         assert fake.calls("CreateTrainingJob")[0]["RoleArn"] == ...
 
 botocore checks little of what it sends, so every request is checked here against its own model of the service: enums,
@@ -9,21 +9,22 @@ patterns and lengths too. What it cannot show: permissions, image pulls, GPUs, c
 """
 
 import functools
+import io
 import json
 import logging
 import re
 import threading
 import time
-import traceback
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
 
 import boto3
 import botocore.session
+from botocore.awsrequest import AWSResponse
 from botocore.config import Config
+from botocore.response import StreamingBody
 from botocore.stub import Stubber
 from botocore.validate import ParamValidator
 
@@ -170,13 +171,8 @@ class Fake:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else it reports every request
         self.moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self.moto.start()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler(self))
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-        moto = "http://{}:{}".format(*self.moto.get_host_and_port())
         self.env = {
-            "AWS_ENDPOINT_URL": moto,
-            "AWS_ENDPOINT_URL_SAGEMAKER": f"http://127.0.0.1:{self.server.server_port}",
-            "AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": f"http://127.0.0.1:{self.server.server_port}",
+            "AWS_ENDPOINT_URL": "http://{}:{}".format(*self.moto.get_host_and_port()),
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing-secret-key",
             "AWS_DEFAULT_REGION": REGION,
@@ -192,8 +188,6 @@ class Fake:
         for job in self.jobs.values():
             if job.thread:
                 job.thread.join(30)
-        self.server.shutdown()
-        self.server.server_close()
         threading.Thread(target=self.moto.stop).start()  # takes half a second, which nobody needs to wait for
         if kind is None:
             assert not self.broken, "\n".join(self.broken)
@@ -201,10 +195,12 @@ class Fake:
     # What tests use
 
     def client(self, service):
-        url = self.env.get(f"AWS_ENDPOINT_URL_{service.upper().replace('-', '_')}", self.env["AWS_ENDPOINT_URL"])
         with self.lock:  # making clients is not safe for threads, and takes long
             if service not in self.clients:
-                self.clients[service] = session().client(service, endpoint_url=url)
+                client = session().client(service, endpoint_url=self.env["AWS_ENDPOINT_URL"])
+                client.meta.events.register("before-call.sagemaker.*", self.respond)
+                client.meta.events.register("before-call.sagemaker-runtime.*", self.respond)
+                self.clients[service] = client
             return self.clients[service]
 
     def session(self, region_name=None):
@@ -247,6 +243,22 @@ class Fake:
         ]
 
     # Requests
+
+    def respond(self, model, params, **_):
+        """What botocore takes in place of sending a request: (HTTP response, parsed reply)."""
+        status = 200
+        try:
+            if model.name == "InvokeEndpoint":
+                said = self.invoke(
+                    params["url_path"].split("/")[2], params["headers"][COMPONENT_HEADER], params["body"]
+                )
+                content = json.dumps(said).encode()
+                reply = {"Body": StreamingBody(io.BytesIO(content), len(content))}
+            else:
+                reply = self.answer(model.name, json.loads(params["body"]))
+        except RefusalError as error:
+            status, reply = 400, {"Error": {"Code": error.code, "Message": str(error)}}
+        return AWSResponse(None, status, {}, None), reply | {"ResponseMetadata": {"HTTPStatusCode": status}}
 
     def answer(self, operation, body):
         self.requests.append((operation, body))
@@ -349,42 +361,8 @@ class Fake:
     # Asking
 
     def invoke(self, endpoint, component, content):
-        """(status, reply) of InvokeEndpoint; a failure inside the container is a ModelError."""
+        """The reply of a component in service."""
         for kind, name in (("Endpoint", endpoint), ("InferenceComponent", component)):
             if name not in self.there[kind] or self.there[kind][name].status != "InService":
                 raise RefusalError(f"{kind} {name} of account {ACCOUNT} not found.", "ValidationError")
         return self.serving.invoke(component, json.loads(content))
-
-
-def handler(fake):
-    class Front(BaseHTTPRequestHandler):
-        """Reads one request, lets the stand-in answer, writes the answer."""
-
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_):
-            pass
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, headers = 200, {"Content-Type": "application/x-amz-json-1.1"}
-            try:
-                if "X-Amz-Target" in self.headers:
-                    reply = fake.answer(self.headers["X-Amz-Target"].rpartition(".")[2], json.loads(body))
-                else:
-                    endpoint = re.fullmatch(r"/endpoints/([^/]+)/invocations", self.path)[1]
-                    reply = fake.invoke(endpoint, self.headers[COMPONENT_HEADER], body)
-            except RefusalError as error:
-                status, headers["x-amzn-ErrorType"] = 400, error.code
-                reply = {"__type": error.code, "message": str(error), "Message": str(error)}
-            except Exception:
-                fake.broken.append(traceback.format_exc())
-                status, reply = 500, {"__type": "InternalFailure", "message": "the stand-in is broken"}
-            content = json.dumps(reply).encode()
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-    return Front

@@ -6,7 +6,9 @@ own. A new file needs a row here first.
 
 import argparse
 import ast
+import functools
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -57,16 +59,14 @@ ROWS = [
         "decisions",
         "scoring",
         "task_search",
-        "label_counts",
         "label_decisions",
         "text_report",
-        "html_report",
         "comparison_text",
     },
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
     | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
     {"calibration_demo", "calibration_figures", "compare_base_vs_finetuned", "combined_confidence", "study_tables"}
-    | {"ray_worker"},
+    | {"html_report", "ray_worker"},
     {"main"},
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
@@ -82,15 +82,18 @@ SOURCES = [*MODULES, *SCRIPTS]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]}
 
 
+@functools.cache
 def imported(path):
     """(first name of the module, whether the import stands inside a function) of every import of a file."""
     inner = {n for f in ast.walk(TREES[path]) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    found = []
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            yield node.module.partition(".")[0], node in inner
+            found.append((node.module.partition(".")[0], node in inner))
         elif isinstance(node, ast.Import):
-            yield from ((alias.name.partition(".")[0], node in inner) for alias in node.names)
+            found += [(alias.name.partition(".")[0], node in inner) for alias in node.names]
+    return found
 
 
 def only_for_types(path):
@@ -99,6 +102,7 @@ def only_for_types(path):
     return {node.module for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)}
 
 
+@functools.cache
 def calls(path):
     """(the called expression as text, the call) of every call of a file."""
     return [(ast.unparse(node.func), node) for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)]
@@ -230,19 +234,28 @@ def is_script(path):
     return any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in TREES[path].body)
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if is_script(path)], ids=lambda path: path.name)
-def test_help_works_without_the_model_libraries_and_is_the_file_s_own_description(path, tmp_path):
-    # A None in sys.modules makes the import fail, as on a machine without the library.
+def test_help_works_without_the_model_libraries_and_is_the_file_s_own_description(tmp_path):
+    # A None in sys.modules makes the import fail, as on a machine without the library. Each script begins anew, but for
+    # the libraries that it shares with those before.
+    scripts = [path for path in SOURCES if is_script(path)]
     code = f"""if True:
-        import runpy, sys
+        import contextlib, io, json, runpy, sys
         sys.modules.update(dict.fromkeys({MODEL_LIBRARIES | {"datasets", "scipy", "matplotlib", "plotly", "boto3"}}))
-        sys.argv, sys.path[0] = [sys.argv[1], "--help"], sys.argv[2]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        before, printed = list(sys.path), []
+        for script in sys.argv[1:]:
+            for name in {set(ROW)} & set(sys.modules):
+                del sys.modules[name]
+            sys.argv, sys.path = [script, "--help"], [script.rpartition("/")[0], *before[1:]]
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+                runpy.run_path(script, run_name="__main__")
+            printed.append(out.getvalue())
+        print(json.dumps(printed))
     """
-    done = every_python(code, path, path.parent, cwd=tmp_path)
+    done = every_python(code, *scripts, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert ast.get_docstring(TREES[path]) in done.stdout and f"python {path.relative_to(ROOT)}" in done.stdout
-    assert "usage:" in done.stdout
+    for path, printed in zip(scripts, json.loads(done.stdout), strict=True):
+        assert ast.get_docstring(TREES[path]) in printed and f"python {path.relative_to(ROOT)}" in printed, path
+        assert "usage:" in printed
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if is_script(path)], ids=lambda path: path.name)

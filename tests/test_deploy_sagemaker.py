@@ -1,6 +1,5 @@
 """deploy_sagemaker.py, test_endpoint.py and delete_endpoint.py against the stand-in of fake_sagemaker.py."""
 
-import importlib.util
 import json
 import math
 import re
@@ -16,26 +15,17 @@ from fake_sagemaker import BUCKET, problems, stubbed
 from safetensors.numpy import save_file
 
 import aws
+import delete_endpoint as deleting
+import deploy_sagemaker as deploying
 import predictions
 import sagemaker_endpoint
+import test_endpoint as asking
 from model_files import folder_hash
 from task import TASKS
 
 ROOT = Path(__file__).parent.parent
 FAST = ("--poll-seconds", "0.001")
 COSTS = "costs $2.80 an hour ($67.20 a day); `python scripts/delete_endpoint.py demo --region us-east-1` deletes it"
-
-
-def script(name):
-    """A script as a module, by path: one of them is named like a test."""
-    specification = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-deploying, deleting, asking = map(script, ("deploy_sagemaker", "delete_endpoint", "test_endpoint"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,23 @@
 """The cloud commands from end to end, on a stand-in for AWS whose containers really train and really answer.
 
-fake_sagemaker.py is AWS, container_simulator.py the containers. The commands run as a user runs them. What only AWS
-can show (permissions, images, GPUs, vLLM itself) is not shown here.
+fake_sagemaker.py is AWS, container_simulator.py the containers. What only AWS can show
+(permissions, images, GPUs, vLLM itself) is not shown here.
 """
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from container_simulator import LMI, run_training
 from fake_sagemaker import Fake
 
+import delete_endpoint
+import deploy_sagemaker
+import fine_tune_model
+import logprobs_confidence
 import predictions
+import test_endpoint as asking
 
 pytestmark = pytest.mark.sagemaker
 
@@ -25,33 +29,29 @@ QUICK = ["--epochs", "2", "--batch-size", "8", "--validate-every", "4", "--check
 FAST = ["--poll-seconds", "0.2"]
 
 
-@pytest.fixture(scope="module")
-def fake():
+@pytest.fixture
+def fake(monkeypatch):
     with Fake(run_training=run_training, serving=LMI()) as fake:
+        for name, value in {**fake.env, "HF_TOKEN": LOCAL_TOKEN}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("boto3.Session", fake.session)
+        fake.plan = {"env": {"OMP_NUM_THREADS": "1"}}  # what happens to the next jobs
         yield fake
-
-
-@pytest.fixture(autouse=True)
-def plan(fake):
-    """What happens to the next jobs."""
-    fake.plan = {"env": {"OMP_NUM_THREADS": "1"}}
-    yield fake.plan
-    assert fake.left_behind() == []
+        assert fake.left_behind() == []
 
 
 @pytest.fixture
-def command(fake, run):
-    """Run a command against the stand-in; everything it printed is kept."""
+def command(outcome):
+    """Run a script against the stand-in; everything it printed is kept."""
     said = []
 
-    def run_command(*arguments, code=0):
-        env = {**fake.env, "HF_TOKEN": LOCAL_TOKEN, "OMP_NUM_THREADS": "1"}
-        done = run(*arguments, env=env, stdin=subprocess.DEVNULL)
-        said.append(done.stdout + done.stderr)
-        assert done.returncode == code, said[-1]
+    def run_command(main, *arguments, code=0):
+        ended, out, err = outcome(main, *arguments)
+        said.append(out + err)
+        assert ended == code, said[-1]
         ours = [line for line in said[-1].splitlines() if not line.startswith("  |")]  # in a job's log: torchrun's
         assert "Traceback" not in "\n".join(ours)
-        return done
+        return out if not code else err
 
     run_command.said = said
     return run_command
@@ -61,7 +61,7 @@ def command(fake, run):
 def train(command, tiny_folder):
     def run_training_command(folder, *more, code=0):
         flags = ["--model", tiny_folder, *ROWS, *QUICK, "--output-dir", folder, *FAST]
-        return command("fine_tune_model.py", "--sagemaker", "--yes", *flags, *more, code=code)
+        return command(fine_tune_model.main, "--sagemaker", "--yes", *flags, *more, code=code)
 
     return run_training_command
 
@@ -87,14 +87,14 @@ def where_a_token_stands(fake, command, folder):
     return [place for place, content in places.items() if re.search(rb"hf_[A-Za-z0-9]{20,}", content)]
 
 
-def test_from_training_to_deletion(fake, plan, command, train, tiny_folder, tmp_path):
+def test_from_training_to_deletion(fake, command, train, tiny_folder, tmp_path):
     # Two adapters, one over a spot interruption, one with a token in a secret.
-    plan["interrupt_at"] = r" 8 of 12 "
-    done = train(tmp_path / "one", "--spot")
-    assert "Interrupted" in done.stdout and re.search(r"6\d% saved by spot", done.stdout)
+    fake.plan["interrupt_at"] = r" 8 of 12 "
+    out = train(tmp_path / "one", "--spot")
+    assert "Interrupted" in out and re.search(r"6\d% saved by spot", out)
     first, second = last_job(fake).plan["seen"]
     assert "4 of 12" in first["output"] and "0 of 12" not in second["output"]  # it went on, not began anew
-    del plan["interrupt_at"]
+    del fake.plan["interrupt_at"]
     arn = fake.client("secretsmanager").create_secret(Name="hf", SecretString=SECRET_TOKEN)["ARN"]
     train(tmp_path / "two", "--seed", "5", "--hf-token-secret", arn)
     assert last_job(fake).request["Environment"]["HF_TOKEN_SECRET_ARN"] == arn
@@ -102,24 +102,24 @@ def test_from_training_to_deletion(fake, plan, command, train, tiny_folder, tmp_
     # They are the ones that training here makes, byte for byte, and say the same of themselves.
     for name, more in (("one", []), ("two", ["--seed", "5"])):
         here = tmp_path / f"{name}-here"
-        command("fine_tune_model.py", "--model", tiny_folder, *ROWS, *QUICK, "--output-dir", here, *more)
+        command(fine_tune_model.main, "--model", tiny_folder, *ROWS, *QUICK, "--output-dir", here, *more)
         assert same_adapter(tmp_path / name, here)
         configs = [json.loads((folder / "training_config.json").read_text()) for folder in (tmp_path / name, here)]
         assert configs[0].pop("sagemaker_job") in fake.jobs and configs[0] == configs[1]
 
     # Served beside each other, they answer as they do here.
-    deploy = ["scripts/deploy_sagemaker.py", "texts", "--yes", "--poll-seconds", "0.05"]
+    deploy = [deploy_sagemaker.main, "texts", "--yes", "--poll-seconds", "0.05"]
     adapters = [f"one={tmp_path / 'one'}", f"two={tmp_path / 'two'}"]
     command(*deploy, "--model", tiny_folder, "--adapter", *adapters, "--max-length", "512")
     answers = {}
     for name in ("one", "two"):
-        asked = command("scripts/test_endpoint.py", "texts", "--adapter", name, "--tolerance", "1e-5", "--json")
-        answers[name] = json.loads(asked.stdout.splitlines()[0])["probabilities"]
+        asked = command(asking.main, "texts", "--adapter", name, "--tolerance", "1e-5", "--json")
+        answers[name] = json.loads(asked.splitlines()[0])["probabilities"]
         table = ["--input", ROOT / "data" / "sample.csv", "--limit", "12"]
         local = ["--model", tiny_folder, "--adapter", tmp_path / name]
         remote = ["--endpoint", f"sagemaker:texts/{name}", "--tokenizer", tiny_folder]
         for way, flags in (("here", local), ("there", remote)):
-            command("logprobs_confidence.py", *flags, *table, "--output", tmp_path / f"{name}-{way}.jsonl")
+            command(logprobs_confidence.main, *flags, *table, "--output", tmp_path / f"{name}-{way}.jsonl")
         tables = [predictions.read(tmp_path / f"{name}-{way}.jsonl") for way in ("here", "there")]
         for here, there in zip(*tables, strict=True):
             assert there.id == here.id and there.probabilities == pytest.approx(here.probabilities, abs=1e-5)
@@ -127,15 +127,15 @@ def test_from_training_to_deletion(fake, plan, command, train, tiny_folder, tmp_
 
     # A swap changes the answer, a removal takes one away, a deletion everything; again is no error.
     command(*deploy, "--adapter", f"one={tmp_path / 'two'}", "--remove", "two")
-    asked = command("scripts/test_endpoint.py", "texts", "--adapter", "one", "--json")
-    assert json.loads(asked.stdout.splitlines()[0])["probabilities"] == pytest.approx(answers["two"], abs=1e-5)
-    command("scripts/test_endpoint.py", "texts", "--adapter", "two", code=2)
+    asked = command(asking.main, "texts", "--adapter", "one", "--json")
+    assert json.loads(asked.splitlines()[0])["probabilities"] == pytest.approx(answers["two"], abs=1e-5)
+    command(asking.main, "texts", "--adapter", "two", code=2)
     for _ in range(2):
-        command("scripts/delete_endpoint.py", "texts", "--poll-seconds", "0.05")
+        command(delete_endpoint.main, "texts", "--poll-seconds", "0.05")
     assert where_a_token_stands(fake, command, tmp_path) == []
 
 
-def test_a_time_limit_is_gone_on_from_with_a_task_and_groups_of_one_s_own(fake, plan, command, tiny_folder, tmp_path):
+def test_a_time_limit_is_gone_on_from_with_a_task_and_groups_of_one_s_own(fake, command, tiny_folder, tmp_path):
     task = 'name = "mood"\ntemplate = "{text}\\nMood:"\n[labels]\nglad = ["happy", "glad"]\nsad = ["sad"]\n'
     (tmp_path / "mood.toml").write_text(task, encoding="utf-8")
     rows = [f"{i},a {'fine' if i % 2 else 'grey'} day number {i},{'G' if i % 2 else 'S'}" for i in range(64)]
@@ -148,15 +148,17 @@ def test_a_time_limit_is_gone_on_from_with_a_task_and_groups_of_one_s_own(fake, 
     flags += ["--text-column", "body", "--label-column", "mood", "--id-column", "key"]
     there = ["--sagemaker", "--yes", "--output-dir", tmp_path / "there", *FAST]
 
-    plan["env"]["SM_NUM_GPUS"] = "2"  # which has the entry start two processes; there is no GPU, so on the processor
-    plan["stop_at"] = r" 4 of 12 "
-    done = command("fine_tune_model.py", *flags, *there, code=2)
-    assert "it reached --max-runtime; the command that started it goes on" in done.stderr
+    fake.plan["env"]["SM_NUM_GPUS"] = (
+        "2"  # which has the entry start two processes; there is no GPU, so on the processor
+    )
+    fake.plan["stop_at"] = r" 4 of 12 "
+    said = command(fine_tune_model.main, *flags, *there, code=2)
+    assert "it reached --max-runtime; the command that started it goes on" in said
     assert not (tmp_path / "there").exists()
-    del plan["stop_at"]
-    command("fine_tune_model.py", *flags, *there, "--resume")
+    del fake.plan["stop_at"]
+    command(fine_tune_model.main, *flags, *there, "--resume")
     assert "0 of 12" not in last_job(fake).plan["seen"][0]["output"]
-    command("fine_tune_model.py", *flags, "--output-dir", tmp_path / "here")
+    command(fine_tune_model.main, *flags, "--output-dir", tmp_path / "here")
     configs = [json.loads((tmp_path / where / "training_config.json").read_text()) for where in ("there", "here")]
     assert [config["processes"] for config in configs] == [2, 1]
     for name in ("train", "validation", "task", "before"):
