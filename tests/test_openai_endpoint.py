@@ -1,6 +1,5 @@
 """endpoint.py, and Methods 1 and 2 over it, against the server of fake_server.py, which misbehaves on demand."""
 
-import csv
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import records, write_csv
 from fake_server import SAMPLED_ID, SPELT, TOO_LATE_S, FakeServer, said
 
 import command_line
@@ -119,14 +119,8 @@ def error_of(done):
 
 def table(tmp_path, texts, *flags):
     """The flags for a table of texts, and the file they write."""
-    output = tmp_path / "p.jsonl"
-    with open(tmp_path / "t.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *((text, "positive") for text in texts)])
-    return ["--input", tmp_path / "t.csv", "--output", output, *flags], output
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
+    path = write_csv(tmp_path / "t.csv", [(text, "positive") for text in texts], ("text", "label"))
+    return ["--input", path, "--output", tmp_path / "p.jsonl", *flags], tmp_path / "p.jsonl"
 
 
 def unbroken(call, script, tmp_path, flags):
@@ -402,15 +396,6 @@ def test_a_wrong_answer_is_a_row_with_an_error_and_never_a_vote(call, tmp_path, 
             assert row["prediction"] is row["confidence"] is None and row.get("agreement") is None, word
 
 
-def test_a_slow_server_is_asked_again_and_then_an_error_of_the_row(call, fake, tmp_path):
-    fake.hold = {"FAKE-SLOW": threading.Event()}
-    flags, output = table(tmp_path, ["FAKE-SLOW", "Not bad"], "--timeout", 0.5)
-    assert logprobs(call, *flags).code == 0
-    slow, good = records(output)
-    assert (slow["error"], slow["retry"], slow["confidence"]) == ("no answer within 0.5 s, 2 times", True, None)
-    assert good["confidence"] == pytest.approx(SURE)
-
-
 def test_a_server_that_drips_is_given_the_time_of_a_whole_request(call, fake, tmp_path):
     flags, output = table(tmp_path, ["FAKE-DRIP", "Not bad"], "--timeout", 1)
     began = time.monotonic()
@@ -472,7 +457,6 @@ TOO_MANY = {"detail": [{"loc": ["logprobs"], "msg": "at most 5"}]}
 # path, status and content of every reply to it, and what the line says
 WRONG = [
     ("completions", 401, said("Incorrect API key: none."), "refuses the key (401: Incorrect API key: none.)"),
-    ("completions", 403, said("not for you"), "refuses the key (403: not for you); --api-key-env names its variable"),
     ("completions", 404, said("No such model."), "has no fake-1 or no such API (404: No such model.)"),
     ("completions", 429, said("quota"), "takes no more requests (429: quota); nothing is lost, repeat the command to"),
     ("completions", 500, b"oops", "failed with status 500, 2 times: oops"),
@@ -483,11 +467,8 @@ WRONG = [
     ("completions", 422, TOO_MANY, "at most 5"),
     ("models", 401, said("no key"), "refuses the key (401: no key)"),
     ("models", 404, said("not found"), "lists no models; is it the URL of an API? Most end in /v1"),
-    ("models", 500, b"", "failed with status 500, 2 times: Internal Server Error"),
     ("models", 200, b"<html>", "lists no models"),
-    ("models", 200, {"data": ["fake-1"]}, "lists no models"),
     ("models", 200, {"data": [{"id": "a"}, {"id": "b"}]}, "has 2 models; name one with --model: a, b"),
-    ("models", 200, {"data": []}, "has 0 models"),
 ]
 
 
@@ -506,13 +487,10 @@ BAD_URLS = {
     f"http://user:{KEY}@127.0.0.1:1/v1": "without a key in it",
     f"http://127.0.0.1:1/v1?key={KEY}": "without a key in it",
     "127.0.0.1:8000": "a URL such as http://127.0.0.1:8000/v1, or anthropic",
-    "openai": "a URL such as http://127.0.0.1:8000/v1, or anthropic",
     "http:///v1": "a URL such as http://127.0.0.1:8000/v1, or anthropic",
     "http://[::1/v1": "--endpoint: Invalid IPv6 URL",
     "http://127.0.0.1:99999/v1": "--endpoint: Port out of range",
-    "http://127.0.0.256/v1": "--endpoint: Invalid IPv4 address",
     f"http://user:{KEY}/x@127.0.0.1:1/v1": "without a key in it",
-    f"http://{KEY}@[::1/v1": "without a key in it",
     f"http://127.0.0.1:1/v1#{KEY}": "without a key in it",
 }
 
@@ -564,11 +542,11 @@ def test_a_rejected_temperature_is_left_out_and_recorded(call, fake, tmp_path):
     assert "was made with other settings" in error_of(consistency(call, *flags))
 
 
-@pytest.mark.parametrize("words", ["temperature must be between 0 and 2", "temperature: should be less than or equal"])
-def test_a_temperature_out_of_range_is_an_error_and_not_left_out(call, fake, words):
-    fake.rejects = {"temperature": words}
+def test_a_temperature_out_of_range_is_an_error_and_not_left_out(call, fake):
+    fake.rejects = {"temperature": "temperature must be between 0 and 2"}
     problem = error_of(consistency(call, "Not bad", "--temperature", 3))
-    assert f"the server refuses the request: {words}" in problem and len(fake.requests) == 2
+    assert "the server refuses the request: temperature must be between 0 and 2" in problem
+    assert len(fake.requests) == 2
 
 
 def test_a_strict_server_is_sent_what_it_knows(call, fake):
@@ -673,11 +651,10 @@ def test_a_server_on_this_machine_is_asked_without_the_environment_s_proxy(call,
         assert call(script, "Not bad").code == 0
 
 
-@pytest.mark.parametrize("url", ["https://example.org/v1", "anthropic"])
-def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(call, fake, monkeypatch, url):
+def test_a_proxy_that_cannot_be_used_is_named_by_its_variable(call, fake, monkeypatch):
     monkeypatch.delenv("ANTHROPIC_BASE_URL")
     monkeypatch.setitem(sys.modules, "socksio", None)  # as where it is not installed
-    asked = ["Not bad", "--endpoint", url, "--model", "m", *CHAT]
+    asked = ["Not bad", "--endpoint", "anthropic", "--model", "m", *CHAT]
     monkeypatch.setenv("ALL_PROXY", "socks5://u:pass-do-not-show@127.0.0.1:9")
     line = error_of(consistency(call, *asked))
     assert (
@@ -823,11 +800,10 @@ def test_ctrl_c_ends_a_run_at_once_and_the_same_command_goes_on(call, fake, tmp_
     assert call(script, *flags).code == 0 and output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("word", ["", "A text."], ids=["the model's name", "the first request"])
-def test_ctrl_c_before_the_first_reply_leaves_no_file_and_no_noise(fake, tmp_path, word):
+def test_ctrl_c_before_the_first_reply_leaves_no_file_and_no_noise(fake, tmp_path):
     flags, output = table(tmp_path, ["good 0"])
-    fake.hold = {word: threading.Event()}
-    process = start(logprobs_confidence, flags, fake, lambda: fake.asked_for(word))
+    fake.hold = {"A text.": threading.Event()}
+    process = start(logprobs_confidence, flags, fake, lambda: fake.asked_for("A text."))
     assert interrupt(process) == ("", STOPPED, 130) and not output.exists()
 
 
@@ -836,11 +812,12 @@ def test_ctrl_c_before_the_first_reply_leaves_no_file_and_no_noise(fake, tmp_pat
 
 def test_the_fingerprint_follows_the_server_the_model_and_how_it_is_asked(call, vllm):
     plain = row_of(logprobs(call, "Not bad", *BY_ID))["fingerprint"]
-    flags = [[], ["--model", "other"], ["--top-tokens", 5], ["--endpoint", vllm.url + "/"], ["--concurrency", 1]]
+    there = vllm.url.replace("127.0.0.1", "localhost") + "/"
+    flags = [[], ["--model", "other"], ["--top-tokens", 5], ["--endpoint", there], ["--concurrency", 1]]
     vllm.lists = {}
     text = [row_of(logprobs(call, "Not bad", "--json", *more))["fingerprint"] for more in flags]
     assert len({plain, *text}) == 4  # ids, text, another model, another list
-    assert text[3] == text[4] == text[0]  # a slash, or fewer at a time, asks for nothing else
+    assert text[3] == text[4] == text[0]  # this machine's other name, or fewer at a time, asks for nothing else
     identities = []
     for name in ("one", "another"):  # another tokenizer gives other ids
         with connect(vllm.url, "m", reader=SimpleNamespace(name=name)) as server:
@@ -954,23 +931,14 @@ def other(fake):
     other.stop()
 
 
-def test_localhost_and_127_0_0_1_are_one_address(call, fake):
-    there = fake.url.replace("127.0.0.1", "localhost")
-    first, second = (row_of(logprobs(call, "x", "--json", "--endpoint", url)) for url in (fake.url, there))
-    assert first["fingerprint"] == second["fingerprint"]
-
-
 def test_another_server_of_the_same_name_continues_the_file(call, fake, other, named, tmp_path, script):
     flags, output = table(tmp_path, ["FAKE-500 one", "two"], *named)
     assert call(script, *flags).code == 0
     before = [row["fingerprint"] for row in records(output)]
     other.repaired = True
     assert call(script, *flags, "--endpoint", other.url).code == 0
-    rows = records(output)
-    assert [row["prediction"] for row in rows] == ["positive"] * 2 and [row["model"] for row in rows] == [
-        "my-model"
-    ] * 2
-    assert [row["fingerprint"] for row in rows] == before
+    rows = [(row["prediction"], row["model"], row["fingerprint"]) for row in records(output)]
+    assert rows == [("positive", "my-model", fingerprint) for fingerprint in before]
     assert call(script, *flags, "--served-as", "another").code == 2  # another identity
 
 
