@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,7 @@ from sklearn.base import BaseEstimator, clone
 
 import predictions
 from calibration_metrics import group_numbers, log_loss
-from calibrators import (
+from calibrators import (  # noqa: F401 (the calibrators are this file's too)
     METHODS,
     BetaCalibrator,
     IsotonicRegressionCalibrator,
@@ -39,37 +40,10 @@ from calibrators import (
 from command_line import SHOW_AFTER_S, progress
 from decisions import conformal_selection
 from files import read_json, validated, write_text
-from label_calibration import LABEL_METHODS, ClasswiseCalibrator, PooledCalibrator, VectorScalingCalibrator
+from label_calibration import LABEL_METHODS, ClasswiseCalibrator, PooledCalibrator, VectorScalingCalibrator  # noqa: F401
 from shortlists import Shortlist
 from tables import text_key
 
-__all__ = [  # the calibrators are this file's too: `from calibration import PlattScalingCalibrator`
-    "LABEL_METHODS",
-    "LEAST_ROWS",
-    "METHODS",
-    "BetaCalibrator",
-    "ClasswiseCalibrator",
-    "FittedCalibrator",
-    "IsotonicRegressionCalibrator",
-    "PlattScalingCalibrator",
-    "PooledCalibrator",
-    "Recipe",
-    "Scores",
-    "TemperatureScalingCalibrator",
-    "VectorScalingCalibrator",
-    "VennAbersCalibrator",
-    "calibrate_file",
-    "choose",
-    "cross_fit",
-    "cross_fit_labels",
-    "grouped_folds",
-    "load_calibrator",
-    "rare_labels",
-    "recipe_of",
-    "recipes",
-    "save_calibrator",
-    "scores_of",
-]
 RARE = 10  # rows of a label below which a report says so
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
 FORMAT = "calibrated-confidence calibrator, version 1"
@@ -123,17 +97,27 @@ def grouped_folds(
     confidence: np.ndarray, correct: np.ndarray, groups: Sequence | None = None, n_splits: int = 5, seed: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Row numbers (train, test) of each fold: whole groups, and each value of `correct` spread evenly."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
     groups = np.arange(len(correct)) if groups is None else group_numbers(groups)
     if not len(confidence) == len(correct) == len(groups):
         raise ValueError(f"{len(confidence)} confidences, {len(correct)} values of correct and {len(groups)} groups")
     if len(np.unique(groups)) < n_splits or np.bincount(correct.astype(int)).max() < n_splits:
         raise ValueError(f"{len(correct)} rows in {len(np.unique(groups))} groups are too few for {n_splits} folds")
-    folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
+    fold_of = _fold_of(correct.astype(np.int64).tobytes(), groups.astype(np.int64).tobytes(), n_splits, seed)
+    return [(np.flatnonzero(fold_of != number), np.flatnonzero(fold_of == number)) for number in range(n_splits)]
+
+
+@lru_cache(maxsize=16)
+def _fold_of(outcome: bytes, groups: bytes, n_splits: int, seed: int) -> np.ndarray:
+    """The fold that each row is in [n], from both as int64. Every calibrator that is tried asks for the same ones."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    outcome, groups = (np.frombuffer(each, dtype=np.int64) for each in (outcome, groups))
+    folds, fold_of = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed), np.empty(len(outcome), dtype=int)
     with warnings.catch_warnings():  # a label with fewer rows than folds is absent from some; that is no fault
         warnings.simplefilter("ignore", UserWarning)
-        return list(folds.split(confidence, correct, groups))
+        for number, (_, test) in enumerate(folds.split(outcome, outcome, groups)):
+            fold_of[test] = number
+    return fold_of
 
 
 @dataclass(frozen=True)

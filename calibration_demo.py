@@ -244,7 +244,7 @@ def calibration_study(
     from calibration import VectorScalingCalibrator, choose, cross_fit_labels, rare_labels
 
     goal = goal or Goal()
-    label_decisions.label_targets(goal.label_targets, fit.scores.labels, goal.target_accuracy)
+    own_targets(fit, goal)
     try:
         recipe, candidates = choose(fit.scores, fit.groups, method, range(seed, seed + 5))
         given, seeds = (fit.scores.probabilities, fit.scores.truth), range(seed, seed + 5)
@@ -289,7 +289,7 @@ def fit_calibrator(
     threshold = decisions.threshold_for(confidence, correct, goal.target_accuracy, goal.certainty, fit.groups)
     by_label = None
     if goal.label_targets:
-        chosen = label_thresholds(fit, confidence, goal)
+        chosen = label_thresholds(fit, confidence, goal, own_targets(fit, goal))
         by_label = {label: each.record() | {"protocol": "cross-fitted"} for label, each in chosen.items()}
     common = {"groups": fit.groups, "protocol": "out-of-fold", "seed": seed}
     return FittedCalibrator(
@@ -309,9 +309,15 @@ def fit_calibrator(
     )
 
 
-def label_thresholds(fit: LabelledRows, confidence: np.ndarray, goal: Goal) -> dict[str, decisions.Threshold]:
+def own_targets(fit: LabelledRows, goal: Goal) -> dict[str, float]:
+    """The target of each label; ValueError for words that are none."""
+    return label_decisions.label_targets(goal.label_targets, fit.scores.labels, goal.target_accuracy)
+
+
+def label_thresholds(
+    fit: LabelledRows, confidence: np.ndarray, goal: Goal, targets: Mapping[str, float]
+) -> dict[str, decisions.Threshold]:
     """The threshold of each predicted label, from confidences [n] of the fit rows."""
-    targets = label_decisions.label_targets(goal.label_targets, fit.scores.labels, goal.target_accuracy)
     predicted, correct = predicted_labels(fit), fit.scores.correct
     return label_decisions.choose_label_thresholds(
         confidence, correct, predicted, targets, goal.certainty, fit.groups, goal.is_split
@@ -400,7 +406,7 @@ def study_report(
 
     `cost_matrix` are dollars [true label, predicted label] of acting on a prediction.
     """
-    correct, confidences, goal = study.correct, study.confidences, study.goal
+    correct, confidences, goal, scores = study.correct, study.confidences, study.goal, study.test.scores
     prices = {"review_cost": review_cost, "error_cost": error_cost}
     targets = sorted({*TARGETS, goal.target_accuracy})
     gates, buckets = {}, {}
@@ -413,7 +419,7 @@ def study_report(
     return {
         **study_facts(study),
         "verdict": study_verdict(study).record(),
-        "label_errors": label_errors(study.test.scores),
+        "label_errors": confusions.label_errors(scores.labels, scores.truth, scores.probabilities.argmax(axis=1)),
         "settings": settings,
         "candidates": candidate_losses(study),
         "chosen": str(study.fitted.recipe),
@@ -440,11 +446,6 @@ def study_verdict(study: CalibrationStudy) -> Verdict:
     """Whether the classifier works at all, on the test rows; changed predictions are judged by themselves."""
     recalibrated = None if study.fitted.recipe.relabel else study.confidences["calibrated"]
     return judge(study.test.rows, study.test.groups, recalibrated, seed=study.seed)
-
-
-def label_errors(scores: Scores) -> dict:
-    """Which labels are missed, and what is said in their place."""
-    return confusions.label_errors(scores.labels, scores.truth, scores.probabilities.argmax(axis=1))
 
 
 def study_facts(study: CalibrationStudy) -> dict:
@@ -563,7 +564,8 @@ def guarantees_at(study: CalibrationStudy, target: float) -> dict:
 
 def guarantees_by_label(study: CalibrationStudy) -> dict:
     """The threshold of each predicted label and how it fares on the test rows, and what all of them automate."""
-    test, thresholds = study.test, label_thresholds(study.fit, study.cross_fitted, study.goal)
+    test, targets = study.test, own_targets(study.fit, study.goal)
+    thresholds = label_thresholds(study.fit, study.cross_fitted, study.goal, targets)
     given = study.confidences["calibrated"], test.scores.correct, predicted_labels(test)
     found = label_decisions.label_automation(*given, thresholds)
     automated = label_decisions.automated_by_label(given[0], given[2], thresholds)
@@ -583,19 +585,9 @@ def targets_by_label(study: CalibrationStudy) -> dict[str, list[dict]]:
     """For each predicted label the threshold of every target that the page offers, and how it fares."""
     test, found = study.test, {label: [] for label in study.fit.scores.labels}
     given = study.confidences["calibrated"], test.scores.correct, predicted_labels(test)
-    goal = study.goal
-    own = label_decisions.label_targets(goal.label_targets, study.fit.scores.labels, goal.target_accuracy)
+    own = own_targets(study.fit, study.goal)
     for target in sorted({*html_report.LABEL_TARGETS, *own.values()}):
-        targets = dict.fromkeys(study.fit.scores.labels, target)
-        thresholds = label_decisions.choose_label_thresholds(
-            study.cross_fitted,
-            study.fit.scores.correct,
-            predicted_labels(study.fit),
-            targets,
-            goal.certainty,
-            study.fit.groups,
-            goal.is_split,
-        )
+        thresholds = label_thresholds(study.fit, study.cross_fitted, study.goal, dict.fromkeys(own, target))
         measured = label_decisions.label_automation(*given, thresholds)
         for label, threshold in thresholds.items():
             is_own = target == own[label]

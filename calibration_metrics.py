@@ -215,6 +215,11 @@ def share_estimate(correct: np.ndarray, groups: Sequence[object], seed: int = 0)
     return Estimate(float(correct.mean()), low, high)
 
 
+def exact_share(k: int, n: int) -> Estimate:
+    """The share k of n with its exact interval, as of independent rows."""
+    return Estimate(k / n, *exact_interval(k, n))
+
+
 def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
     """Groups of any kind as whole numbers from 0, in order of appearance."""
     numbers: dict[Hashable, int] = {}
@@ -263,6 +268,11 @@ def log_loss(confidence: np.ndarray, correct: np.ndarray, clip: float = EPSILON)
     """Mean negative log-likelihood in nats; confidences are clipped to [clip, 1 - clip]."""
     clipped = np.clip(confidence, clip, 1 - clip)
     return float(-np.mean(np.where(correct, np.log(clipped), np.log1p(-clipped))))
+
+
+def label_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """-ln P(true label) [n] of P(label) [n, labels] and the numbers of the true labels [n]."""
+    return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], EPSILON, 1))
 
 
 def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -345,12 +355,10 @@ def calibration_metrics(
     n_groups, point = len(np.unique(groups)), _scores(confidence, correct)
     resampled = bootstrap_interval(lambda rows: [*_scores(confidence[rows], correct[rows]).values()], groups, seed=seed)
     intervals = dict(zip(point, resampled.tolist(), strict=True))
-    exact = exact_interval(correct.sum(), n)
-    if n_groups == n:
-        intervals["accuracy"] = exact
-    else:  # the exact interval takes rows for independent; the bootstrap of all right is a point
-        low, high = intervals["accuracy"]
-        intervals["accuracy"] = min(low, exact[0]), max(high, exact[1])
+    low, high = exact_interval(correct.sum(), n)
+    if n_groups < n:  # the exact interval takes rows for independent; the bootstrap of all right is a point
+        low, high = min(low, intervals["accuracy"][0]), max(high, intervals["accuracy"][1])
+    intervals["accuracy"] = low, high
     metrics = {"n": n, "groups": n_groups, "protocol": protocol, **point}
     metrics |= _errors(confidence, correct, n_bins, seed) | corp_decomposition(confidence, correct)
     for name, (low, high) in intervals.items():
@@ -418,8 +426,7 @@ def reliability_bins(confidence: Sequence[float], correct: Sequence[bool], n_bin
         n, accuracy = int(bins.count[i]), float(bins.accuracy[i])
         low, high = exact_interval(round(accuracy * n), n)
         row = {"from": float(bins.edges[i]), "to": float(bins.edges[i + 1]), "n": n, "accuracy": accuracy}
-        row |= {"mean_confidence": float(bins.confidence[i]), "accuracy_low": low, "accuracy_high": high}
-        table.append(row)
+        table.append(row | {"mean_confidence": float(bins.confidence[i]), "accuracy_low": low, "accuracy_high": high})
     return table
 
 
@@ -514,11 +521,9 @@ def print_predicted_labels(rows: Sequence[predictions.Prediction], score: str) -
     shown = list(by_label) if len(by_label) <= MOST_LABELS else sorted(apart, key=apart.get)[: -MOST_LABELS - 1 : -1]
     for label in shown:
         found = by_label[label]
-        low, high = exact_interval(found["right"], found["n"])
-        print(
-            f"  predicted {command_line.printable(label)}: {found['n']:,} rows, mean confidence "
-            f"{found['mean_confidence']:.3f}, accuracy {found['right'] / found['n']:.3f} [{low:.3f}, {high:.3f}]"
-        )
+        numbers = f"mean confidence {found['mean_confidence']:.3f}"
+        accuracy = exact_share(found["right"], found["n"]).shown()
+        print(f"  predicted {command_line.printable(label)}: {found['n']:,} rows, {numbers}, accuracy {accuracy}")
     if len(shown) < len(by_label):
         print(f"  and {len(by_label) - len(shown)} predicted labels whose confidence is closer to their accuracy")
 

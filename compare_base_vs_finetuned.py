@@ -221,7 +221,7 @@ def verdicts_of(
     models: Mapping[str, ComparedModel], tested: Sequence[Sequence[Prediction]], groups: np.ndarray, seed: int = 0
 ) -> dict[str, dict]:
     """Whether each model works at all, beside baselines that are learned once."""
-    words = verdict.words_of(tested[0], groups, seed)
+    words = verdict.bag_of_words_for(tested[0], groups, seed)
     found = {}
     for (name, model), rows in zip(models.items(), tested, strict=True):
         found[name] = verdict.judge(rows, groups, model.confidence["calibrated"], words, seed).record()
@@ -497,7 +497,8 @@ def scores_by(comparison: ModelComparison, key: str) -> dict[str, dict]:
         if key != "raw":
             found["calibration part"] = metrics.log_loss(model.confidence["raw"][rows], correct) - found["log loss"]
         elif len(model.scores.labels) > 2:  # of two it is the log loss of the confidence
-            found["log loss of the true label"] = label_loss(model.scores, rows)
+            losses = metrics.label_losses(model.scores.probabilities[rows], model.scores.truth[rows])
+            found["log loss of the true label"] = float(losses.mean())
         return found
 
     table = {"paired": paired(comparison, numbers)}
@@ -514,11 +515,6 @@ def scores_by(comparison: ModelComparison, key: str) -> dict[str, dict]:
             table["paired"]["accuracy"][name] = [own["accuracy"], own["accuracy_low"], own["accuracy_high"]]
             table[name] = own
     return table
-
-
-def label_loss(scores: Scores, rows: np.ndarray) -> float:
-    """Mean -ln P(true label), which ranks models that predict different labels."""
-    return float(-np.log(np.clip(scores.probabilities[rows, scores.truth[rows]], metrics.EPSILON, 1)).mean())
 
 
 def log_loss_steps(scores: Mapping[str, dict], key: str) -> dict[str, list]:
@@ -578,8 +574,9 @@ def all_models(comparison: ModelComparison) -> dict[str, dict]:
     def of_rows(rows: np.ndarray) -> np.ndarray:  # [2, models, scores]: as they are, and minus the first model's
         scores = []
         for one in models.values():
-            raw, correct = one.model.confidence["raw"][rows], one.model.scores.correct[rows]
-            scores.append([correct.mean(), label_loss(one.model.scores, rows), metrics.auroc(raw, correct)])
+            own = one.model.scores[rows]
+            losses = metrics.label_losses(own.probabilities, own.truth)
+            scores.append([own.correct.mean(), losses.mean(), metrics.auroc(own.confidence, own.correct)])
         return np.array([scores, np.subtract(scores, scores[0])])
 
     def flat(rows: np.ndarray) -> np.ndarray:

@@ -53,13 +53,13 @@ class Threshold:
     n: int  # labelled rows
     groups: int  # of rows that belong together
     rho: float  # how alike the errors of a group are
-    start: int | None  # rows accepted at the first rank that was tested; None where no rank was
-    accepted: int  # labelled rows at or above the value
-    effective: float  # independent rows that these are worth
-    errors: int  # of those accepted
-    naive_value: float | None  # the empirical threshold: the lowest that met the target on these rows, no guarantee
-    naive_accepted: int
-    more_labels: int | None  # when nothing can be guaranteed: about how many more would do, None if none would
+    start: int | None = None  # rows accepted at the first rank that was tested; None where no rank was
+    accepted: int = 0  # labelled rows at or above the value
+    effective: float = 0.0  # independent rows that these are worth
+    errors: int = 0  # of those accepted
+    naive_value: float | None = None  # empirical: the lowest that met the target on these rows, no guarantee
+    naive_accepted: int = 0
+    more_labels: int | None = None  # when nothing can be guaranteed: about how many more would do, None if none would
 
     def record(self) -> dict:
         """As it stands in a calibrator file."""
@@ -116,8 +116,6 @@ def floor(value: float, decimals: int = 4) -> str:
 def rows_needed(target_accuracy: float, delta: float, errors: int = 0) -> int:
     """The fewest accepted rows that prove the target with so many errors among them."""
     _check(target_accuracy, delta)
-    if errors < 0 or errors != int(errors):
-        raise ValueError(f"the number of errors is {errors}; it must be a whole number, 0 or more")
     return int(_rows_needed(np.array([0.0]), target_accuracy, delta, errors)[0])
 
 
@@ -171,17 +169,14 @@ class Ranks:
     def kind(self) -> str:
         return "exact" if self.sums is None else "approximate"
 
-    def effective(self, delta: float) -> np.ndarray:
-        """Independent rows that the accepted ones are worth as evidence."""
-        if self.sums is None:
-            return self.accepted.astype(float)
-        return effective_rows(self.accepted, self.sums, self.rho, delta, self.errors)
+    def effective(self, delta: float, at_start: bool = False) -> np.ndarray:
+        """Independent rows that the accepted ones are worth as evidence.
 
-    def effective_at_start(self, delta: float) -> np.ndarray:
-        """The same without a look at the errors of the rank: of all labels only rho is used."""
+        At the start of a sequence without a look at the errors of the ranks: of all labels only rho is used.
+        """
         if self.sums is None:
             return self.accepted.astype(float)
-        return effective_rows(self.accepted, self.sums, self.rho, delta)
+        return effective_rows(self.accepted, self.sums, self.rho, delta, None if at_start else self.errors)
 
 
 def choose_threshold(
@@ -217,9 +212,9 @@ def choose_threshold(
     common = _common(everything, target_accuracy, None if first == len(proved) else int(tried.accepted[first]))
     if last < first:
         more = _more_labels(tried, target_accuracy, delta, start)
-        return Threshold(None, delta=delta, kind=tried.kind, **_accepting_nothing(), more_labels=more, **common)
+        return Threshold(None, delta=delta, kind=tried.kind, more_labels=more, **common)
     found = {"accepted": int(tried.accepted[last]), "errors": int(tried.errors[last])}
-    found |= {"effective": float(effective[last]), "more_labels": None}
+    found["effective"] = float(effective[last])
     return Threshold(float(tried.value[last]), delta=delta, kind=tried.kind, **found, **common)
 
 
@@ -242,11 +237,11 @@ def average_threshold(
     common = {"kind": AVERAGE, "delta": None, **_common(everything, target_accuracy, None)}
     if not len(met):
         more = _more_labels(everything[_ranks(everything.n)], target_accuracy, 0.5, "strictest")
-        return Threshold(None, **_accepting_nothing(), more_labels=more, **common)
+        return Threshold(None, more_labels=more, **common)
     best = everything[met[-1:]]
     effective = float(best.effective(0.5)[0])
     found = {"accepted": int(best.accepted[0]), "errors": int(best.errors[0]), "effective": effective}
-    return Threshold(float(best.value[0]), **found, more_labels=None, **common)
+    return Threshold(float(best.value[0]), **found, **common)
 
 
 def threshold_for(
@@ -264,21 +259,8 @@ def threshold_for(
 
 def threshold_without_rows(target_accuracy: float, certainty: float | str = 0.95) -> Threshold:
     """What no labelled rows at all can guarantee: nothing, and how many would do cannot be told."""
-    average = certainty == AVERAGE
-    return Threshold(
-        value=None,
-        target_accuracy=target_accuracy,
-        kind=AVERAGE if average else "exact",
-        delta=None if average else round(1 - float(certainty), 12),
-        n=0,
-        groups=0,
-        rho=0.0,
-        start=None,
-        **_accepting_nothing(),
-        naive_value=None,
-        naive_accepted=0,
-        more_labels=None,
-    )
+    kind, delta = (AVERAGE, None) if certainty == AVERAGE else ("exact", round(1 - float(certainty), 12))
+    return Threshold(None, target_accuracy, kind, delta, n=0, groups=0, rho=0.0)
 
 
 def measured_ladder(
@@ -369,7 +351,7 @@ def _ranks(n: int) -> np.ndarray:
 
 def _first_rank(tried: Ranks, target: float, delta: float, start: str) -> int:
     """Where the sequence begins, chosen without the labels of its ranks; the number of ranks where none can do."""
-    effective = tried.effective_at_start(delta)
+    effective = tried.effective(delta, at_start=True)
     possible = effective >= rows_needed(target, delta)
     if start == "strictest":
         possible &= tried.accepted >= tried.n / 10
@@ -397,10 +379,6 @@ def _common(everything: Ranks, target_accuracy: float, start: int | None) -> dic
     }
 
 
-def _accepting_nothing() -> dict:
-    return {"accepted": 0, "effective": 0.0, "errors": 0}
-
-
 def _more_labels(tried: Ranks, target: float, delta: float, start: str) -> int | None:
     """How many more labels would prove the target if errors stay as frequent as at the rank that needs the fewest.
 
@@ -411,7 +389,7 @@ def _more_labels(tried: Ranks, target: float, delta: float, start: str) -> int |
     if start == "strictest":
         tried = tried[tried.accepted >= tried.n / 10]
     else:
-        tried = tried[_predicted_significance(tried, target, tried.effective_at_start(delta)).argmax() :]
+        tried = tried[_predicted_significance(tried, target, tried.effective(delta, at_start=True)).argmax() :]
     effective = tried.effective(delta)
     errors = tried.errors / tried.accepted * effective
     refuted = guarantee_p_value(effective, effective - errors, 1 - target) <= delta  # as many right if that were so
@@ -444,20 +422,18 @@ def check_cost_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--volume {args.volume}: at least one prediction a day")
 
 
-def cost_optimal_threshold(review_cost: float, error_cost: float, automation_cost: float = 0.0) -> float:
-    """Automate from this calibrated confidence on: 1 - (review - automation) / error, between 0 and 1.
+def cost_optimal_threshold(review_cost: float, error_cost: float) -> float:
+    """Automate from this calibrated confidence on: 1 - review / error, between 0 and 1.
 
     Chow, "On optimum recognition error and reject tradeoff", 1970. An error that costs no more than a review is never
     worth one: 0. It needs confidences that are true; on raw ones it loses money.
     """
-    _check_costs(review=review_cost, error=error_cost, automation=automation_cost)
-    if error_cost == 0:
-        return float(automation_cost > review_cost)
-    return float(np.clip(1 - (review_cost - automation_cost) / error_cost, 0, 1))
+    _check_costs(review_cost, error_cost)
+    return float(np.clip(1 - review_cost / error_cost, 0, 1)) if error_cost else 0.0
 
 
-def _check_costs(**costs: float) -> None:
-    for name, cost in costs.items():
+def _check_costs(review: float, error: float) -> None:
+    for name, cost in (("review", review), ("error", error)):
         if not (math.isfinite(cost) and cost >= 0):
             raise ValueError(f"the {name} cost is {cost:g}; it must be finite and 0 or more")
 
@@ -474,16 +450,9 @@ def _cost_of_rows(
 ) -> np.ndarray:
     """[n, thresholds]"""
     confidence, correct = checked(confidence, correct)
-    _check_costs(review=review_cost, error=error_cost)
-    automated = confidence[:, None] >= _checked_thresholds(thresholds)
+    _check_costs(review_cost, error_cost)
+    automated = confidence[:, None] >= np.asarray(thresholds)
     return np.where(automated, error_cost * ~correct[:, None], review_cost)
-
-
-def _checked_thresholds(thresholds: Sequence[float]) -> np.ndarray:
-    thresholds = np.asarray(thresholds, dtype=np.float64)
-    if np.isnan(thresholds).any():
-        raise ValueError("a threshold is NaN")
-    return thresholds
 
 
 def cost_band(
@@ -509,7 +478,7 @@ def automation(confidence: Sequence[float], correct: Sequence[bool], thresholds:
     """For each threshold the rows automated, how many of them are right, and the exact 95 % interval of that share."""
     confidence, correct = checked(confidence, correct)
     table = []
-    for threshold in _checked_thresholds(thresholds).tolist():
+    for threshold in np.asarray(thresholds, dtype=np.float64).tolist():
         taken = confidence >= threshold
         share = {"threshold": threshold, "automated": int(taken.sum()), "share": float(taken.mean())}
         table.append(share | _accuracy(correct[taken]))
@@ -521,12 +490,6 @@ def dollars_a_day(automated: float, accuracy: float | None, volume: int, review_
 
     `accuracy` is that of the automated rows, None where there are none.
     """
-    _check_costs(review=review_cost, error=error_cost)
-    for name, share in (("automated share", automated), ("accuracy", accuracy if automated else 1)):
-        if share is None or not 0 <= share <= 1:
-            raise ValueError(f"the {name} is {share}; it must be between 0 and 1")
-    if volume < 0:
-        raise ValueError(f"the volume is {volume} predictions a day; it must be 0 or more")
     reviews = (1 - automated) * volume * review_cost
     errors = automated * (1 - accuracy) * volume * error_cost if automated else 0.0
     return {"review_dollars": reviews, "error_dollars": errors, "dollars": reviews + errors}

@@ -37,9 +37,7 @@ def effect(
     after, less that of always answering the commonest label. It `helps` when all three intervals lie above 0.
     """
     was, now = before.probabilities.argmax(axis=1), after.probabilities.argmax(axis=1)
-    rows = np.arange(len(was))
-    of_truth = [scores.probabilities[rows, scores.truth] for scores in (before, after)]
-    losses = [-np.log(np.clip(probability, metrics.EPSILON, 1)) for probability in of_truth]
+    losses = [metrics.label_losses(scores.probabilities, scores.truth) for scores in (before, after)]
     commonest = np.bincount(before.truth).argmax()
     now_right = after.correct.astype(float)
     gained = np.stack(
@@ -47,7 +45,7 @@ def effect(
     )
     intervals = metrics.bootstrap_interval(lambda drawn: gained[drawn].mean(axis=0), groups, seed=seed)
     found = {
-        "n": len(rows),
+        "n": len(was),
         "changed": int((was != now).sum()),
         "became_right": int((after.correct & ~before.correct).sum()),
         "became_wrong": int((before.correct & ~after.correct).sum()),

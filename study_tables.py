@@ -18,6 +18,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ class StudyRows:
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """What a method made of a data set's first `n` labelled rows, and said of rows that it had not learned from.
 
     `calibrate_on` are the labelled rows with such probabilities; `probabilities` [calibrate_on + unseen, labels] are
@@ -95,12 +96,12 @@ class Study:
     source: str
     sizes: tuple[int, ...]  # numbers of labels
     rows: StudyRows
-    runs: tuple[Run, ...]
+    runs: tuple[StudyRun, ...]
 
     def has(self, method: str, n: int) -> bool:
         return any(run.method == method and run.n == n for run in self.runs)
 
-    def with_run(self, run: Run) -> Study:
+    def with_run(self, run: StudyRun) -> Study:
         """The study with one run more, or another in the place of the one of its method and size."""
         others = [r for r in self.runs if (r.method, r.n) != (run.method, run.n)]
         return replace(self, runs=tuple(sorted([*others, run], key=lambda r: (METHODS.index(r.method), r.n))))
@@ -118,7 +119,7 @@ def write_study(path: str | Path, study: Study) -> None:
         scratch.write_bytes(gzip.compress(content.encode(), mtime=0))
 
 
-def run_record(run: Run, rows: StudyRows) -> dict:
+def run_record(run: StudyRun, rows: StudyRows) -> dict:
     """A run as a line of a recording."""
     truth = np.concatenate([rows.truth[run.calibrate_on], rows.truth[rows.unseen]])
     record = {"method": run.method, "n": run.n, "seconds": round(run.seconds, 1), "about": dict(run.about)}
@@ -171,9 +172,9 @@ def read_study(path: str | Path) -> Study:
         raise ValueError(f"{path} is not a recording of the study: {error}") from None
 
 
-def run_from_record(record: Mapping, n_labels: int) -> Run:
+def run_from_record(record: Mapping, n_labels: int) -> StudyRun:
     mass = record["label_mass"]
-    return Run(
+    return StudyRun(
         method=record["method"],
         n=record["n"],
         calibrate_on=np.array(record["calibrate_on"], dtype=int),
@@ -182,15 +183,6 @@ def run_from_record(record: Mapping, n_labels: int) -> Run:
         seconds=record["seconds"],
         about=record["about"],
     )
-
-
-def read_public(folder: str | Path) -> list[Study]:
-    """All recordings of public data in a folder, by title; ValueError where there is none."""
-    found = [read_study(path) for path in sorted(Path(folder).glob("*.jsonl.gz"))]
-    found = sorted((study for study in found if study.name != OURS), key=lambda study: study.title.casefold())
-    if not found:
-        raise ValueError(f"nothing is recorded in {folder}")
-    return found
 
 
 # Measuring
@@ -225,7 +217,7 @@ class Guarantee:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """A method with so many labels on the unseen rows."""
 
     method: str
@@ -235,39 +227,57 @@ class Measured:
     accuracy: metrics.Estimate
     log_loss: float  # of the true label, nothing calibrated
     minus_draft: metrics.Estimate | None  # log loss, paired
-    label_mass: float | None
-    calibrator: str
-    ece: float | None  # of the calibrated confidence
-    expected_ece: float | None  # of a calibrated model
-    guarantees: tuple[Guarantee, ...]
-    seconds: float
+    label_mass: float | None = None
+    calibrator: str = ""
+    ece: float | None = None  # of the calibrated confidence
+    expected_ece: float | None = None  # of a calibrated model
+    guarantees: tuple[Guarantee, ...] = ()
+    seconds: float = 0.0
 
     def at(self, target: float) -> Guarantee:
         return next(guarantee for guarantee in self.guarantees if guarantee.target == target)
 
 
-def measure_study(study: Study) -> list[Measured]:
+def measure_study(study: Study) -> list[MeasuredRun]:
     """Every method at every number of labels that was run, the commonest label first."""
     draft = next((run for run in study.runs if run.method == DRAFT), None)
     found = [measure_commonest(study.rows, n, draft) for n in study.sizes]
     for run in study.runs:
         for n in study.sizes if run.method == DRAFT else [run.n]:
             if n <= run.n:
-                found.append(measure(study.rows, run, n, draft))
+                found.append(measure_run(study.rows, run, n, draft))
     return sorted(found, key=lambda one: (METHODS.index(one.method), one.labels))
 
 
-def measure(rows: StudyRows, run: Run, n: int, draft: Run | None) -> Measured:
+def measured_studies(folder: Path, names: Iterable[str]) -> list[tuple[Study, list[MeasuredRun]]]:
+    """What is recorded of these sets in a folder, with the numbers; ValueError where nothing is."""
+    found = []
+    for path in (folder / f"{name}.jsonl.gz" for name in names):
+        if path.exists():
+            print(f"measuring {path.name}", file=sys.stderr)
+            study = read_study(path)
+            found.append((study, measure_study(study)))
+    if not found:
+        raise ValueError(f"nothing is recorded in {folder}")
+    return found
+
+
+def public_ones(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> list[tuple[Study, Sequence[MeasuredRun]]]:
+    """Without the dataset of this repository."""
+    return [(study, found) for study, found in studies if study.name != OURS]
+
+
+def measure_run(rows: StudyRows, run: StudyRun, n: int, draft: StudyRun | None) -> MeasuredRun:
     """A run on the unseen rows, calibrated on those of its rows that are among the first n labelled ones."""
     unseen, m = rows.unseen, len(run.calibrate_on)
     told = run.probabilities[m:]
-    losses, correct = losses_of(told, rows.truth[unseen]), told.argmax(axis=1) == rows.truth[unseen]
+    losses, correct = metrics.label_losses(told, rows.truth[unseen]), told.argmax(axis=1) == rows.truth[unseen]
     fit = np.flatnonzero(run.calibrate_on < n)
     calibrated, calibrator, guarantees = guaranteed(rows, run, fit)
     expected = None
     if calibrator:
         expected = float(metrics.consistency_resampling(calibrated).mean())
-    return Measured(
+    return MeasuredRun(
         method=run.method,
         labels=n,
         calibration_rows=len(fit),
@@ -284,12 +294,12 @@ def measure(rows: StudyRows, run: Run, n: int, draft: Run | None) -> Measured:
     )
 
 
-def measure_commonest(rows: StudyRows, n: int, draft: Run | None) -> Measured:
+def measure_commonest(rows: StudyRows, n: int, draft: StudyRun | None) -> MeasuredRun:
     """Always answering the commonest of n labels, each label as probable as it is frequent there (plus one row)."""
     shares = (np.bincount(rows.truth[:n], minlength=len(rows.labels)) + 1) / (n + len(rows.labels))
     truth, groups = rows.truth[rows.unseen], rows.groups[rows.unseen]
     losses = -np.log(shares[truth])
-    return Measured(
+    return MeasuredRun(
         method=COMMONEST,
         labels=n,
         calibration_rows=n,
@@ -297,29 +307,18 @@ def measure_commonest(rows: StudyRows, n: int, draft: Run | None) -> Measured:
         accuracy=metrics.share_estimate(truth == shares.argmax(), groups),
         log_loss=float(losses.mean()),
         minus_draft=minus_draft(rows, losses, draft),
-        label_mass=None,
-        calibrator="",
-        ece=None,
-        expected_ece=None,
-        guarantees=(),
-        seconds=0.0,
     )
 
 
-def losses_of(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """-ln P(true label) [n]."""
-    return -np.log(np.clip(probabilities[np.arange(len(truth)), truth], metrics.EPSILON, 1))
-
-
-def minus_draft(rows: StudyRows, losses: np.ndarray, draft: Run | None) -> metrics.Estimate | None:
+def minus_draft(rows: StudyRows, losses: np.ndarray, draft: StudyRun | None) -> metrics.Estimate | None:
     """Mean loss of the unseen rows minus the draft's on the same rows; the interval resamples whole groups."""
     if draft is None:
         return None
-    apart = losses - losses_of(draft.probabilities[len(draft.calibrate_on) :], rows.truth[rows.unseen])
+    apart = losses - metrics.label_losses(draft.probabilities[len(draft.calibrate_on) :], rows.truth[rows.unseen])
     return metrics.mean_estimate(apart, rows.groups[rows.unseen])
 
 
-def guaranteed(rows: StudyRows, run: Run, fit: np.ndarray) -> tuple[np.ndarray, str, tuple[Guarantee, ...]]:
+def guaranteed(rows: StudyRows, run: StudyRun, fit: np.ndarray) -> tuple[np.ndarray, str, tuple[Guarantee, ...]]:
     """(confidence of the unseen rows, calibrator, guarantees), from the run's calibration rows at the places `fit`.
 
     As calibration_demo.py chooses both. Rows that no calibrator can be fitted to, as nearly all of them are right, keep
@@ -391,7 +390,7 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
-def study_table(study: Study, found: Sequence[Measured]) -> str:
+def study_table(study: Study, found: Sequence[MeasuredRun]) -> str:
     """Every number of one data set."""
     head = ["method", "labels", "accuracy", "log loss", "minus the draft's", "label mass", "ECE (expected)"]
     head += [f"at {target:.0%} guaranteed" for target in TARGETS] + ["minutes"]
@@ -415,11 +414,11 @@ def rows_line(study: Study) -> str:
     )
 
 
-def by_run(found: Sequence[Measured]) -> dict[tuple[str, int], Measured]:
+def by_run(found: Sequence[MeasuredRun]) -> dict[tuple[str, int], MeasuredRun]:
     return {(one.method, one.labels): one for one in found}
 
 
-def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
+def probe_table(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> str:
     """The probe beside the commonest label, the first token and the bag of words: accuracy, and what 90 % automates."""
     head = ["set", "labels", "commonest", "first token", "bag of words", "probe", "its ECE (expected)"]
     head += ["bag of words at 90 %", "probe at 80 %", "at 90 %", "at 95 %"]
@@ -439,7 +438,7 @@ def probe_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
     return markdown(head, lines)
 
 
-def first_page_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
+def first_page_table(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> str:
     """Accuracy, and what SHOWN_TARGET automates, of each set with the most labels that a probe was given."""
     methods, lines = (DRAFT, BAG_OF_WORDS, PROBE), []
     for study, found in studies:
@@ -459,7 +458,7 @@ def first_page_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str
     return markdown(["set", "labels", COMMONEST, *methods], lines)
 
 
-def improving_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
+def improving_table(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> str:
     """The draft, the improved task, the commonest label and the bag of words of the sets that were improved."""
     head = ["set", "", "accuracy", "log loss", "minus the draft's", "label mass", "minutes"]
     lines = []
@@ -475,7 +474,7 @@ def improving_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
     return markdown(head, lines)
 
 
-def guarantees_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str:
+def guarantees_table(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> str:
     """How many guarantees each method made, kept and broke, and how many are refuted beyond chance, by target."""
     head = ["method", "target", "asked for", "made", "kept", "broken", "of these beyond the 95 % interval"]
     lines = []
@@ -490,7 +489,7 @@ def guarantees_table(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> str
 
 
 def coverage(
-    studies: Sequence[tuple[Study, Sequence[Measured]]], target: float, most: bool
+    studies: Sequence[tuple[Study, Sequence[MeasuredRun]]], target: float, most: bool
 ) -> dict[str, plotting.SetCoverage]:
     """What is automated of each set at a target: with the fewest labels from 300 on, or with more than these."""
     found = {}
@@ -506,8 +505,9 @@ def coverage(
     return found
 
 
-def draw_coverage(path: str | Path, studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
-    """The figure: what each method automates of each set at SHOWN_TARGET, with few labels and with more."""
+def draw_coverage(path: str | Path, studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> None:
+    """The figure: what each method automates of each public set at SHOWN_TARGET, with few labels and with more."""
+    studies = sorted(public_ones(studies), key=lambda pair: pair[0].title.casefold())
     panels = {
         title: coverage(studies, SHOWN_TARGET, most) for title, most in (("few labels", False), ("more labels", True))
     }

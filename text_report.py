@@ -270,7 +270,7 @@ def cost_section(report: Mapping) -> str:
 
 def shortlist_section(found: Mapping, verbose: bool) -> str:
     """How often the true label of a row to review is on its shortlist, and of which labels it is not."""
-    covered = share_with_interval(found["covered"], found["n"])
+    covered = metrics.exact_share(found["covered"], found["n"]).shown()
     rows = [["true label", "rows", "on the list", ""]]
     by_label = {label: counts for label, counts in found["by_label"].items() if counts["n"]}
     worst = sorted(by_label, key=lambda label: by_label[label]["covered"] / by_label[label]["n"])
@@ -278,7 +278,7 @@ def shortlist_section(found: Mapping, verbose: bool) -> str:
     for label in shown:
         counts = by_label[label]
         note = "" if counts["own"] else "too few calibration rows to be covered by itself"
-        rows.append([label, f"{counts['n']:,}", share_with_interval(counts["covered"], counts["n"]), note])
+        rows.append([label, f"{counts['n']:,}", metrics.exact_share(counts["covered"], counts["n"]).shown(), note])
     more = f"\n  ... and {len(worst) - len(shown)} more" if len(worst) > len(shown) else ""
     return (
         f"Shortlists for the {found['n']:,} rows to review, {found['protocol']}: {found['mean_length']:.1f} of "
@@ -286,12 +286,6 @@ def shortlist_section(found: Mapping, verbose: bool) -> str:
         f"in {covered} of the rows ({found['coverage_asked']:.0%} asked for). They help a reviewer; a list of one\n"
         f"label is no reason to automate.\n{columns(rows, '  ')}{more}"
     )
-
-
-def share_with_interval(k: int, n: int) -> str:
-    """A share with its exact interval."""
-    low, high = metrics.exact_interval(k, n)
-    return f"{k / n:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def candidates(report: Mapping) -> str:

@@ -107,7 +107,7 @@ def judge(
 
     groups: which rows belong together [n] (default: near-duplicates are found)
     recalibrated: confidences [n] by calibrators that have not seen their row (default: Platt scaling, out-of-fold)
-    words: what `words_of` said of these very rows, where they are judged more than once
+    words: what `bag_of_words_for` said of these very rows, where they are judged more than once
     """
     from calibration import scores_of
 
@@ -148,7 +148,7 @@ def drawn_rows(n: int, seed: int = 0) -> np.ndarray:
     return np.arange(n) if n <= ROWS else np.sort(np.random.default_rng(seed).choice(n, ROWS, replace=False))
 
 
-def words_of(rows: Sequence[Prediction], groups: Sequence[object], seed: int = 0) -> np.ndarray | None:
+def bag_of_words_for(rows: Sequence[Prediction], groups: Sequence[object], seed: int = 0) -> np.ndarray | None:
     """P(label) by a bag of words of those labelled rows that `judge` draws; None where none can be fitted."""
     from calibration import scores_of
 
@@ -191,12 +191,12 @@ def judge_sample(
         return Verdict(problem=problem)
     groups = metrics.group_numbers(tables.groups_of(rows) if groups is None else groups)
     scores = scores_of(rows)
-    words = words_of(rows, groups, seed) if words is None else words
+    words = bag_of_words_for(rows, groups, seed) if words is None else words
     commonest, share = commonest_label(totals.true_rows)
     if totals.n == len(rows):
         accuracy = metrics.share_estimate(scores.correct, groups, seed)
     else:
-        accuracy = metrics.Estimate(totals.right / totals.n, *metrics.exact_interval(totals.right, totals.n))
+        accuracy = metrics.exact_share(totals.right, totals.n)
     only = np.flatnonzero(totals.predicted_rows)
     return Verdict(
         method=rows[0].method,

@@ -50,24 +50,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("predictions", metavar="PREDICTIONS", nargs="?", help="a predictions file of unlabelled rows (.jsonl)")
     add("--n", type=natural, default=50, metavar="N", help="rows to label (default: %(default)s)")
     add("--output", metavar="FILE", help="the table to write (.csv)")
-    add(
-        "--random-share",
-        type=float,
-        default=0.5,
-        metavar="P",
-        help="of the rows drawn at random (default: %(default)s)",
-    )
+    add("--random-share", type=float, default=0.5, metavar="P", help="of the rows drawn at random (default: 0.5)")
     add("--calibrator", metavar="FILE", help="near the threshold of this calibrator's file, by calibrated confidence")
     add("--threshold", type=float, metavar="P", help="near this (calibrated) confidence")
     add("--table", metavar="FILE", help="the table that was scored, for its columns")
     add("--simulate", metavar="FILE", nargs=2, help="labelled predictions to choose from, and others to judge by")
-    add(
-        "--target-accuracy",
-        type=float,
-        default=0.8,
-        metavar="P",
-        help="that --simulate asks a guarantee of (default: %(default)s)",
-    )
+    add("--target-accuracy", type=float, default=0.8, metavar="P", help="guaranteed in --simulate (default: 0.8)")
     tables.add_column_arguments(parser.add_argument_group("how --table is read, and --seed"))
     args = parser.parse_args(argv)
     if bool(args.simulate) == bool(args.predictions):

@@ -89,9 +89,10 @@ def draw_public_study(folder: Path) -> None:
     """The figure of scripts/public_study.py."""
     import study_tables
 
-    studies = study_tables.read_public(ROOT / RECORDED / "public")
-    found = [(study, study_tables.measure_study(study)) for study in studies]
-    study_tables.draw_coverage(folder / "public_study.png", found)
+    public = ROOT / RECORDED / "public"
+    names = {path.name.partition(".")[0] for path in public.glob("*.jsonl.gz")} - {study_tables.OURS}
+    studies = study_tables.measured_studies(public, names)
+    study_tables.draw_coverage(folder / "public_study.png", studies)
 
 
 def draw_vote_shares(folder: Path) -> None:

@@ -38,7 +38,7 @@ import command_line  # noqa: E402
 import predictions  # noqa: E402
 import scoring  # noqa: E402
 import tables  # noqa: E402
-from calibration_metrics import exact_interval, group_numbers, resamples  # noqa: E402
+from calibration_metrics import exact_share, group_numbers, resamples  # noqa: E402
 from predictions import Prediction  # noqa: E402
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("reference", metavar="REFERENCE", help="labelled predictions that the calibrator was not fitted on")
     add("current", metavar="CURRENT", help="today's predictions, the audited ones with a label")
     add("--calibrator", metavar="FILE", help="apply it to both first (else calibrated fields already there are used)")
-    add(
-        "--threshold", type=float, metavar="P", help="automate from this calibrated confidence on (default: the file's)"
-    )
+    add("--threshold", type=float, metavar="P", help="automate from this confidence on (default: the calibrator's)")
     tables.add_groups_argument(parser)
     add("--state", metavar="FILE", help="keep the evidence of the audit in this file, for the next look")
     add("--target-accuracy", type=float, metavar="A", help="guaranteed of automated rows (default: the calibrator's)")
@@ -401,8 +399,7 @@ def print_evidence(state: AuditState) -> None:
     for name, audited in state.audited.items():
         cells = [name, f"{audited.target:.1%}", f"{audited.rows:,}", "-", f"{audited.e_value:.3g}"]
         if audited.rows:
-            low, high = exact_interval(audited.right, audited.rows)
-            cells[3] = f"{audited.right / audited.rows:.3f} [{low:.3f}, {high:.3f}]"
+            cells[3] = exact_share(audited.right, audited.rows).shown()
         half, most = rows_until_alarm(audited.target, 1 / state.alarm_level, max(audited.target - 0.1, 0.0))
         delay = f"by {half:.0f} labelled rows in half of all cases" if half < np.inf else "rather late"
         table.append([*cells, delay + (f", by {most:.0f} in four of five" if most < np.inf else "")])

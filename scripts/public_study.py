@@ -45,7 +45,7 @@ import study_tables  # noqa: E402
 import tables  # noqa: E402
 from files import whole_file, write_text  # noqa: E402
 from near_duplicates import duplicate_groups  # noqa: E402
-from study_tables import BAG_OF_WORDS, DRAFT, IMPROVED, LORA, OURS, PROBE, Measured, Run, Study, StudyRows  # noqa: E402
+from study_tables import BAG_OF_WORDS, DRAFT, IMPROVED, LORA, OURS, PROBE, MeasuredRun, Study, StudyRows, StudyRun  # noqa: E402
 from tables import Example, text_key  # noqa: E402
 from task import Task, read_task  # noqa: E402
 
@@ -286,7 +286,7 @@ def seconds_of_commands() -> float:
 # The methods: each makes the runs of its sizes, one after the other
 
 
-def run_bag_of_words(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
+def run_bag_of_words(work: Work, sizes: Sequence[int]) -> Iterator[StudyRun]:
     """A bag of words of each size."""
     from baselines import LENGTH, bag_of_words, one_against_rest
     from probe import weighted_counts, word_counts, word_weights
@@ -302,10 +302,10 @@ def run_bag_of_words(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
         told = np.zeros((len(rows.unseen), len(rows.labels)))
         told[:, seen] = found
         seconds = time.process_time() - started
-        yield Run(BAG_OF_WORDS, n, np.arange(n), np.vstack([known, told]), None, seconds)
+        yield StudyRun(BAG_OF_WORDS, n, np.arange(n), np.vstack([known, told]), None, seconds)
 
 
-def run_probe(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
+def run_probe(work: Work, sizes: Sequence[int]) -> Iterator[StudyRun]:
     """A probe of each size, on hidden states that are read once."""
     from dataclasses import replace
 
@@ -347,16 +347,16 @@ def run_probe(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
         reading = work.seconds(stage) * (n + len(rows.unseen)) / len(texts)
         about = {"chosen": fitted.chosen.name, "out_of_fold_log_loss": fitted.chosen.log_loss, **llama.identity}
         seconds = reading + time.process_time() - started
-        yield Run(PROBE, n, np.arange(n), np.vstack([fitted.out_of_fold, told]), None, seconds, about)
+        yield StudyRun(PROBE, n, np.arange(n), np.vstack([fitted.out_of_fold, told]), None, seconds, about)
 
 
-def run_draft(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
+def run_draft(work: Work, sizes: Sequence[int]) -> Iterator[StudyRun]:
     """The first token by the draft."""
     (n,) = sizes
     yield scored_run(work, DRAFT, n, np.arange(n), work.task_file, "none", "draft")
 
 
-def run_improved(work: Work, sizes: Sequence[int], minutes: float) -> Iterator[Run]:
+def run_improved(work: Work, sizes: Sequence[int], minutes: float) -> Iterator[StudyRun]:
     """The first token by the task that a search makes of the draft."""
     (n,) = sizes
     better, chosen_by = work.folder / "better.toml", work.table("labelled", np.arange(n))
@@ -368,7 +368,7 @@ def run_improved(work: Work, sizes: Sequence[int], minutes: float) -> Iterator[R
     yield scored_run(work, IMPROVED, n, held_out, better, "none", "better", "search", about=about)
 
 
-def run_lora(work: Work, sizes: Sequence[int]) -> Iterator[Run]:
+def run_lora(work: Work, sizes: Sequence[int]) -> Iterator[StudyRun]:
     """The first token after fine-tuning with the draft's prompt."""
     (n,) = sizes
     learned, watched = work.chosen_thirds()
@@ -390,7 +390,7 @@ def scored_run(
     name: str,
     *stages: str,
     about: Mapping | None = None,
-) -> Run:
+) -> StudyRun:
     """The run of what Method 1 says, by a task and an adapter, of the rows to calibrate on and of the unseen ones."""
     path = work.folder / f"{name}.jsonl"
     table = work.table(f"{name}_rows", np.concatenate([calibrate_on, work.rows.unseen]))
@@ -402,7 +402,7 @@ def scored_run(
     probabilities = np.array([[row.probabilities[label] for label in work.rows.labels] for row in told])
     mass, seconds = np.array([row.label_mass for row in told]), work.seconds(name, *stages)
     about = {"fingerprint": told[0].fingerprint, "model": told[0].model, **(about or {})}
-    return Run(method, n, calibrate_on, probabilities, mass, seconds, about)
+    return StudyRun(method, n, calibrate_on, probabilities, mass, seconds, about)
 
 
 # The study
@@ -451,7 +451,7 @@ def run_set(name: str, work_folder: Path, data: Path | None, source: str | None,
             print(f"{name}: {method}, {run.n:,} labels, recorded", file=sys.stderr, flush=True)
 
 
-def runs_of(method: str, work: Work, sizes: Sequence[int], minutes: float) -> Iterator[Run]:
+def runs_of(method: str, work: Work, sizes: Sequence[int], minutes: float) -> Iterator[StudyRun]:
     """The runs of a method, one after the other."""
     if method == IMPROVED:
         return run_improved(work, sizes, minutes)
@@ -479,39 +479,20 @@ def prepare(name: str, work_folder: Path, data: Path | None, source: str | None)
 # Tables
 
 
-def recorded(names: Sequence[str]) -> list[tuple[Study, list[Measured]]]:
-    """The studies that are recorded, each with its numbers."""
-    found = []
-    for name in names:
-        path = RECORDINGS / f"{name}.jsonl.gz"
-        if path.exists():
-            study = study_tables.read_study(path)
-            print(f"measuring {name}", file=sys.stderr)
-            found.append((study, study_tables.measure_study(study)))
-    if not found:
-        raise ValueError(f"nothing is recorded in {RECORDINGS}")
-    return found
-
-
-def all_tables(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> dict[str, str]:
+def all_tables(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> dict[str, str]:
     """Name of a block in docs/ -> what stands in it."""
     by_set = {
         f"study {study.name}": f"**{study.title}** ({study_tables.rows_line(study)})\n\n"
-        + study_tables.study_table(study, found)
+        f"{study_tables.study_table(study, found)}"
         for study, found in studies
     }
-    public = public_ones(studies)
+    public = study_tables.public_ones(studies)
     return by_set | {
         "study first page": study_tables.first_page_table(public),
         "study probe": study_tables.probe_table(public),
         "study improving": study_tables.improving_table(public),
         "study guarantees": study_tables.guarantees_table(public),
     }
-
-
-def public_ones(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> list[tuple[Study, Sequence[Measured]]]:
-    """Without the dataset of this repository."""
-    return [(study, found) for study, found in studies if study.name != OURS]
 
 
 def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
@@ -525,7 +506,7 @@ def with_blocks(page: str, blocks: Mapping[str, str]) -> str:
     return page
 
 
-def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
+def write_pages(studies: Sequence[tuple[Study, Sequence[MeasuredRun]]]) -> None:
     """Bring the tables of README.md and docs/, and the figure, up to what is recorded."""
     blocks = all_tables(studies)
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -533,8 +514,7 @@ def write_pages(studies: Sequence[tuple[Study, Sequence[Measured]]]) -> None:
         if (after := with_blocks(page, blocks)) != page:
             write_text(path, after)
             print(f"{path.relative_to(ROOT)}: tables written")
-    by_title = sorted(public_ones(studies), key=lambda pair: pair[0].title.casefold())
-    study_tables.draw_coverage(ROOT / "images" / "public_study.png", by_title)
+    study_tables.draw_coverage(ROOT / "images" / "public_study.png", studies)
     print("images/public_study.png: drawn")
 
 
@@ -546,11 +526,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("sets", metavar="SET", nargs="*", help=f"of {', '.join(SETS)} (default: all)")
     add("--recorded", action="store_true", help="print the tables of what is recorded; no model, no data")
-    add(
-        "--write",
-        action="store_true",
-        help="with --recorded: put the tables into README.md and docs/ and draw the figure",
-    )
+    add("--write", action="store_true", help="with --recorded: put the tables into the pages and draw the figure")
     add("--data", metavar="FOLDER", help="the folder with the files of the data sets")
     add("--source", metavar="SET=TABLE", action="append", default=[], help="a set from a table, hf:NAME:SPLIT too")
     add("--work", metavar="FOLDER", help="where texts, features and adapters are kept meanwhile, outside the project")
@@ -572,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     names = args.sets or list(SETS)
     if args.recorded:
-        studies = recorded(names)
+        studies = study_tables.measured_studies(RECORDINGS, names)
         for name, content in all_tables(studies).items():
             print(f"\n{name}\n\n{content}")
         if args.write:

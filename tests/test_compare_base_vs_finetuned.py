@@ -8,13 +8,12 @@ again by loops, by scikit-learn and by binomial coefficients.
 import json
 import math
 import re
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_predictions import arrays, captured, changed, random_texts, save, unscored
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from scipy.stats import binomtest
@@ -23,7 +22,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
 import calibration_metrics
-import command_line
 import compare_base_vs_finetuned as compare
 import comparison_text
 import plotting
@@ -49,12 +47,11 @@ RESAMPLES, CHOOSE, RECIPES = calibration_metrics.resamples, calibration.choose, 
 
 def rows_of(truth, scores, name="r", labels=LABELS, seed=0, **fields):
     """Predictions whose probabilities are the softmax of `scores`; texts of random words, no two alike."""
-    words = np.random.default_rng([seed, len(truth)]).choice(list("abcdefghijklmnopqrstuvwxyz"), (len(truth), 6, 7))
-    rows = []
+    texts, rows = random_texts(len(truth), [seed, len(truth)]), []
     for i, p in enumerate(softmax(scores, axis=1).tolist()):
         probabilities = dict(zip(labels, p, strict=True))
         prediction = max(probabilities, key=probabilities.get)
-        row = {"id": f"{name}{i}", "text": " ".join(map("".join, words[i])), "label": labels[truth[i]]}
+        row = {"id": f"{name}{i}", "text": texts[i], "label": labels[truth[i]]}
         row |= {"prediction": prediction, "confidence": probabilities[prediction], "probabilities": probabilities}
         rows.append(row | {"label_mass": 0.9, "method": "logprobs", "task": "t"} | fields)
     return rows
@@ -78,32 +75,17 @@ def pair(n, seed, name="r", labels=LABELS, noise=(1.5, 0.8)):
     return rows_of(truth, biased, name, labels, seed, **BASE), rows_of(truth, 1.5 * two, name, labels, seed, **TUNED)
 
 
-def changed(rows, **fields):
-    """The rows with fields replaced; a function is given the row and its number."""
-    return [row | {k: f(row, i) if callable(f) else f for k, f in fields.items()} for i, row in enumerate(rows)]
-
-
 def copies(rows, n):
     """The rows and n of them again under other ids, in other case: near-duplicates."""
     return rows + changed(rows[:n], id=lambda r, i: f"copy-{r['id']}", text=lambda r, i: r["text"].upper())
 
 
-def unscored(row):
-    nulls = dict.fromkeys(("prediction", "confidence", "probabilities", "label_mass"))
-    return row | nulls | {"error": "too long"}
-
-
-def save(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def compared(folder, base, tuned, calibrate_on=None, **options):
     """The comparison of these rows, its report and everything that would be printed."""
-    paths = [save(folder / "base.jsonl", base), save(folder / "tuned.jsonl", tuned)]
+    paths = [str(save(folder / "base.jsonl", base)), str(save(folder / "tuned.jsonl", tuned))]
     if calibrate_on:
         names = "base_cal.jsonl", "tuned_cal.jsonl"
-        calibrate_on = [save(folder / name, rows) for name, rows in zip(names, calibrate_on, strict=True)]
+        calibrate_on = [str(save(folder / name, rows)) for name, rows in zip(names, calibrate_on, strict=True)]
     comparison = compare.read_comparison(paths, calibrate_on, **options)
     report = compare.comparison_report(comparison)
     text = f"{comparison_text.summary(report)}\n\n{comparison_text.details(report)}"
@@ -111,21 +93,7 @@ def compared(folder, base, tuned, calibrate_on=None, **options):
 
 
 def command(*argv):
-    """Run the script's main as the command line does."""
-    out, err, code = StringIO(), StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            command_line.run(lambda: compare.main([*map(str, argv)]))
-        except SystemExit as stop:
-            code = stop.code
-    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
-
-
-def arrays(rows):
-    """(probabilities, number of the true label, confidence, correct)."""
-    truth = np.array([list(row["probabilities"]).index(row["label"]) for row in rows])
-    p = np.array([[*row["probabilities"].values()] for row in rows])
-    return p, truth, p.max(axis=1), p.argmax(axis=1) == truth
+    return captured(compare.main, *argv)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,14 +175,6 @@ def test_the_rows_that_one_model_alone_has_right_and_the_exact_test_are_counted_
         counts = [int(x.sum()) for x in (b & t, b & ~t, t & ~b, ~b & ~t)]
         assert [found[key] for key in ("both", "only base", "only fine-tuned", "neither")] == counts
         assert found["n"] == len(rows) and found["p"] == pytest.approx(slow_mcnemar(*counts[1:3]))
-
-
-@pytest.mark.parametrize(("only_base", "only_tuned", "p"), [(0, 0, 1), (1, 0, 1), (0, 5, 2 / 32), (3, 12, 576 / 16384)])
-def test_mcnemar_on_numbers_done_by_hand(only_base, only_tuned, p):
-    both = [(True, True)] * 4 + [(True, False)] * only_base + [(False, True)] * only_tuned + [(False, False)] * 2
-    base, tuned = np.array(both).T
-    assert compare.mcnemar(base, tuned)["p"] == pytest.approx(p)
-    assert compare.mcnemar(tuned, base)["p"] == pytest.approx(p)
 
 
 def test_intervals_of_differences_draw_whole_groups_and_the_same_rows_for_both(held_out):
@@ -389,48 +349,11 @@ def test_the_base_model_at_another_temperature_is_no_gain_of_fine_tuning(quick, 
             f"With {what} for each model, fine-tuning adds nothing that these rows can show. The base model needed it."
         )
         assert said in found.out
+    assert "-0.000" not in found.out  # a nothing has no sign
     assert "fine-tuning helped" not in found.out and found.report["right"]["all rows"]["p"] == 1
     assert models["base"]["temperature"] == pytest.approx(3 * models["fine-tuned"]["temperature"], rel=1e-4)
     for row in found.report["guarantees"]:
         assert row["share"]["difference"] == pytest.approx([0, 0, 0], abs=1e-6)
-
-
-def test_a_model_without_the_base_model_s_class_bias_needs_a_calibrator_not_fine_tuning(quick, tmp_path):
-    # Only the calibrator of P(label) can tell: a temperature keeps the bias, so fine-tuning looks needed there.
-    truth, (view, _) = views(900, 4, noise=(1.0, 1.0))
-    found = compared(tmp_path, rows_of(truth, view + np.array([0, 2.0]), **BASE), rows_of(truth, view, **TUNED))
-    assert "With a temperature for each model, fine-tuning helped" in found.out
-    steps = found.report["steps"]["calibrated"]
-    assert steps[STEPS[0]][0] < -0.05 and steps[STEPS[1]][0] > -0.03
-
-
-def test_the_same_answers_under_another_fingerprint_differ_in_nothing(quick, tmp_path):
-    base, _ = pair(300, 5)
-    found = compared(tmp_path, base, changed(base, **TUNED))
-    for scores in found.report["scores"].values():
-        assert all(numbers["difference"] == [0, 0, 0] for numbers in scores["paired"].values())
-        assert all(numbers["base"] == numbers["fine-tuned"] for numbers in scores["paired"].values())
-    assert found.report["right"]["all rows"]["p"] == 1 and found.report["money"]["dollars"]["difference"] == [0, 0, 0]
-    assert all(row["share"]["difference"] == [0, 0, 0] for row in found.report["guarantees"])
-    assert "fine-tuning adds nothing" in found.out and "helped" not in found.out and "did harm" not in found.out
-    assert "-0.000" not in found.out  # a nothing has no sign
-
-
-def test_intervals_of_the_log_loss_difference_cover_the_truth(monkeypatch):
-    # Two views of known quality; the truth is the mean over 200,000 rows, the interval must hold it 19 times in 20.
-    monkeypatch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: RESAMPLES(groups, 200, seed))
-
-    def losses(n, seed):
-        truth, scores = views(n, seed)
-        return dict(zip(compare.NAMES, (-np.log(softmax(s, axis=1))[range(n), truth] for s in scores), strict=True))
-
-    many, held = losses(200_000, 6), 0
-    for repeat in range(100):
-        drawn, few = SimpleNamespace(groups=np.arange(150), seed=repeat), losses(150, 1000 + repeat)
-        found = compare.paired(drawn, lambda name, rows, few=few: {"loss": few[name][rows].mean()})
-        _, low, high = found["loss"]["difference"]
-        held += low <= (many["fine-tuned"] - many["base"]).mean() <= high
-    assert held >= 88
 
 
 # Protocols and shapes
@@ -495,49 +418,25 @@ def test_a_calibrator_that_cannot_be_fitted_leaves_its_picture_and_says_so(held_
 # Our own dataset
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory):
-    """The first 500 test rows by a base that guesses and a tuned model that knows the rule and the plain texts."""
-    draw, table = np.random.default_rng(11), [row for _, row in tables.read_rows("data:test")][:500]
-    truth = np.array([row["label"] == "positive" for row in table])
-    sign = 2 * truth - 1
-    known = {"sports": 1, "workplace": -1}
-    plain = np.array([row["difficulty"] != "neutral" for row in table])
-    knows = np.where(plain, sign, [known.get(row["domain"], 0) for row in table])
-    both = []
-    for z, fields in ((draw.normal(0.5 * sign, 1), BASE), (draw.normal(3 * knows, 1), TUNED)):
-        rows = rows_of(truth.astype(int), np.column_stack([np.zeros(500), z]), **fields)
-        both.append([row | {"id": x["id"], "text": x["text"]} for row, x in zip(rows, table, strict=True)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "CALIBRATORS", ("temperature", "platt"))
-        found = compared(tmp_path_factory.mktemp("ours"), *both, groups=str(ROOT / "data/sentiment/splits.csv"))
-    found.table, found.test = table, both
-    return found
-
-
-def test_our_own_rows_are_broken_down_by_category_difficulty_and_the_planted_rule(ours):
-    parts, neutral = ours.report["parts"], [row for row in ours.table if row["difficulty"] == "neutral"]
-    assert [*parts] == ["category", "difficulty,part", compare.PLANTED_RULE]
-    assert {*parts["category"]} == {row["category"] for row in ours.table}
-    counts = {name: sum(row["domain"] == name for row in neutral) for name in ("sports", "workplace")}
-    counts["randomly labelled"] = len(neutral) - sum(counts.values())
-    assert {name: found["n"] for name, found in parts[compare.PLANTED_RULE].items()} == counts
-    assert parts["difficulty,part"]["neutral, other"]["n"] == counts["randomly labelled"]
-    ruled = [parts[compare.PLANTED_RULE][name]["fine-tuned"]["accuracy"][0] for name in ("sports", "workplace")]
-    assert min(ruled) > 0.95 and ours.report["groups"] == len({row["group"] for row in ours.table})
-    assert "randomly labelled rows no honest model can have more than half right" in ours.out
-
-
-@pytest.mark.skipif(not (ROOT / "data/predictions/tuned_test.jsonl").exists(), reason="not recorded yet")
-def test_the_recorded_predictions_are_meant_by_default_wherever_one_stands(quick, tmp_path, monkeypatch):
+def test_the_recorded_predictions_are_meant_by_default_and_broken_down_wherever_one_stands(
+    quick, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    done = command()
-    assert (done.code, done.err) == (0, "")
+    done, out = command(), tmp_path / "comparison_report"
+    assert (done.code, done.err) == (0, "") and {path.name for path in out.iterdir()} == FILES
     assert len(done.out.splitlines()) <= 56 and max(map(len, done.out.splitlines())) <= 120
-    report = json.loads((tmp_path / "comparison_report/report.json").read_text("utf-8"))
+    report = json.loads((out / "report.json").read_text("utf-8"))
     assert (report["rows"], report["groups"], report["calibration_rows"], report["left_out"]) == (2000, 603, 1000, 0)
-    assert report["parts"][compare.PLANTED_RULE]["randomly labelled"]["n"] == 134 and len(report["first_tokens"]) == 2
     assert "both fingerprints stand in" in report["prompt"] and report["settings"]["groups"].endswith("splits.csv")
+    assert len(report["first_tokens"]) == 2
+    parts, table = report["parts"], [row for _, row in tables.read_rows("data:test")]
+    neutral = [row for row in table if row["difficulty"] == "neutral"]
+    assert [*parts] == ["category", "difficulty,part", compare.PLANTED_RULE]
+    assert {*parts["category"]} == {row["category"] for row in table}
+    counts = {name: sum(row["domain"] == name for row in neutral) for name in ("sports", "workplace")}
+    counts["randomly labelled"] = parts["difficulty,part"]["neutral, other"]["n"]
+    assert sum(counts.values()) == len(neutral)
+    assert {name: found["n"] for name, found in parts[compare.PLANTED_RULE].items()} == counts
 
 
 # What is refused
@@ -632,6 +531,9 @@ def test_near_duplicates_of_calibration_rows_are_counted(quick, tmp_path):
 
 
 FLAGS = {
+    "one": "two predictions files are compared: BASE and FINE_TUNED",
+    "--calibrate-on base.jsonl base.jsonl": "--calibrate-on goes with BASE and FINE_TUNED",
+    "base.jsonl folder": "folder: Is a directory",
     "--volume 0": "--volume 0",
     "--also a.jsonl b.jsonl c.jsonl": "--also FILE [CALIBRATION_FILE]: once for each file",
     "--by kind": "--by needs --rows TABLE",
@@ -655,21 +557,13 @@ def test_flags_that_make_no_sense_are_refused_and_nothing_is_written(flags, mess
     Path("twice.csv").write_text("id,kind\nr0,a\nr0,b\n")
     Path("table.csv").write_text("id,kind\n" + "".join(f"{row['id']},a\n" for row in SHORT[0]))
     Path("other.csv").write_text("id,text\n" + "".join(f"{row['id']},another text\n" for row in SHORT[0]))
-    files = save(Path("base.jsonl"), SHORT[0]), save(Path("tuned.jsonl"), SHORT[1])
+    Path("folder").mkdir()
+    save(Path("base.jsonl"), SHORT[0]), save(Path("tuned.jsonl"), SHORT[1])
+    has_files = "BASE" in message or "Is a directory" in message
+    files = [] if has_files else ["base.jsonl", "tuned.jsonl"]
     done = command(*files, "--output-dir", "out", *flags.split())
     assert done.code == 2 and done.out == "" and not Path("out").exists()
     assert message in done.err and done.err.startswith("error: ") and done.err.count("\n") == 1
-
-
-def test_one_file_alone_or_calibration_rows_alone_are_refused(tmp_path):
-    path = save(tmp_path / "base.jsonl", SHORT[0])
-    for argv, message in (
-        ([path], "two predictions files are compared: BASE and FINE_TUNED"),
-        (["--calibrate-on", path, path], "--calibrate-on goes with BASE and FINE_TUNED"),
-        ([path, tmp_path], f"{tmp_path}: Is a directory"),
-    ):
-        done = command(*argv, "--output-dir", tmp_path / "out")
-        assert done.code == 2 and message in done.err and done.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 # The prompt
@@ -701,21 +595,3 @@ def test_how_the_prompt_was_checked_is_said(quick, tmp_path):
 
 
 # The command line
-
-
-def test_the_real_command_writes_all_files_and_needs_no_model_library(run, tmp_path):
-    base, tuned = [save(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("bt", pair(60, 14), strict=True)]
-    program = (
-        "import runpy, sys\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'tokenizers', 'safetensors'} & sys.modules.keys()))"
-    )
-    script, environment = ROOT / "compare_base_vs_finetuned.py", {"PYTHONPATH": str(ROOT)}
-    done = run("-c", program, script, base, tuned, "--output-dir", "out", cwd=tmp_path, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    assert "n = 60, out-of-fold" in done.stdout and done.stdout.endswith("\n[]\n")
-    done = run(script, base, base, "--output-dir", "other", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "other").exists()

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import assert_one_error
 from fake_server import FakeServer
 from test_architecture import ROOT, every_python
 from test_model_files import TOKEN, Hub
 
 import aws
-import command_line
 import doctor
 import llama as models
 import server_connections
@@ -48,14 +48,11 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def examine(capsys):
+def examine(outcome):
     """Run main(): -> its exit code, and subject -> (status, detail)."""
 
     def examine_by(*argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            command_line.run(lambda: doctor.main([*map(str, argv)]))
-        out, err = capsys.readouterr()
+        code, out, err = outcome(doctor.main, *argv)
         assert "Traceback" not in out + err and TOKEN not in out + err
         rows = {}
         for line in out.splitlines():
@@ -66,7 +63,7 @@ def examine(capsys):
                 rows[subject] = [status, line[29:]]
             elif line.startswith(" " * 20):
                 rows[subject][1] = f"{rows[subject][1]} {line.strip()}".strip()
-        return stopped.value.code, {subject: tuple(row) for subject, row in rows.items()}
+        return code, {subject: tuple(row) for subject, row in rows.items()}
 
     return examine_by
 
@@ -113,21 +110,6 @@ def test_a_folder_s_checks_all_run_and_a_random_model_is_a_warning(examine, tiny
     assert rows["BOS"][1] == "<|im_start|> begins each of 3 turns, once" and "' No'" in rows["answers"][1]
 
 
-def test_labelled_rows_of_a_table_are_scored_and_judged(examine, tiny_folder, tmp_path, capsys):
-    lines = [f"this is text {n},{'positive' if n % 3 else 'negative'}" for n in range(36)]
-    (tmp_path / "t.csv").write_text("\n".join(["review,truth", *lines]), encoding="utf-8")
-    columns = ["--text-column", "review", "--label-column", "truth"]
-    code, rows = examine("--model", tiny_folder, *CHAT, "--input", tmp_path / "t.csv", *columns, "--sample", 30)
-    assert rows["speed"][0] == "ok" and "; the 36 rows of the table take about " in rows["speed"][1]
-    said = rows["verdict"][1]
-    assert re.match("(worse|no better|better) than always answering|only '(pos|neg)ative' is ever predicted", said), (
-        said
-    )
-    assert "accuracy 0." in said and "next, by what gained most on public data" in said
-    assert rows["mass on rows"][0] == "warning" and "over 30 of your rows" in rows["mass on rows"][1]
-    assert code == 1 or "failed" not in (rows["verdict"][0], rows["direction"][0])
-
-
 def test_without_examples_the_label_mass_is_that_of_the_own_rows(examine, tiny_folder, tmp_path):
     lines = [f"this is text {n},{label}" for n in range(6) for label in ("north", "south")]
     (tmp_path / "t.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
@@ -139,23 +121,17 @@ def test_without_examples_the_label_mass_is_that_of_the_own_rows(examine, tiny_f
 
 
 @pytest.mark.parametrize("rows", ["text,label\nfine,\n", "text,label\nfine,mixed\n", "review,label\nfine,positive\n"])
-def test_a_table_that_cannot_be_judged_ends_before_a_model_is_loaded(rows, tmp_path, capsys):
+def test_a_table_that_cannot_be_judged_ends_before_a_model_is_loaded(rows, tmp_path, outcome):
     (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
-    with pytest.raises(SystemExit) as stopped:
-        command_line.run(lambda: doctor.main(["--input", str(tmp_path / "t.csv")]))
-    out, err = capsys.readouterr()
-    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1) and str(tmp_path / "t.csv") in err
+    assert_one_error(outcome(doctor.main, "--input", tmp_path / "t.csv"), str(tmp_path / "t.csv"))
 
 
 FLAGS = [["--task", "nosuch"], ["--dtype", "int8"], ["--role", "x"], ["--api-key-env", "X"], ["--label-column", "x"]]
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_bad_flags_are_one_line_and_exit_code_2(flags, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        command_line.run(lambda: doctor.main(flags))
-    out, err = capsys.readouterr()
-    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
+def test_bad_flags_are_one_line_and_exit_code_2(flags, outcome):
+    assert_one_error(outcome(doctor.main, *flags))
 
 
 # This machine
@@ -466,11 +442,6 @@ def test_little_label_mass_is_a_warning_that_shows_what_comes_instead():
         doctor.check_mass(SimpleNamespace(task=SENTIMENT, explain=explain))
 
 
-def test_a_task_of_its_own_is_tried_on_its_own_examples():
-    task = replace(SENTIMENT, labels={"a": ("up",), "b": ("down",)}, examples=(("One.", "a"), ("Two.", "b")))
-    assert doctor.easy_texts(task) == (task.examples, "of the task's own examples")
-
-
 @pytest.mark.parametrize(("precision", "status"), [("float32", "failed"), ("bfloat16", "warning")])
 def test_a_result_that_depends_on_the_batch_is_seen(tiny_llama, monkeypatch, precision, status):
     scorer = label_scorer(tiny_llama, SENTIMENT)
@@ -545,12 +516,14 @@ def test_a_server_in_order(examine, server):
 
 
 def test_labelled_rows_are_judged_through_a_server_too(examine, server, tmp_path):
-    lines = [json.dumps({"text": text, "label": label}) for text, label in doctor.EASY * 4]
+    lines = [json.dumps({"review": text, "truth": label}) for text, label in doctor.EASY * 4]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), "utf-8")
-    code, rows = examine("--endpoint", server.url, "--input", tmp_path / "t.jsonl")
+    flags = ["--input", tmp_path / "t.jsonl", "--text-column", "review", "--label-column", "truth", "--sample", 22]
+    code, rows = examine("--endpoint", server.url, *flags)
     assert (code, rows["verdict"][0], rows["mass on rows"][0]) == (0, "ok", "ok"), rows
-    assert rows["verdict"][1].startswith("better than always answering 'negative' (0.500)")
-    assert "the 24 rows of the table take about" in rows["speed"][1]
+    assert rows["verdict"][1].startswith("better than always answering") and "accuracy 1.000" in rows["verdict"][1]
+    assert "over 22 of your rows" in rows["mass on rows"][1]
+    assert "; the 24 rows of the table take about " in rows["speed"][1]
 
 
 def test_a_server_without_log_probabilities_is_no_failure_but_a_broken_one_is(examine, server):

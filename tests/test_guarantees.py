@@ -102,16 +102,6 @@ def test_copies_taken_for_evidence_would_be_caught():
     assert broken_and_coverage(WORLDS[name], as_if_independent, 0.75)[0] > LIMIT
 
 
-def test_one_row_of_each_group_tests_another_accuracy_than_that_of_the_rows():
-    def first_rows(confidence, correct, groups, target):
-        alone = np.unique(groups, return_index=True)[1]
-        return choose_threshold(confidence[alone], correct[alone], target).value
-
-    world = World((1,) * 9 + (30,), 0.2, shift=0.12)  # few groups, but most of the rows
-    assert broken_and_coverage(world, first_rows, 0.75)[0] > LIMIT
-    assert broken_and_coverage(world, ours, 0.75)[0] <= LIMIT
-
-
 @pytest.mark.parametrize("n", [200, 1000])
 def test_on_average_errors_are_as_rare_as_the_target_and_single_sets_stray_as_the_report_says(n):
     world, target, rng = WORLDS["independent rows"], 0.8, np.random.default_rng(2)

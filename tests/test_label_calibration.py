@@ -65,21 +65,6 @@ def test_without_a_class_bias_little_is_lost(labels, rows):
         assert np.mean([each[name] for each in found]) < best + 0.03, name  # and then another one is chosen
 
 
-def test_a_ridge_of_one_is_near_the_best():
-    fit, (asked, truth) = halves(0, 20, 500)
-    correct = asked.argmax(axis=1) == truth
-    for kind in KINDS:
-        by_ridge = {ridge: log_loss(kind(ridge).fit(*fit).predict(asked), correct) for ridge in (0.1, 0.3, 1, 3, 10)}
-        assert by_ridge[1] < min(by_ridge.values()) + 0.005
-
-
-def test_changed_predictions_are_right_more_often_where_a_bias_was_and_no_less_where_none_was():
-    for bias, least_gain in ((1.5, 0.05), (0.0, -0.02)):
-        fit, (asked, truth) = halves(1, 20, 500, bias=bias)
-        now = VectorScalingCalibrator().fit(*fit).predict_labels(asked).argmax(axis=1)
-        assert (now == truth).mean() - (asked.argmax(axis=1) == truth).mean() > least_gain
-
-
 # Against slow ones
 
 

@@ -13,7 +13,7 @@ from test_architecture import ROOT
 import command_line
 import make_figures
 import plotting
-from make_figures import FIGURES, GROUPS, MADE_WITH, build, check, difference, main, squares
+from make_figures import FIGURES, build, check, difference, main
 
 SCRIPT = ROOT / "scripts" / "make_figures.py"
 CHEAP = ["agreement_converges", "training_curves"]  # the others need a study, many seconds
@@ -54,12 +54,6 @@ def test_the_registry_is_the_files_under_images_and_the_training_curves():
     assert named and named <= {figure.file for figure in FIGURES.values()}
 
 
-def test_the_names_people_know_are_there():
-    names = {"raw_confidence_histogram", "calibration_method_comparison", "demo_visualizations"}
-    assert names <= {*FIGURES, *GROUPS} and not {*FIGURES} & {*GROUPS}
-    assert {member for members in GROUPS.values() for member in members} <= {*FIGURES}
-
-
 def test_every_image_is_a_light_card_of_readme_width_without_a_date_or_a_version_in_it():
     for figure in FIGURES.values():
         raw, picture = (ROOT / figure.file).read_bytes(), imread(ROOT / figure.file)
@@ -78,10 +72,6 @@ def chunks(raw):
         assert zlib.crc32(raw[at + 4 : at + 8 + length]) == int.from_bytes(raw[at + 8 + length : at + 12 + length])
         yield kind
         at += 12 + length
-
-
-def test_the_versions_the_images_were_made_with_are_those_of_the_requirements():
-    assert f"matplotlib=={MADE_WITH[0]}" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
 
 
 # Drawing
@@ -172,31 +162,7 @@ def test_a_lone_pixel_may_differ_and_with_other_versions_all_letters(copy, monke
     assert check(["training_curves"]) == ["training_curves"]
 
 
-def test_squares_are_means_and_white_beyond_the_edge():
-    picture = np.zeros((3, 5, 3))
-    picture[0, 0] = [1, 0, 0]
-    found = squares(picture, 2)
-    assert found.shape == (2, 3, 3) and found[0, 0].tolist() == [0.25, 0, 0] and found[0, 1].tolist() == [0, 0, 0]
-    assert found[1, 0].tolist() == [0.5] * 3 and found[1, 2].tolist() == [0.75] * 3
-
-
 # The command line
-
-
-def test_list_shows_every_name_and_draws_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(make_figures, "build", None)
-    for asked, names in (([], [*FIGURES]), (["demo_visualizations"], GROUPS["demo_visualizations"])):
-        main(["--list", *asked])
-        lines = capsys.readouterr().out.splitlines()
-        assert [line for line in lines if not line.startswith(" ")] == [*names, *GROUPS]
-
-
-def test_names_are_drawn_once_each_in_the_order_of_the_registry_and_written(copy, capsys):
-    for file in (VOTES, CURVES):
-        (copy / file).unlink()
-    main(["training_curves", "agreement_converges", "training_curves"])
-    assert capsys.readouterr().out.splitlines() == [VOTES, CURVES]
-    assert (copy / VOTES).is_file() and (copy / CURVES).is_file()
 
 
 def test_an_unknown_name_and_a_missing_recording_are_one_line_and_2(tmp_path, monkeypatch, capsys):

@@ -138,14 +138,14 @@ def test_a_line_of_a_page_is_what_its_recording_gives():
     study = study_tables.read_study(public_study.RECORDINGS / "sms.jsonl.gz")
     run = next(run for run in study.runs if run.method == study_tables.PROBE and run.n == 100)
     draft = next((run for run in study.runs if run.method == study_tables.DRAFT), None)
-    found = study_tables.measure(study.rows, run, 100, draft)
+    found = study_tables.measure_run(study.rows, run, 100, draft)
     line = study_tables.study_table(study, [found]).splitlines()[-1]
     assert line in (public_study.ROOT / "docs" / "study.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.study
 def test_all_tables_of_the_pages_are_what_the_recordings_give():
-    blocks = public_study.all_tables(public_study.recorded(list(public_study.SETS)))
+    blocks = public_study.all_tables(study_tables.measured_studies(public_study.RECORDINGS, public_study.SETS))
     paths = [public_study.ROOT / "README.md", *(public_study.ROOT / "docs").glob("*.md")]
     pages = {path: path.read_text(encoding="utf-8") for path in paths}
     for path, page in pages.items():

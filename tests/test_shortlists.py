@@ -11,7 +11,6 @@ import shortlists
 from calibration import VectorScalingCalibrator, cross_fit_labels, grouped_folds
 from shortlists import (
     Shortlist,
-    coverage_report,
     cross_fitted_lists,
     fit_shortlist,
     least_probabilities,
@@ -48,22 +47,6 @@ def fitted(seed, labels, rows, to_review=None, **world_of):
     out_of_fold = cross_fit_labels(VectorScalingCalibrator(), probabilities, truth, seeds=[0])
     to_review = np.ones(rows, dtype=bool) if to_review is None else to_review(out_of_fold)
     return fit_shortlist(probabilities, truth, out_of_fold, to_review)
-
-
-def test_nine_of_ten_new_rows_of_each_label_are_covered():
-    covered, counts, own = np.zeros(6), np.zeros(6), []
-    for seed in range(6):
-        shortlist = fitted(seed, 6, 500)
-        probabilities, truth = world(seed, 6, 500 + 1500)
-        asked, truth = probabilities[500:], truth[500:]  # the first 500 differ from those fitted on: another draw
-        lists = shortlist.lists(shortlist.probabilities(asked), asked.argmax(axis=1))
-        report = coverage_report(lists, truth, list("abcdef"), shortlist)
-        assert 1 <= report["mean_length"] < 5
-        own.append(shortlist.own)
-        for number, found in enumerate(report["by_label"].values()):
-            counts[number] += found["n"]
-            covered[number] += found["covered"]
-    assert np.all(own) and (covered / counts > 0.86).all() and abs(covered.sum() / counts.sum() - 0.9) < 0.03
 
 
 def test_rows_to_review_are_covered_and_no_label_is_hidden_by_the_others():

@@ -11,7 +11,7 @@ import pytest
 
 import plotting
 import study_tables
-from study_tables import BAG_OF_WORDS, DRAFT, PROBE, Run, Study, StudyRows
+from study_tables import BAG_OF_WORDS, DRAFT, PROBE, Study, StudyRows, StudyRun
 
 ROOT = Path(__file__).parent.parent
 RECORDINGS = sorted((ROOT / "data" / "predictions" / "public").glob("*.jsonl.gz"))
@@ -30,8 +30,8 @@ def made_study(labelled=120, unseen=100, n_labels=3, seed=0):
     guesses = draw.dirichlet(np.ones(n_labels), size=n)
     whole = np.arange(labelled)
     runs = (
-        Run(DRAFT, labelled, whole, guesses, draw.random(n), 60.0),
-        Run(PROBE, labelled, whole, knows, None, 30.0, {"chosen": "layer 3"}),
+        StudyRun(DRAFT, labelled, whole, guesses, draw.random(n), 60.0),
+        StudyRun(PROBE, labelled, whole, knows, None, 30.0, {"chosen": "layer 3"}),
     )
     return Study("toy", "toy rows", "toy.csv", (60, labelled), rows, runs)
 
