@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from dataclasses import astuple
@@ -19,6 +20,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports numpy or torch
 
 import command_line
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background, where a shell has it ignored
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("a", "film", "that", "is", "not", "good", "bad", "long", "funny", "dull", "and", "never", "quite", "warm")
