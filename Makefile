@@ -6,7 +6,7 @@
 # make test-study   makes the README's numbers, outputs and figures again and compares (minutes)
 # make test-browser   the interactive report in headless Chromium (apt-get install chromium)
 # make test-stops   kills and interrupts every scoring script, again and again (minutes)
-# make test-sagemaker   trains and serves end to end on a stand-in for AWS, on this machine (minutes)
+# make test-sagemaker   trains end to end on a stand-in for AWS, on this machine (minutes)
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread a process: two processes of one thread are faster than one of two.

@@ -1,12 +1,11 @@
-"""Containers without Docker: what SageMaker's training image does around our script, and an LMI container's answers.
+"""A training container without Docker: what SageMaker and its Hugging Face image do around the user's script.
 
-    Fake(run_training=run_training, serving=LMI())     # jobs run as subprocesses, components answer by llama.py
+    Fake(run_training)                       # every CreateTrainingJob then runs its script, here, as a subprocess
 
-Training: a temporary folder stands for `/`; the SM_* variables point into it, as sagemaker-training 5.1 sets them.
-Nothing is installed: each requirement must be an exact pin of what this interpreter has, and what a job does not
-install cannot be imported. `job.plan` tells what happens: `interrupt_at` and `stop_at` are patterns of a line that the
-script prints. `job.plan["seen"]` gets the output and the files of each container. Serving: completions of one token
-whose prompt is a list of ids, on the processor in float32.
+A temporary folder stands for `/`; the SM_* variables point into it, as sagemaker-training 5.1 sets them. Nothing is
+installed: each requirement must be an exact pin of what this interpreter has, and what a job does not install cannot be
+imported. `job.plan` tells what happens: `interrupt_at` and `stop_at` are patterns of a line that the script prints.
+`job.plan["seen"]` gets the output and the files of each container.
 """
 
 import contextlib
@@ -19,12 +18,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
-
-from llama import load_llama
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 # Runs first in every Python process of the container.
@@ -111,7 +107,8 @@ class Container:
         self.s3.put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
 
     def fetch_source(self):
-        unpack(self.fake, self.source, self.ml / "code")
+        with tarfile.open(fileobj=io.BytesIO(self.fake.below(self.source)[""])) as tar:
+            tar.extractall(self.ml / "code", filter="data")
         for line in (self.ml / "code/requirements.txt").read_text().splitlines():
             name, _, version = line.partition("==")
             if importlib.metadata.version(name) != version or name == "torch":
@@ -181,37 +178,3 @@ def download(fake, uri, folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return bool(found)
-
-
-def unpack(fake, uri, folder):
-    """Unpack one archive of S3; the names in it."""
-    with tarfile.open(fileobj=io.BytesIO(fake.below(uri)[""])) as tar:
-        tar.extractall(folder, filter="data")
-        return sorted(tar.getnames())
-
-
-class LMI:
-    """The `serving` object of a Fake: the answers of its components come from the models that S3 holds."""
-
-    def __init__(self):
-        self.loaded, self.folders, self.lock = {}, {}, threading.Lock()
-
-    def load(self, fake, name, component):
-        folder = self.folders[name] = tempfile.TemporaryDirectory(prefix="lmi-")
-        if component.base:
-            archive = component.specification["Container"]["ArtifactUrl"]
-            assert unpack(fake, archive, folder.name) == ["adapter_config.json", "adapter_model.safetensors"]
-            base, adapter = self.folders[component.base].name, folder.name
-        else:
-            container = fake.there["Model"][component.specification["ModelName"]].request["PrimaryContainer"]
-            download(fake, container["ModelDataSource"]["S3DataSource"]["S3Uri"], Path(folder.name))
-            base, adapter = folder.name, None
-        self.loaded[name] = load_llama(base, adapter, device="cpu", dtype="float32")
-
-    def invoke(self, name, body):
-        llama, listed = self.loaded[name], body["logprob_token_ids"]
-        assert body["max_tokens"] == 1 and body["return_tokens_as_token_ids"]
-        with self.lock:
-            log_probs = llama.next_token_log_probs(body["prompt"])
-        shown = {f"token_id:{i}": float(log_probs[i]) for i in [int(log_probs.argmax()), *listed]}
-        return {"choices": [{"text": "", "finish_reason": "length", "logprobs": {"top_logprobs": [shown]}}]}

@@ -150,8 +150,8 @@ class Resource:
 class Fake:
     """All of AWS for one test; see the module's docstring."""
 
-    def __init__(self, run_training=None, serving=None):
-        self.run_training, self.serving = run_training, serving
+    def __init__(self, run_training=None):
+        self.run_training, self.serving = run_training, None  # a function of (component, body) that replies
         self.broken, self.clients, self.lock = [], {}, threading.RLock()
 
     def clear(self):
@@ -355,8 +355,6 @@ class Fake:
             return
         found.reason = self.failing.get(name)
         found.status = "Failed" if found.reason else "InService"
-        if self.serving and kind == "InferenceComponent" and not found.reason:
-            self.serving.load(self, name, found)
 
     # Asking
 
@@ -365,4 +363,4 @@ class Fake:
         for kind, name in (("Endpoint", endpoint), ("InferenceComponent", component)):
             if name not in self.there[kind] or self.there[kind][name].status != "InService":
                 raise RefusalError(f"{kind} {name} of account {ACCOUNT} not found.", "ValidationError")
-        return self.serving.invoke(component, json.loads(content))
+        return self.serving(component, json.loads(content))

@@ -270,15 +270,10 @@ def test_what_may_not_be_deleted_is_named_with_its_cost(fake, deploy, delete, mo
 # Asking an endpoint
 
 
-class Serving:
-    """Answers every text alike; what a model would answer needs no model."""
-
-    def load(self, *_):
-        pass
-
-    def invoke(self, component, body):
-        listed = {" positive": math.log(2 / 3), " negative": math.log(1 / 3)}
-        return {"choices": [{"text": "", "logprobs": {"top_logprobs": [listed]}}]}
+def answer(component, body):
+    """Every text alike; what a model would answer needs no model."""
+    listed = {" positive": math.log(2 / 3), " negative": math.log(1 / 3)}
+    return {"choices": [{"text": "", "logprobs": {"top_logprobs": [listed]}}]}
 
 
 def test_an_endpoint_is_asked_and_compared_with_what_was_recorded(
@@ -287,7 +282,7 @@ def test_an_endpoint_is_asked_and_compared_with_what_was_recorded(
     def ask(*argv):
         return command(asking, "demo", *argv, "--tokenizer", "none")
 
-    monkeypatch.setattr(fake, "serving", Serving())
+    monkeypatch.setattr(fake, "serving", answer)
     named, record = adapter("b"), tmp_path / "b" / "training_config.json"
     probe = {"text": "Not bad", "probabilities": {"negative": 1 / 3, "positive": 2 / 3}, "label_mass": 1.0}
     other = {"text": "Awful.", "probabilities": {"negative": 0.4, "positive": 0.6}, "label_mass": 1.0}
