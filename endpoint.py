@@ -178,8 +178,16 @@ class Endpoint:
     def wait(self, one: Awaitable[Result]) -> Result:
         return self._loop.run_until_complete(one)
 
-    def in_order(self, function: Callable[[Item], Awaitable[Result]], items: Iterable[Item]) -> Iterator[Result]:
-        """function(item) for each item, in their order; a few items beyond the one waited for are under way."""
+    def in_order(
+        self,
+        function: Callable[[Item], Awaitable[Result]],
+        items: Iterable[Item],
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> Iterator[Result]:
+        """function(item) for each item, in their order; a few items beyond the one waited for are under way.
+
+        `advance(1)` is called after each.
+        """
         items, under_way = iter(items), deque()
 
         def begin(count: int) -> None:
@@ -190,6 +198,7 @@ class Endpoint:
             while under_way:
                 result = self.wait(under_way[0])
                 under_way.popleft()
+                advance(1)
                 yield result
                 begin(1)
         finally:
@@ -403,8 +412,11 @@ class Endpoint:
 
     def _adapt(self, error: StatusError, body: dict) -> bool:
         """Whether the next try can do without what an error rejects: a parameter, a value of ours, a longer list."""
-        parameter = replies.rejected_parameter(error, [name for name in OPTIONAL if name in self._accepted(body)])
-        ours = replies.named_parameter(error, [name for name in UNTRUNCATED if name in self._accepted(body)])
+        sent = self._accepted(body)
+        ours = replies.named_parameter(error, [name for name in UNTRUNCATED if name in sent])
+        parameter = None
+        if not replies.VALUE_REFUSED.search(error.said):
+            parameter = replies.named_parameter(error, [name for name in OPTIONAL if name in sent])
         if ours in OTHER_NEUTRAL and ours not in self.replaced:
             self.replaced[ours] = OTHER_NEUTRAL[ours]
             return True
@@ -489,7 +501,7 @@ def connect(
                 f"{urls[0]} takes no --model, the component is the model, and no --api-key-env: AWS credentials come "
                 "from the environment, a profile or a role"
             )
-        component, served = sagemaker_component(urls[0]), urls[0].removeprefix("sagemaker:")
+        component, served = component_name(*sagemaker_names(urls[0])), urls[0].removeprefix("sagemaker:")
         return Endpoint([sagemaker_connection(urls[0], timeout_s, concurrency)], served, component=component, **options)
     is_anthropic = urls[0] == "anthropic"
     if is_anthropic and (reader or model == "default"):
@@ -501,11 +513,6 @@ def connect(
         server.model = the_model_of(server)
     server.rejected |= known_rejections(urlsplit(connections[0].url).hostname, server.model)
     return server
-
-
-def sagemaker_component(url: str) -> str:
-    name, adapter = sagemaker_names(url)
-    return component_name(name, adapter)
 
 
 def the_model_of(server: Endpoint) -> str:

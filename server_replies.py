@@ -248,11 +248,6 @@ def limit_of_list(error: StatusError, asked: int) -> int | None:
     return max((number for number in numbers if 0 < number < asked), default=None)
 
 
-def rejected_parameter(error: StatusError, optional: Sequence[str]) -> str | None:
-    """Which of the parameters that may be left out an error rejects."""
-    return None if VALUE_REFUSED.search(error.said) else named_parameter(error, optional)
-
-
 def status_failure(error: StatusError, attempts: int, url: str, model: str = "", asked_tokens: int = 0) -> Exception:
     """What a status means: a ValueError for the row, PassingError where a try may yet help, an OSError for the run.
 

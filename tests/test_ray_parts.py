@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 from dataclasses import replace
 
@@ -180,27 +179,10 @@ def test_flags_calibrated_columns_and_whatever_else_a_row_says_come_back(tmp_pat
     assert list(predictions.iterate(tmp_path / "p.jsonl")) == rows
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """A bucket of S3 on a stand-in; as (its address, the query that says where it is)."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    for name in [name for name in os.environ if "proxy" in name.lower()]:
-        monkeypatch.delenv(name)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
-        monkeypatch.setenv(name, "true")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    _, port = server.get_host_and_port()
-    there = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-east-1"}
-    boto3.client("s3", **there).create_bucket(Bucket="bucket-1")
-    yield "s3://bucket-1", f"?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
-    server.stop()
-
-
-def test_input_and_output_may_be_on_s3(bucket, tmp_path):
-    address, query = bucket
+def test_input_and_output_may_be_on_s3(fake, tmp_path):
+    fake.client("s3").create_bucket(Bucket="bucket-1")
+    address, host = "s3://bucket-1", fake.env["AWS_ENDPOINT_URL"].removeprefix("http://")
+    query = f"?endpoint_override={host}&scheme=http&region=us-east-1"
     for name in ("a.csv", "sub/b.csv.gz", "_left_out.csv"):
         data = b"text,label\nx,positive\ny,negative\nz,\n"
         write_bytes(f"{address}/in/{name}{query}", gzip.compress(data) if name.endswith("gz") else data)

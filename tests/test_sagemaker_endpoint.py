@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_sagemaker import golden, problems, stubbed
+from fake_sagemaker import golden, problems
 
 import sagemaker_endpoint
+from aws import Account
 from sagemaker_endpoint import (
     Adapter,
     Serving,
@@ -109,16 +110,13 @@ def test_an_adapter_s_address_follows_its_files_and_its_record():
     assert sagemaker_endpoint.record_uri("s3://b/a-1.tar.gz") == "s3://b/a-1.json"
 
 
-def test_an_adapter_of_another_base_or_rank_is_a_failed_check(tmp_path):
-    account, stubber = stubbed()
+def test_an_adapter_of_another_base_or_rank_is_a_failed_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(sagemaker_endpoint, "describe_component", lambda *_: None)
     (tmp_path / "training_config.json").write_text(json.dumps({"base_weights": "0123456789abcdef"}))
     now = replace(SERVING, base_model="tiny", base_weights="fedcba9876543210", max_rank=8)
-    with stubber:
-        for _ in range(2):
-            stubber.add_client_error("describe_inference_component", "ValidationException", "Could not find x")
-        other = replace(ADAPTER, folder=tmp_path)
-        large = replace(ADAPTER, name="large", config=PLAIN | {"r": 32})
-        plan = plan_change(account, now, [other, large], [], "bucket")
+    other = replace(ADAPTER, folder=tmp_path)
+    large = replace(ADAPTER, name="large", config=PLAIN | {"r": 32})
+    plan = plan_change(Account("us-east-1", None, None), now, [other, large], [], "bucket")
     failed = {check.subject: check.detail for check in plan.checks if check.status == "failed"}
     assert "was trained from other weights (0123456789abcdef)" in failed["adapter sentiment"]
     assert "its rank 32 is above the endpoint's --max-rank 8" in failed["adapter large"]
@@ -132,39 +130,9 @@ def test_a_new_endpoint_has_room_for_the_largest_rank_of_its_adapters():
 # What is there, and what is sent
 
 
-@pytest.mark.parametrize(
-    ("described", "operations"),
-    [
-        (None, ["CreateInferenceComponent"]),
-        ({"InferenceComponentStatus": "InService"}, []),
-        ({"InferenceComponentStatus": "InService", "artifact": "s3://b/old.tar.gz"}, ["UpdateInferenceComponent"]),
-        ({"InferenceComponentStatus": "Failed"}, ["DeleteInferenceComponent", "CreateInferenceComponent"]),
-    ],
-)
-def test_an_adapter_is_added_left_alone_swapped_or_replaced(described, operations):
-    account, stubber = stubbed()
-    with stubber:
-        answer_component(stubber, "demo", described)
-        steps = sagemaker_endpoint.adapter_steps(account, "demo", "a", "s3://b/new.tar.gz")
-    assert [step.operation for step in steps] == operations
-    assert all(problems(step.operation, step.body) == [] for step in steps)
-
-
-def answer_component(stubber, endpoint, described):
-    if described is None:
-        stubber.add_client_error("describe_inference_component", "ValidationException", "Could not find x")
-        return
-    reply = {"EndpointName": endpoint, "InferenceComponentStatus": described["InferenceComponentStatus"]}
-    for name in ("InferenceComponentName", "InferenceComponentArn", "EndpointArn"):
-        reply[name] = "arn:aws:sagemaker:us-east-1:123456789012:x/demo-adapter-a"
-    container = {"ArtifactUrl": described.get("artifact", "s3://b/new.tar.gz")}
-    reply |= {"Specification": {"Container": container}, "CreationTime": 0, "LastModifiedTime": 0}
-    stubber.add_response("describe_inference_component", reply)
-
-
 @pytest.mark.parametrize(("endpoint", "status"), [("other", "InService"), ("demo", "Creating")])
-def test_a_component_of_another_endpoint_or_on_its_way_is_not_touched(endpoint, status):
-    account, stubber = stubbed()
-    with stubber, pytest.raises(ValueError, match=r"belongs to the endpoint other|is Creating; wait"):
-        answer_component(stubber, endpoint, {"InferenceComponentStatus": status})
-        sagemaker_endpoint.adapter_steps(account, "demo", "a", "s3://b/new.tar.gz")
+def test_a_component_of_another_endpoint_or_on_its_way_is_not_touched(monkeypatch, endpoint, status):
+    described = {"EndpointName": endpoint, "InferenceComponentStatus": status}
+    monkeypatch.setattr(sagemaker_endpoint, "describe_component", lambda *_: described)
+    with pytest.raises(ValueError, match=r"belongs to the endpoint other|is Creating; wait"):
+        sagemaker_endpoint.adapter_steps(None, "demo", "a", "s3://b/new.tar.gz")
