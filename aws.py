@@ -151,7 +151,7 @@ def hidden(text: str) -> str:
     return SECRET_VALUE.sub("[redacted]", URL_PASSWORD.sub("[redacted]@", text))
 
 
-def shown(request: Mapping) -> str:
+def request_text(request: Mapping) -> str:
     """A request as --dry-run prints it."""
     return hidden(json.dumps(request, indent=1))
 
@@ -329,7 +329,7 @@ def price(region: str, instance_type: str) -> float | None:
     return PRICES.get(instance_type) if region == "us-east-1" else None
 
 
-def duration(text: str) -> int:
+def seconds_of(text: str) -> int:
     """A duration in seconds: 7200, 90m, 2h or 1.5h. For argparse."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     value = round(float(found[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[found[2]]) if found else 0
@@ -338,7 +338,7 @@ def duration(text: str) -> int:
     return value
 
 
-def confirm(question: str) -> None:
+def ask_to_spend(question: str) -> None:
     """Ask before money is spent; ValueError for anything but yes, and where nobody can be asked."""
     if not sys.stdin or not sys.stdin.isatty():
         raise ValueError("nothing is started without a yes: add --yes, or --dry-run to look only")
@@ -349,7 +349,7 @@ def confirm(question: str) -> None:
 # S3
 
 
-def split(uri: str) -> tuple[str, str]:
+def bucket_and_key(uri: str) -> tuple[str, str]:
     """(bucket, key) of an s3:// address."""
     found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(.*)", uri)
     if not found:
@@ -394,7 +394,7 @@ def make_bucket(account: Account, bucket: str) -> None:
 
 def is_there(account: Account, uri: str, size: int) -> bool:
     """Whether an object of this size lies at an address that names its content."""
-    bucket, key = split(uri)
+    bucket, key = bucket_and_key(uri)
     try:
         with explained(f"look at {uri}"):
             found = account.client("s3").head_object(Bucket=bucket, Key=key, ExpectedBucketOwner=account.number)
@@ -408,13 +408,13 @@ def is_there(account: Account, uri: str, size: int) -> bool:
 def upload(account: Account, uri: str, content: bytes) -> None:
     """Put bytes to an address that names its content, unless they are there."""
     if not is_there(account, uri, len(content)):
-        bucket, key = split(uri)
+        bucket, key = bucket_and_key(uri)
         with explained(f"upload {uri}"):
             account.client("s3").put_object(Bucket=bucket, Key=key, Body=content, ExpectedBucketOwner=account.number)
 
 
-def read(account: Account, uri: str) -> bytes:
-    bucket, key = split(uri)
+def read_object(account: Account, uri: str) -> bytes:
+    bucket, key = bucket_and_key(uri)
     with explained(f"read {uri}"):
         return account.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
 
@@ -497,7 +497,7 @@ def upload_weights(account: Account, weights: Weights) -> None:
             print(f"uploading {size / 1e6:,.0f} MB to {uri}", flush=True)
             with explained(f"upload {uri}"):
                 extra = {"ExpectedBucketOwner": account.number}
-                account.client("s3").upload_file(str(path), *split(uri), ExtraArgs=extra)
+                account.client("s3").upload_file(str(path), *bucket_and_key(uri), ExtraArgs=extra)
 
 
 # Command line

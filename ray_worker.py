@@ -1,6 +1,6 @@
 """What a worker of scripts/score_on_ray.py does: loads the model once, then scores parts of a table and writes them.
 
-    described = describe(work)                  # the fingerprint and what else a run is known by, by loading the model
+    described = describe_method(work)           # the fingerprint and what else a run is known by, by loading the model
     scorer = PartScorer(work, run, output)      # one in each worker: it holds the model
     scorer(packed)                              # a part in, its file out, how many rows came of it
 
@@ -76,7 +76,7 @@ def here(name: str, folder: str) -> str:
     return str(path) if not Path(name).exists() and path.exists() else name
 
 
-def describe(work: WorkerSettings) -> Described:
+def describe_method(work: WorkerSettings) -> Described:
     """Load the model where the workers will, and say what it is; ValueError when the calibrator is not for it."""
     with contextlib.redirect_stderr(io.StringIO()) as notes:
         method = load_method(work)

@@ -121,11 +121,11 @@ def train(settings: Settings, training: Training) -> None:
     plan = plan_job(account, settings, training)
     aws.print_checks(plan.checks)
     if settings.dry_run:
-        print(aws.shown(training_request(plan.job)))
+        print(aws.request_text(training_request(plan.job)))
         return
     aws.refuse_failed(plan.checks)
     if not settings.yes:
-        aws.confirm(f"start {plan.job.name} on {settings.instance_type}, {plan.cost}?")
+        aws.ask_to_spend(f"start {plan.job.name} on {settings.instance_type}, {plan.cost}?")
     if settings.bucket is None:
         aws.make_bucket(account, aws.bucket_name(account, None))
     for uri, content in plan.uploads.items():
@@ -135,13 +135,13 @@ def train(settings: Settings, training: Training) -> None:
     print(f"come back to it:  {attach_command(account, settings, plan.job.name)}")
     print(f"end it:           {stop_command(account, plan.job.name)}\n")
     if not settings.detach:
-        collect(account, settings, plan.job.name, training.hashes)
+        bring_home(account, settings, plan.job.name, training.hashes)
 
 
 def attach(settings: Settings, name: str) -> None:
     """Follow a job that runs, or ran, and fetch its adapter."""
     check_landing(settings)
-    collect(aws.connect(settings.region), settings, name, {})
+    bring_home(aws.connect(settings.region), settings, name, {})
 
 
 def stop(settings: Settings, name: str) -> None:
@@ -150,13 +150,13 @@ def stop(settings: Settings, name: str) -> None:
 
     account = aws.connect(settings.region)
     client = account.client("sagemaker")
-    if describe(account, name)["TrainingJobStatus"] == "InProgress":
+    if describe_job(account, name)["TrainingJobStatus"] == "InProgress":
         with explained(f"stop the training job {name}"):
             client.stop_training_job(TrainingJobName=name)
     waiter, pause = client.get_waiter("training_job_completed_or_stopped"), {"Delay": settings.poll_seconds}
     with contextlib.suppress(WaiterError):  # a job that failed has ended too
         waiter.wait(TrainingJobName=name, WaiterConfig=pause)
-    print(billed(account, describe(account, name)))
+    print(billed(account, describe_job(account, name)))
 
 
 def start(account: Account, job: TrainingJob) -> None:
@@ -173,7 +173,7 @@ def start(account: Account, job: TrainingJob) -> None:
         sys.exit(130)
 
 
-def collect(account: Account, settings: Settings, name: str, hashes: Mapping[str, str]) -> None:
+def bring_home(account: Account, settings: Settings, name: str, hashes: Mapping[str, str]) -> None:
     """Follow a job to its end and bring its adapter to the output folder."""
     back, end = attach_command(account, settings, name), stop_command(account, name)
     with said_if_left(f"{name} goes on and is billed: `{back}` comes back to it, `{end}` ends it"):
@@ -183,7 +183,7 @@ def collect(account: Account, settings: Settings, name: str, hashes: Mapping[str
         raise ValueError(why)
     folder = Path(settings.output_dir).resolve()
     with said_if_left(f"{name} is done and paid for: `{back}` fetches its adapter"):
-        part = download(account, description, folder)
+        part = download_adapter(account, description, folder)
     try:
         check_trained(part, hashes)
         check_landing(settings)  # again, hours later
@@ -424,7 +424,7 @@ def as_arguments(flags: Mapping[str, object]) -> list[str]:
 # A job that runs, and what comes of it
 
 
-def describe(account: Account, name: str) -> dict:
+def describe_job(account: Account, name: str) -> dict:
     def ask() -> dict:
         return account.client("sagemaker").describe_training_job(TrainingJobName=aws.aws_name(name))
 
@@ -441,7 +441,7 @@ def follow(account: Account, name: str, poll_s: float) -> dict:
     """
     shown, seen = 0, set()
     while True:
-        description = describe(account, name)
+        description = describe_job(account, name)
         changes = description.get("SecondaryStatusTransitions", [])
         for change in changes[shown:]:
             print(f"{change['Status']}: {aws.printed(change.get('StatusMessage', ''))}".rstrip(": "), flush=True)
@@ -508,7 +508,7 @@ def billed(account: Account, description: dict) -> str:
     return line
 
 
-def download(account: Account, description: dict, folder: Path) -> Path:
+def download_adapter(account: Account, description: dict, folder: Path) -> Path:
     """Fetch a completed job's model.tar.gz and unpack it beside `folder`; the new folder.
 
     Raises ValueError for a job that completed without an adapter, which a full disk can bring about.
@@ -517,7 +517,7 @@ def download(account: Account, description: dict, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part, packed = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.tar.gz")
     shutil.rmtree(part, ignore_errors=True)
-    bucket, key = aws.split(uri)
+    bucket, key = aws.bucket_and_key(uri)
     try:
         with explained(f"download {uri}"):
             account.client("s3").download_file(bucket, key, str(packed))
@@ -576,7 +576,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--instance-type", default=aws.INSTANCE, metavar="TYPE", help=f"the machine (default: {aws.INSTANCE})")
     add("--spot", action="store_true", help="spare capacity: cheaper, may be interrupted, goes on by itself")
     most = "end the job after this, as 90m, 2h or 7200 (default: 2h)"
-    add("--max-runtime", type=aws.duration, default=MAX_RUNTIME_S, metavar="TIME", help=most)
+    add("--max-runtime", type=aws.seconds_of, default=MAX_RUNTIME_S, metavar="TIME", help=most)
     add("--hf-token-secret", metavar="ARN", help="a secret in Secrets Manager that holds a Hugging Face token")
     add("--detach", action="store_true", help="start the job and do not wait for it")
     aws.add_arguments(add)

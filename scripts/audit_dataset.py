@@ -62,7 +62,7 @@ MANY_SPLITS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class AuditedRow:
+class TableRow:
     """One text and what the audit needs to know of it."""
 
     split: str
@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_audited(table: Table, wanted: Mapping[str, str | None], by: Sequence[str] | None) -> Iterator[AuditedRow]:
+def read_audited(table: Table, wanted: Mapping[str, str | None], by: Sequence[str] | None) -> Iterator[TableRow]:
     """The rows of a table, which is a split of its own unless `wanted` names a column of splits.
 
     `wanted` names the columns of split, group and domain.
@@ -140,10 +140,10 @@ def read_audited(table: Table, wanted: Mapping[str, str | None], by: Sequence[st
         split = sys.intern(str(cells[wanted["split"]])) if wanted["split"] else table.source
         group, domain = (cells.get(wanted[role] or role) or None for role in ("group", "domain"))
         parts = tuple(sys.intern(str(cells[name])) for name in by or ("difficulty", "part") if name in cells)
-        yield AuditedRow(split, example.id, example.text, example.label, group, domain, parts)
+        yield TableRow(split, example.id, example.text, example.label, group, domain, parts)
 
 
-def by_split(rows: Sequence[AuditedRow]) -> dict[str, list[int]]:
+def by_split(rows: Sequence[TableRow]) -> dict[str, list[int]]:
     """split -> numbers of its rows, in order."""
     splits = defaultdict(list)
     for number, row in enumerate(rows):
@@ -193,13 +193,13 @@ def stacked(rows: Sequence[Sequence[str]]) -> str:
 # Repeats and leaks
 
 
-def shared_groups(rows: Iterable[AuditedRow]) -> set[object]:
+def shared_groups(rows: Iterable[TableRow]) -> set[object]:
     """The groups that stand in more than one split."""
     home: dict[object, str] = {}
     return {row.group for row in rows if row.group is not None and home.setdefault(row.group, row.split) != row.split}
 
 
-def print_splits(rows: list[AuditedRow], within: np.ndarray, elsewhere: np.ndarray) -> None:
+def print_splits(rows: list[TableRow], within: np.ndarray, elsewhere: np.ndarray) -> None:
     """One line a split: rows, labels, words, and how many texts have a repeat or a near-duplicate."""
     heads = ["split", "rows", "labels", "words: min, median, max", "repeated", "alike in it", "alike in others"]
     table, labels_of = [heads], {}
@@ -228,7 +228,7 @@ def largest_and_smallest(labels: Counter) -> str:
     return ", ".join(ordered)
 
 
-def print_leaks(rows: list[AuditedRow], elsewhere: np.ndarray, groups: Collection[object]) -> None:
+def print_leaks(rows: list[TableRow], elsewhere: np.ndarray, groups: Collection[object]) -> None:
     """Say what stands in two splits."""
     leaking = np.flatnonzero(elsewhere >= 0)
     if len(leaking):
@@ -251,7 +251,7 @@ def print_leaks(rows: list[AuditedRow], elsewhere: np.ndarray, groups: Collectio
 
 
 def write_clean(
-    path: str, opened: Sequence[Table], rows: list[AuditedRow], elsewhere: np.ndarray, groups: Collection[object]
+    path: str, opened: Sequence[Table], rows: list[TableRow], elsewhere: np.ndarray, groups: Collection[object]
 ) -> None:
     """Write the last split's rows that do not leak, with all columns, and say how many were left out and why."""
     last = rows[-1].split
@@ -281,11 +281,11 @@ def write_clean(
 # Baselines
 
 
-def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction], seed: int) -> None:
+def print_baselines(rows: list[TableRow], answers: list[predictions.Prediction], seed: int) -> None:
     """Accuracy and AUC of the bags of words, and of a model's predictions, for each part of the last split."""
     splits = list(by_split(rows))
     labelled = {split: [row for row in rows if row.split == split and row.label] for split in (splits[0], splits[-1])}
-    train, test = (drawn(labelled[split], seed) for split in (splits[0], splits[-1]))
+    train, test = (sampled_rows(labelled[split], seed) for split in (splits[0], splits[-1]))
     sizes = Counter(row.label for row in train)
     if len(sizes) < 2 or min(sizes.values()) < FOLDS or not test:
         print(f"\nNo baseline: it learns from at least two labels with {FOLDS} rows each.")
@@ -296,10 +296,10 @@ def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction
         probabilities["without domain words"] = bag_of_words(train, test, labels, without_domain_words=True)
     if answers:
         probabilities[answers[0].model] = model_probabilities(answers, test, labels)
-    how = f"trained on {splits[0]}, {sample_size(train, labelled[splits[0]])}"
+    how = f"trained on {splits[0]}, {told_size(train, labelled[splits[0]])}"
     if len(splits) == 1:
         how = f"{FOLDS}-fold out-of-fold"
-    tested = f"tested on {splits[-1]}, {sample_size(test, labelled[splits[-1]])}"
+    tested = f"tested on {splits[-1]}, {told_size(test, labelled[splits[-1]])}"
     print("\n" + wrapped(f"Bag of words ({how}), {tested}. Accuracy with 95 % interval, and AUC:") + "\n")
     truth = np.array([labels.index(row.label) if row.label in sizes else -1 for row in test])
     table = [["", "rows", *(head for name in probabilities for head in (name, "AUC"))]]
@@ -310,19 +310,19 @@ def print_baselines(rows: list[AuditedRow], answers: list[predictions.Prediction
     print(stacked(table))
 
 
-def drawn(rows: list[AuditedRow], seed: int) -> list[AuditedRow]:
+def sampled_rows(rows: list[TableRow], seed: int) -> list[TableRow]:
     """The rows, or LEARNED of them at random in their order."""
     if len(rows) <= LEARNED:
         return rows
     return [rows[number] for number in sorted(random.Random(seed).sample(range(len(rows)), LEARNED))]
 
 
-def sample_size(sample: Sequence[AuditedRow], rows: Sequence[AuditedRow]) -> str:
+def told_size(sample: Sequence[TableRow], rows: Sequence[TableRow]) -> str:
     """How many rows there are, and of how many they were drawn."""
     return f"n = {len(sample):,}" + (f" of {len(rows):,}, drawn at random" if len(sample) < len(rows) else "")
 
 
-def easiest_first(test: list[AuditedRow], right: np.ndarray) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+def easiest_first(test: list[TableRow], right: np.ndarray) -> Iterator[tuple[tuple[str, ...], list[int]]]:
     """The parts of the rows and the numbers of their rows: all, then each part before its own parts."""
     members = defaultdict(list)
     for number, row in enumerate(test):
@@ -350,7 +350,7 @@ def accuracy_and_auc(probabilities: np.ndarray, truth: np.ndarray) -> tuple[str,
 
 
 def bag_of_words(
-    train: list[AuditedRow], test: list[AuditedRow], labels: list[str], without_domain_words: bool = False
+    train: list[TableRow], test: list[TableRow], labels: list[str], without_domain_words: bool = False
 ) -> np.ndarray:
     """Label probabilities [n, labels] of the test rows; out-of-fold ones where the test rows are the training rows."""
     from sklearn.feature_extraction.text import CountVectorizer
@@ -376,7 +376,7 @@ def bag_of_words(
     return probabilities
 
 
-def domain_words(counts: csr_array, rows: list[AuditedRow]) -> np.ndarray:
+def domain_words(counts: csr_array, rows: list[TableRow]) -> np.ndarray:
     """Which columns of counts [rows, words] are domain words, [words] bool.
 
     Compared among rows of one label, so that a word is not taken for a domain's because the domain's label is its own.
@@ -391,7 +391,7 @@ def domain_words(counts: csr_array, rows: list[AuditedRow]) -> np.ndarray:
     return found
 
 
-def model_probabilities(answers: list[predictions.Prediction], test: list[AuditedRow], labels: list[str]) -> np.ndarray:
+def model_probabilities(answers: list[predictions.Prediction], test: list[TableRow], labels: list[str]) -> np.ndarray:
     """[n, labels] of the test rows, found by id; NaN where the model gave none."""
     found = {answer.id: answer for answer in answers}
     probabilities = np.full((len(test), len(labels)), np.nan)

@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("endpoint", metavar="ENDPOINT", help="its name, as given to deploy_sagemaker.py")
     add("--region", metavar="NAME", help="default: that of your AWS settings")
     wait = "give up on what is not gone after this, as 30m or 1800 (default: 30m)"
-    add("--max-wait", type=aws.duration, default="30m", metavar="TIME", help=wait)
+    add("--max-wait", type=aws.seconds_of, default="30m", metavar="TIME", help=wait)
     pause = f"between two looks (default: {aws.POLL_S:g})"
     add("--poll-seconds", type=float, default=aws.POLL_S, metavar="S", help=pause)
     add("--dry-run", action="store_true", help="print what would be deleted; deletes nothing")

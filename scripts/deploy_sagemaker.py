@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_requests(plan)
         return
     if plan.weights and not args.yes:
-        aws.confirm(f"Start {args.endpoint} for {rate(plan.hourly)}, until it is deleted?")
+        aws.ask_to_spend(f"Start {args.endpoint} for {rate(plan.hourly)}, until it is deleted?")
     try:
         if args.bucket is None and plan.steps:
             aws.make_bucket(account, bucket)
@@ -90,7 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[command_line.ArgumentPa
     length = f"tokens of the longest prompt (default: {MAX_LENGTH})"
     add("--max-length", type=command_line.natural, default=MAX_LENGTH, metavar="N", help=length)
     wait = "give up on what is not ready after this, as 30m or 1800 (default: 30m)"
-    add("--max-wait", type=aws.duration, default="30m", metavar="TIME", help=wait)
+    add("--max-wait", type=aws.seconds_of, default="30m", metavar="TIME", help=wait)
     aws.add_arguments(add)
     args = parser.parse_args(argv)
     check_arguments(parser, args)
@@ -110,7 +110,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def print_requests(plan: EndpointPlan) -> None:
     for step in plan.steps:
-        print(f"\n{step.operation}\n{aws.shown(step.body)}")
+        print(f"\n{step.operation}\n{aws.request_text(step.body)}")
     print("\na dry run: nothing was started or changed" if plan.steps else "\na dry run: nothing is to be done")
 
 

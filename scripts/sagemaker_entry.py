@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = json.loads((HERE / "arguments.json").read_text(encoding="utf-8"))
         repair(work)
         model, variables = place_weights(job["model"], job["staged"], model_dir.parent / "staged")
-        status, said = run(command(job, model, work), os.environ | variables | token())
+        status, said = run_training(command(job, model, work), os.environ | variables | token())
         if status == 0:
             deliver(job, work, model_dir)
     except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ def command(job: dict, model: str, work: Path) -> list[str]:
     return [*python, "fine_tune_model.py", *job["arguments"], *data, "--output-dir", str(work), "--resume"]
 
 
-def run(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+def run_training(arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
     """Run the training; its exit status, as a shell counts it, and the last error line it wrote."""
     process = subprocess.Popen(arguments, cwd=HERE, env=variables, stderr=subprocess.PIPE, text=True, errors="replace")
     stops = []

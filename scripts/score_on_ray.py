@@ -47,7 +47,7 @@ from llama import model_arguments  # noqa: E402
 from probe_files import load_probe  # noqa: E402
 from ray_parts import PART_ROWS, RunRecord, begin_run, finished_parts, numbered_sources, own_names, read_run  # noqa: E402
 from ray_sources import SourceFacts, absolute, check_sources, examine, list_sources, size_of  # noqa: E402
-from ray_worker import PartReader, PartScorer, WorkerSettings, describe, run_of  # noqa: E402
+from ray_worker import PartReader, PartScorer, WorkerSettings, describe_method, run_of  # noqa: E402
 from task import Task, add_task_argument, read_task  # noqa: E402
 
 RESTARTS = 3  # of a worker that dies, and tries of its part
@@ -273,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not gpus and work.loading["device"] == "auto":
                 work = replace(work, loading={**work.loading, "device": "cpu"})
             # A process of its own, which ends and gives its memory back to the workers.
-            described = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(describe).remote(work))
+            described = ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(describe_method).remote(work))
             print(described.notes, end="", file=sys.stderr)
             if still_true(before, names, columns):
                 sources, own = before.sources, before.own

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     account = aws.connect(args.region)
     os.environ["AWS_DEFAULT_REGION"] = account.region  # endpoint.py reads it there
-    record = read_record(account, args.endpoint, args.adapter)
+    record = adapter_record(account, args.endpoint, args.adapter)
     task = Task.from_settings(record.task) if record.task and not args.task else read_task(args.task or "sentiment")
     source = args.recorded or "its record"
     if args.text:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_labels(questions, task, source)
     url = f"sagemaker:{args.endpoint}" + (f"/{args.adapter}" if args.adapter else "")
     differences = []
-    with endpoint.connect(url, reader=load_reader(account, args.endpoint, args.tokenizer)) as server:
+    with endpoint.connect(url, reader=reader_of(account, args.endpoint, args.tokenizer)) as server:
         scorer = remote_label_scorer(server, task)
         for number, question in enumerate(questions, 1):
             try:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print_beside(question, answer)
             if question.probabilities is not None:
                 differences.append(question.difference(answer))
-    say = verdict(differences, args.tolerance, source)
+    say = comparison(differences, args.tolerance, source)
     if not args.text:
         print(f"{url} {say}", file=sys.stderr if args.json else sys.stdout)
     if any(value > args.tolerance for value in differences):
@@ -123,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_record(account: Account, name: str, adapter: str | None) -> AdapterRecord:
+def adapter_record(account: Account, name: str, adapter: str | None) -> AdapterRecord:
     """What lies beside the adapter's archive, if anything; ValueError if the component is not there."""
     component = aws.component_name(name, adapter)
     found = describe_component(account, component)
@@ -135,7 +135,7 @@ def read_record(account: Account, name: str, adapter: str | None) -> AdapterReco
         return AdapterRecord()
     uri = record_uri(artifact_of(found))
     try:
-        return validated(AdapterRecord, json.loads(aws.read(account, uri)), uri)
+        return validated(AdapterRecord, json.loads(aws.read_object(account, uri)), uri)
     except AwsError as error:
         print(f"note: no record of {component} ({error})", file=sys.stderr)
         return AdapterRecord()
@@ -157,7 +157,7 @@ def check_labels(questions: Sequence[Question], task: Task, source: str) -> None
             raise ValueError(f"{source} has the labels {', '.join(question.probabilities)}, task {task.name!r} others")
 
 
-def load_reader(account: Account, name: str, tokenizer: str | None) -> object | None:
+def reader_of(account: Account, name: str, tokenizer: str | None) -> object | None:
     """The tokenizer that turns prompts into ids, by default that of the served model; None sends text."""
     if tokenizer == "none":
         return None
@@ -192,7 +192,7 @@ def print_beside(question: Question, answer: Mapping) -> None:
     print(f"  prediction: {answer['prediction']}\n", flush=True)
 
 
-def verdict(differences: Sequence[float], tolerance: float, source: str) -> str:
+def comparison(differences: Sequence[float], tolerance: float, source: str) -> str:
     """Whether it answers as recorded."""
     if not differences:
         return "has no recorded answers to compare with; --recorded FILE names some"

@@ -179,7 +179,7 @@ def test_domain_words_are_over_represented_among_texts_of_one_label():
     words = CountVectorizer(binary=True)
     counts = words.fit_transform(texts)
     each = zip(texts, labels, domains, strict=True)
-    rows = [audit_dataset.AuditedRow("", "", text, label, domain=domain) for text, label, domain in each]
+    rows = [audit_dataset.TableRow("", "", text, label, domain=domain) for text, label, domain in each]
     found = audit_dataset.domain_words(counts, rows)
     assert dict(zip(words.get_feature_names_out(), found.tolist(), strict=True)) == {
         "cross": False, "glad": False, "goal": True, "home": True, "memo": True, "rare": False

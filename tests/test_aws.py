@@ -59,7 +59,7 @@ def test_no_key_and_no_token_is_shown_wherever_it_stands(monkeypatch):
     arn = "arn:aws:secretsmanager:us-east-1:123456789012:secret:hf-Ab12"
     request = {"Environment": {"NOTE": f"see {TOKEN} and {KEY}", "HF_TOKEN_SECRET_ARN": arn}}
     hidden = {"Environment": {"NOTE": "see [redacted] and [redacted]", "HF_TOKEN_SECRET_ARN": arn}}
-    assert json.loads(aws.shown(request)) == hidden
+    assert json.loads(aws.request_text(request)) == hidden
     assert aws.printed(f"a\x1b[31m\n{TOKEN}") == "a\\x1b[31m [redacted]"
 
 
@@ -91,10 +91,10 @@ def test_addresses_and_names_follow_region_and_endpoint():
     for endpoint, name in (("demo", "a_b"), ("demo", "-a"), ("demo", ""), ("demo", "a" * 60), ("a b", None)):
         with pytest.raises(ValueError, match="is no name on AWS"):
             aws.component_name(endpoint, name)
-    assert aws.split("s3://bucket/a/b") == ("bucket", "a/b")
+    assert aws.bucket_and_key("s3://bucket/a/b") == ("bucket", "a/b")
     for uri in ("bucket/key", "s3://", "s3://UPPER/x", "https://x/y"):
         with pytest.raises(ValueError, match="not an S3 address"):
-            aws.split(uri)
+            aws.bucket_and_key(uri)
 
 
 # Checks
@@ -174,23 +174,23 @@ def test_a_bucket_must_be_there_here_and_ours():
 def test_prices_and_durations():
     assert aws.price("us-east-1", "ml.g6e.2xlarge") == 2.80
     assert aws.price("sa-east-1", "ml.g6e.2xlarge") is aws.price("us-east-1", "ml.p5.48xlarge") is None
-    assert [aws.duration(text) for text in ("7200", "90m", "1.5h", "60s")] == [7200, 5400, 5400, 60]
+    assert [aws.seconds_of(text) for text in ("7200", "90m", "1.5h", "60s")] == [7200, 5400, 5400, 60]
     for wrong in ("soon", "1s", "30d", "-5m"):
         with pytest.raises(ValueError):
-            aws.duration(wrong)
+            aws.seconds_of(wrong)
 
 
 def test_only_a_yes_at_a_terminal_spends_money(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="add --yes"):
-        aws.confirm("start?")
+        aws.ask_to_spend("start?")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     for answer in ("n", "", "yess"):
         monkeypatch.setattr("builtins.input", lambda question, answer=answer: answer)
         with pytest.raises(ValueError, match="not started, nothing is billed"):
-            aws.confirm("start?")
+            aws.ask_to_spend("start?")
     monkeypatch.setattr("builtins.input", lambda question: " Yes ")
-    aws.confirm("start?")
+    aws.ask_to_spend("start?")
 
 
 # S3 and weights

@@ -165,7 +165,7 @@ def test_money_is_spent_only_after_a_yes(fake, deploy, model, monkeypatch):
     done = deploy("--model", model)
     assert done.code == 2 and "add --yes" in done.err and changing(fake) == []
     asked = []
-    monkeypatch.setattr(aws, "confirm", asked.append)
+    monkeypatch.setattr(aws, "ask_to_spend", asked.append)
     assert deploy("--model", model).code == 0
     assert asked == ["Start demo for $2.80 an hour ($67.20 a day), until it is deleted?"]
 

@@ -91,7 +91,7 @@ def test_a_folder_copied_in_any_order_is_one_that_training_goes_on_from(tmp_path
 def test_a_stop_is_passed_on_and_the_last_error_kept(code, status, said):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        assert entry.run([sys.executable, "-c", code], dict(os.environ)) == (status, said)
+        assert entry.run_training([sys.executable, "-c", code], dict(os.environ)) == (status, said)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

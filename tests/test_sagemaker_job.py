@@ -214,14 +214,14 @@ def test_what_is_uploaded_is_what_the_job_names_and_is_not_sent_twice(fake, few,
     name = request["TrainingJobName"]
     assert done.code == 0 and f"--attach {name}" in done.out and f"--stop {name}" in done.out
     before = fake.objects()
-    packed = before[aws.split(json.loads(request["HyperParameters"]["sagemaker_submit_directory"]))]
+    packed = before[aws.bucket_and_key(json.loads(request["HyperParameters"]["sagemaker_submit_directory"]))]
     with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
         sent = json.load(tar.extractfile("arguments.json"))
     given = [*map(str, few), "--seed", "3"]
     again, here = (fine_tune_model.parse_arguments(flags) for flags in (sent["arguments"], given))
     for flag in fine_tune_model.TRAVELLING:
         assert getattr(again, flag) == getattr(here, flag)
-    bucket, prefix = aws.split(request["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"])
+    bucket, prefix = aws.bucket_and_key(request["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"])
     assert len(before[bucket, f"{prefix}train.jsonl"].splitlines()) == 8
     fake.jobs.clear()
     assert main(*few, "--yes", "--detach", "--seed", "3").code == 0 and fake.objects() == before
@@ -276,7 +276,7 @@ def test_an_adapter_never_lands_on_a_training_that_began_meanwhile(fake, main, m
         (folder / "training_log.jsonl").write_text("{}\n")  # a local training in the same folder
         return shipped
 
-    monkeypatch.setattr(sagemaker_job, "download", download)
+    monkeypatch.setattr(sagemaker_job, "download_adapter", download)
     done = main("--attach", JOB.name, "--poll-seconds", "0.01")
     assert done.code == 2 and "is not empty" in done.err and str(shipped) in done.err
     assert (tmp_path / "out" / "training_log.jsonl").read_text() == "{}\n"
@@ -327,7 +327,7 @@ def test_an_incomplete_hostile_or_broken_archive_writes_nothing(tmp_path, conten
     account = aws.Account("us-east-1", "123456789012", None, {"s3": s3})
     description = {"TrainingJobName": "x", "ModelArtifacts": {"S3ModelArtifacts": "s3://bucket/m.tar.gz"}}
     with pytest.raises(ValueError, match=words):
-        sagemaker_job.download(account, description, tmp_path / "in" / "out")
+        sagemaker_job.download_adapter(account, description, tmp_path / "in" / "out")
     assert not list(tmp_path.rglob("evil")) and not [p for p in tmp_path.rglob("*") if p.is_file()]
 
 
