@@ -13,10 +13,9 @@ L is the log loss. Accuracies are compared by McNemar's exact test on the rows t
 by the difference on the same rows, fine-tuned - base, with a 95 % interval that resamples whole groups for both at
 once. Each model has calibrators of its own; neither is measured on rows that its calibrators saw.
 
-It reads labelled predictions files, no model, and refuses two that are not of the same rows, labels and prompt. It
-prints what to act on, with --verbose every table, and writes report.json and six figures into --output-dir. In a
-notebook: `comparison = read_comparison(["base.jsonl", "tuned.jsonl"])`, `report = comparison_report(comparison)`,
-`draw_figures(comparison, report, folder)`.
+It reads labelled predictions files, no model, refuses two that are not of the same rows, labels and prompt, prints what
+to act on, with --verbose every table, and writes report.json, six figures and with --html comparison.html, a page with
+a threshold to move. In a notebook: read_comparison(paths), comparison_report(comparison), draw_figures(...).
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ import comparison_text
 import decisions
 import explained_texts
 import files
+import html_report
 import plotting
 import predictions
 import tables
@@ -66,6 +66,7 @@ class ComparedModel:
     confidence: dict[str, np.ndarray | None]  # "raw", each calibrator of P(label), "calibrated" (by the chosen), [n]
     out_of_fold: np.ndarray  # calibrated confidence of the fit rows
     fit_correct: np.ndarray
+    rows: Sequence[Prediction]  # test rows
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
     files.write_text(f"{folders[0]}/report.json", json.dumps(report, indent=1, allow_nan=False, default=float) + "\n")
     draw_figures(comparison, report, Path(folders[1]))
+    if args.html:
+        html_report.write_page(Path(folders[0]) / "comparison.html", page_data(comparison, report), "comparison")
     if not args.verbose:
         print("\n--verbose adds every score, calibrator, part of the rows and explained text.")
-    print("\nWritten: report.json and six figures, in " + printable(" and ".join(dict.fromkeys(folders))))
+    page = ", comparison.html" if args.html else ""
+    print(f"\nWritten: report.json{page} and six figures, in " + printable(" and ".join(dict.fromkeys(folders))))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -140,6 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     tables.add_groups_argument(parser)
     add("--seed", type=command_line.natural, metavar="N", default=0, help="of folds and resampling (default: 0)")
     add("--verbose", action="store_true", help="print every table, not only what to act on")
+    add("--html", action="store_true", help="also write comparison.html, a page with a threshold to move")
     add("--output-dir", default="comparison_report", metavar="FOLDER", help="default: comparison_report")
     add("--images", metavar="FOLDER", help="for the figures (default: the same)")
     args = parser.parse_args(argv)
@@ -276,7 +281,7 @@ def uncalibrated_model(rows: Sequence[Prediction], path: str) -> ComparedModel:
     scores = scores_of(rows)
     about = {"file": path, "model": rows[0].model, "fingerprint": rows[0].fingerprint, "calibrator": "none"}
     nothing = np.empty(0)
-    return ComparedModel(about, scores, {"raw": scores.confidence}, nothing, nothing.astype(bool))
+    return ComparedModel(about, scores, {"raw": scores.confidence}, nothing, nothing.astype(bool), rows)
 
 
 def read_pairs(paths: Sequence[str]) -> tuple[list[list[Prediction]], int]:
@@ -352,7 +357,7 @@ def compared_model(
     scaled = Recipe("temperature", True).estimator().fit(fit.probabilities, fit.truth).calibrator_
     about = {"file": path, "model": rows[0].model, "fingerprint": rows[0].fingerprint}
     about |= {"calibrator": str(chosen), "temperature": scaled.temperature_}
-    return ComparedModel(about, test, confidence, out_of_fold, fit.correct)
+    return ComparedModel(about, test, confidence, out_of_fold, fit.correct, rows)
 
 
 # The parts of the rows
@@ -644,7 +649,14 @@ def accuracy_by_part(comparison: ModelComparison, parts: Mapping[str, np.ndarray
     return table
 
 
-# Figures
+# The page and the figures
+
+
+def page_data(comparison: ModelComparison, report: dict) -> dict:
+    """What comparison.html shows."""
+    scores = comparison.models["base"].scores
+    of_labels = {scores.labels[number]: scores.truth == number for number in np.unique(scores.truth)}
+    return html_report.comparison_data(report, comparison.models, accuracy_by_part(comparison, of_labels))
 
 
 def draw_figures(comparison: ModelComparison, report: dict, folder: Path) -> None:

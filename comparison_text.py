@@ -36,8 +36,8 @@ def cell(value: object, sign: str = "") -> str:
     return f"{value:{sign}z,.0f}" if abs(value) >= 100 else f"{value:{sign}z.3f}"
 
 
-def records_table(title: str, records: Mapping[str, Mapping[str, object]], sign: str = "") -> str:
-    """A line a record and a column a heading; differences have a sign, with sign="+" all numbers."""
+def table_cells(records: Mapping[str, Mapping[str, object]], sign: str = "") -> list[list[str]]:
+    """A line a record and a column a heading, under their names; differences have a sign, with sign="+" all numbers."""
     headings = list(next(iter(records.values())))
     rows = [["", *headings]]
     for name, record in records.items():
@@ -46,7 +46,11 @@ def records_table(title: str, records: Mapping[str, Mapping[str, object]], sign:
             value = record.get(heading, "")
             text = f"{value:.2g}" if heading == "p" else cell(value, "+" if heading == "difference" else sign)
             rows[-1].append(text)
-    return f"{title}:\n{command_line.columns(rows, '  ')}"
+    return rows
+
+
+def records_table(title: str, records: Mapping[str, Mapping[str, object]], sign: str = "") -> str:
+    return f"{title}:\n{command_line.columns(table_cells(records, sign), '  ')}"
 
 
 # What to act on
@@ -54,6 +58,20 @@ def records_table(title: str, records: Mapping[str, Mapping[str, object]], sign:
 
 def summary(report: dict) -> str:
     """Did it help, what can be automated at which guarantee, is the confidence true, what does it cost."""
+    guarantees, *others = (records_table(title, records) for title, records in chief_tables(report).items())
+    return "\n\n".join(
+        [
+            text_of_several(report["verdicts"]) + "\n\n" + "\n".join(verdicts(report)),
+            f"{guarantees}\n{certainty_line(report)}",
+            *others,
+            *([all_models_table(report)] if report.get("all_models") else []),
+            "\n".join(map(printable, what_was_compared(report))),
+        ]
+    )
+
+
+def chief_tables(report: dict) -> dict[str, dict[str, dict]]:
+    """The records of each table to act on, by its title."""
     settings = report["settings"]
     source = "the calibration rows" if report["calibrated_on"] else "these very rows, so in-sample"
     guaranteed = f"Coverage, from which confidence on, and how much of it is right; thresholds from {source}"
@@ -62,19 +80,44 @@ def summary(report: dict) -> str:
         f"${settings['error_cost']:g} an error, automated from {report['money']['threshold']:.2f} on, in dollars"
     )
     truth = "Is the confidence true? In parentheses the expected ECE if calibrated (the noise floor)"
-    return "\n\n".join(
-        [
-            text_of_several(report["verdicts"]) + "\n\n" + "\n".join(verdicts(report)),
-            f"{records_table(guaranteed, ladder_records(report))}\n{certainty_line(report)}",
-            records_table(truth, score_records(report)),
-            records_table(day, dollar_records(report["money"])),
-            *([all_models_table(report)] if report.get("all_models") else []),
-            "\n".join(map(printable, what_was_compared(report))),
-        ]
-    )
+    return {
+        guaranteed: ladder_records(report),
+        truth: score_records(report),
+        day: dollar_records(report["money"]),
+    }
+
+
+def page_tables(report: dict, by_label: Mapping[str, Mapping]) -> list[dict]:
+    """The tables of comparison.html: those to act on, the steps of the log loss, all models, and the parts of the rows.
+
+    `by_label` is a part of the rows for each true label, like those of the report.
+    """
+    tables = [("Measure", title, records, "") for title, records in chief_tables(report).items()]
+    tables.append(("Step", steps_title(report), step_records(report), "+"))
+    if report["all_models"]:
+        tables.append(("Measure", all_models_title(report), all_models_records(report), ""))
+    for column, parts in ({"true label": by_label} | report["parts"]).items():
+        records = {value: part_record(part) for value, part in parts.items()}
+        tables.append((column, parts_title(report, column), records, ""))
+    found = []
+    for corner, title, records, sign in tables:
+        (_, *headings), *rows = table_cells(records, sign)
+        found.append({"title": title, "cells": [[corner, *headings], *rows]})
+    return found
 
 
 def all_models_table(report: dict) -> str:
+    """Names of files are in it."""
+    text = records_table(all_models_title(report), all_models_records(report))
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def all_models_title(report: dict) -> str:
+    source = "" if report["calibrated_on"] else ", in-sample where these rows chose the threshold"
+    return f"All models, {where(report)}; scores raw, differences paired; automated: measured on these rows{source}"
+
+
+def all_models_records(report: dict) -> dict[str, dict]:
     """The two models and the further files beside each other: a column each."""
     models, records = report["all_models"], {}
     for score in next(iter(models.values()))["scores"]:
@@ -89,9 +132,7 @@ def all_models_table(report: dict) -> str:
         for row in found["guarantees"]:
             records[f"automated at {row['target']:.0%} guaranteed"][name] = automated_share(row["measured"])
         records.setdefault("calibrator", {})[name] = found["about"]["calibrator"]
-    source = "" if report["calibrated_on"] else ", in-sample where these rows chose the threshold"
-    title = f"All models, {where(report)}; scores raw, differences paired; automated: measured on these rows{source}"
-    return printable_lines(records_table(title, records))
+    return records
 
 
 def automated_share(measured: Mapping | None) -> str:
@@ -100,11 +141,6 @@ def automated_share(measured: Mapping | None) -> str:
         return "nothing"
     right = f", right {measured['accuracy']:.3f}" if measured["automated"] else ""
     return f"{measured['share']:.1%}{right}"
-
-
-def printable_lines(text: str) -> str:
-    """Names of files are in it."""
-    return "\n".join(map(printable, text.split("\n")))
 
 
 def verdicts(report: dict) -> Iterator[str]:
@@ -228,8 +264,7 @@ def where(report: dict) -> str:
 
 def details(report: dict) -> str:
     """Every other table, each with its n and protocol."""
-    scores, steps, here = report["scores"], report["steps"], where(report)
-    changes = {step: {f"by {key}": steps[key][step] for key in steps} for step in steps["calibrated"]}
+    scores, here = report["scores"], where(report)
     by_calibrator, sure = {}, {}
     for score in ("log loss", "Brier", "ECE"):
         for key, found in scores.items():
@@ -247,16 +282,29 @@ def details(report: dict) -> str:
         records_table(f"Each by its calibrator, {here}", scores["calibrated"]["paired"]),
         f"Each model by itself, {here}; raw: nothing fitted:\n" + metrics.metrics_table(own, metrics.MORE_LINES),
         records_table(f"Before and after each calibrator of P(label), {here}", by_calibrator),
-        records_table(f"Changes in log loss, {here}; the first three add up to the last", changes, "+"),
+        records_table(steps_title(report), step_records(report), "+"),
         records_table(f"Sure answers, {here}; intervals exact, as of independent rows", sure),
         records_table(f"Guaranteed with 95 % certainty, {here}, with such intervals", guarantee_records(report)),
     ]
     for column, parts in report["parts"].items():
-        title = f"By {printable(column)}, {here}; accuracies exact, as of independent rows; means of raw, calibrated"
+        title = parts_title(report, printable(column))
         tables.append(records_table(title, {value: part_record(part) for value, part in parts.items()}))
         if RANDOMLY_LABELLED in parts:
             tables[-1] += "\n" + "\n".join(about_randomly_labelled(parts[RANDOMLY_LABELLED]))
     return "\n\n".join(tables + [explained_texts.side_by_side(found, NAMES) for found in report["first_tokens"]])
+
+
+def steps_title(report: dict) -> str:
+    return f"Changes in log loss, {where(report)}; the first three add up to the last"
+
+
+def step_records(report: dict) -> dict[str, dict]:
+    steps = report["steps"]
+    return {step: {f"by {key}": steps[key][step] for key in steps} for step in steps["calibrated"]}
+
+
+def parts_title(report: dict, column: str) -> str:
+    return f"By {column}, {where(report)}; accuracies exact, as of independent rows; means of raw, calibrated"
 
 
 def part_record(part: Mapping) -> dict[str, object]:

@@ -1,11 +1,10 @@
-"""html_report.py: one file that needs no network, and whose numbers are those of the report.
+"""html_report.py: pages of one file that need no network, and whose numbers are those of the report.
 
 Predictions full of hostile texts are made here. What the page holds is read out of the file, and what it shows is read
 in a headless Chromium (`make test-browser`); both are compared with the report and with counts made here from the
 predictions. The browser gives nothing to a page but files, and notes whatever a page asks for or complains of.
 """
 
-import itertools
 import json
 import os
 import re
@@ -16,9 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
+import calibration
 import calibration_demo as demo
+import calibration_metrics
+import compare_base_vs_finetuned as compare
 import html_report
 
 HOSTILE = [
@@ -124,6 +125,36 @@ def nothing_guaranteed(tmp_path_factory):
     return found
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """The page on 400 rows by two models, the second of which has 19 of 20 right; cross-fitted."""
+    folder, of_labels = tmp_path_factory.mktemp("comparison"), dict(zip(LABELS, LABELS[::-1], strict=True))
+    draw, recipes, resamples = np.random.default_rng(6), calibration.recipes, calibration_metrics.resamples
+    save(folder / "base.jsonl", 400, 5)
+    files = {"base": [json.loads(line) for line in (folder / "base.jsonl").read_text("utf-8").splitlines()]}
+    files["fine-tuned"] = []
+    for row in files["base"]:
+        confidence = float(draw.uniform(0.5, 1))
+        said = row["label"] if draw.random() < 0.95 else of_labels[row["label"]]
+        probabilities = {label: confidence if label == said else 1 - confidence for label in LABELS}
+        changes = {"prediction": said, "confidence": confidence, "probabilities": probabilities, "fingerprint": "cd"}
+        files["fine-tuned"].append(row | changes)
+    tuned = "".join(json.dumps(row) + "\n" for row in files["fine-tuned"])
+    (folder / "<b>tuned.jsonl").write_text(tuned, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "recipes", lambda n, method="auto", n_labels=2: recipes(n, "platt", n_labels))
+        patch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: resamples(groups, 40, seed))
+        found = compare.read_comparison([str(folder / "base.jsonl"), str(folder / "<b>tuned.jsonl")])
+        html_report.write_page(
+            folder / "comparison.html", compare.page_data(found, compare.comparison_report(found)), "comparison"
+        )
+    text = (folder / "comparison.html").read_text("utf-8")
+    scripts = Elements(text).named("script")
+    calibrated = {name: model.confidence["calibrated"] for name, model in found.models.items()}
+    page = {"path": folder / "comparison.html", "text": text, "scripts": scripts, "files": files}
+    return SimpleNamespace(**page, calibrated=calibrated, data=json.loads(scripts[1].text))
+
+
 @pytest.fixture(params=["held_out", "one_file", "nothing_guaranteed"])
 def any_page(request):
     return request.getfixturevalue(request.param)
@@ -132,13 +163,15 @@ def any_page(request):
 # The file
 
 
-def test_it_is_one_file_that_loads_nothing_and_no_text_becomes_a_tag(any_page):
+@pytest.mark.parametrize("name", ["held_out", "one_file", "nothing_guaranteed", "comparison"])
+def test_it_is_one_file_that_loads_nothing_and_no_text_becomes_a_tag(name, request):
     from plotly.offline import get_plotlyjs
 
-    found = Elements(any_page.text)
-    plotly, data, own = any_page.scripts
+    page = request.getfixturevalue(name)
+    found = Elements(page.text)
+    plotly, data, *own = page.scripts
     assert plotly.text == get_plotlyjs() and "<" not in data.text and data.text.isascii()
-    rest = any_page.text.replace(plotly.text, "").replace(data.text, "")
+    rest = page.text.replace(plotly.text, "").replace(data.text, "")
     assert not re.search(r"https?:|//\w|url\(|@import|\bfetch\b|XMLHttpRequest|import\(", rest)
     sources = ("src", "href", "srcset", "action", "data")
     links = [value for element in found.found for name, value in element.attributes.items() if name in sources]
@@ -147,9 +180,10 @@ def test_it_is_one_file_that_loads_nothing_and_no_text_becomes_a_tag(any_page):
     policy = next(e.attributes["content"] for e in found.named("meta") if "http-equiv" in e.attributes)
     assert policy.startswith("default-src 'none'; script-src 'nonce-") and "connect-src" not in policy
     nonce = re.search(r"script-src 'nonce-([0-9a-f]{64})';", policy)[1]
-    assert [script.attributes["nonce"] for script in any_page.scripts] == [nonce] * 3
-    assert "eval(" not in own.text and "innerHTML" not in own.text and "insertAdjacent" not in own.text
-    assert {row["text"].rsplit(" ", 30)[0] for row in any_page.errors + any_page.least_certain} == set(HOSTILE)
+    assert [script.attributes["nonce"] for script in page.scripts] == [nonce] * 4
+    assert not any(word in script.text for script in own for word in ("eval(", "innerHTML", "insertAdjacent", "{{"))
+    cells = page.errors + page.least_certain if name != "comparison" else page.data["rows"]["base"]
+    assert {row["text"].rsplit(" ", 30)[0] for row in cells} == set(HOSTILE)
 
 
 def test_it_holds_every_threshold_of_the_report(any_page):
@@ -185,28 +219,6 @@ def test_label_targets_are_counted_again_from_the_predictions(held_out):
     assert {step["threshold"]["value"] for steps in held_out.by_label.values() for step in steps} - {None}
 
 
-def test_every_step_is_counted_again_from_the_predictions(held_out):
-    for step in held_out.steps:
-        taken = held_out.calibrated >= step["threshold"]
-        wrong = int((~held_out.correct[taken]).sum())
-        assert (step["automated"], step["right"]) == (taken.sum(), taken.sum() - wrong)
-        assert step["dollars"] == pytest.approx(777 * (5 * (~taken).sum() + 25 * wrong) / 400)
-
-
-def test_the_reliability_bins_are_counted_again(held_out):
-    for name, confidence in (("raw", held_out.raw), ("calibrated", held_out.calibrated)):
-        bins = {found["from"]: found for found in held_out.reliability[name]}
-        for low, high in itertools.pairwise(i / 20 for i in range(21)):
-            inside = (confidence >= low) & ((confidence < high) | (high == 1))
-            assert (low in bins) == inside.any()
-            if found := bins.get(low):
-                n, right = int(inside.sum()), int(held_out.correct[inside].sum())
-                interval = binomtest(right, n).proportion_ci(0.95, "exact")
-                assert (found["to"], found["n"], found["accuracy"]) == (high, n, pytest.approx(right / n))
-                assert found["mean_confidence"] == pytest.approx(confidence[inside].mean())
-                assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((interval.low, interval.high))
-
-
 def test_the_tables_are_the_most_confident_errors_and_the_least_certain_rows(held_out):
     order = sorted(range(400), key=lambda i: held_out.calibrated[i])
     errors = [i for i in reversed(order) if not held_out.correct[i]]
@@ -223,6 +235,36 @@ def test_of_many_long_texts_fifty_beginnings_are_shown(held_out):
     shown = html_report.table_rows(rows, held_out.calibrated, held_out.calibrated, np.arange(400))
     assert [cells["id"] for cells in shown] == [row.id for row in rows[:50]]
     assert all(len(cells["text"]) < 520 and cells["text"].endswith(" [...]") for cells in shown)
+
+
+def test_both_models_at_every_threshold_and_the_rows_they_differ_on_are_counted_again(comparison):
+    data, correct = comparison.data, {}
+    for name, rows in comparison.files.items():
+        correct[name] = np.array([row["prediction"] == row["label"] for row in rows])
+        thresholds = [step["threshold"] for step in data["steps"][name]]
+        assert thresholds == sorted(set(thresholds)) and thresholds[-1] == 1 and thresholds[data["start"]] == 0.8
+        assert {threshold["value"] for threshold in data["guaranteed"][name]} <= set(thresholds)
+        for step in data["steps"][name]:
+            taken = comparison.calibrated[name] >= step["threshold"]
+            wrong = int((~correct[name][taken]).sum())
+            assert (step["automated"], step["right"]) == (taken.sum(), taken.sum() - wrong)
+            assert step["dollars"] == pytest.approx(1000 * (5 * (~taken).sum() + 25 * wrong) / 400)
+    base, tuned = comparison.files.values()
+    apart = [i for i in range(400) if base[i]["prediction"] != tuned[i]["prediction"]]
+    apart.sort(key=lambda i: -sum(scores[i] for scores in comparison.calibrated.values()))
+    assert data["differing"] == len(apart) > 50
+    for name, rows in comparison.files.items():
+        for cells, i in zip(data["rows"][name], apart[:50], strict=True):
+            shown = rows[i]["id"], rows[i]["text"], rows[i]["label"], rows[i]["prediction"]
+            assert (cells["id"], cells["text"], cells["label"], cells["prediction"]) == shown
+            assert cells["calibrated_confidence"] == comparison.calibrated[name][i]
+    (by_label,) = [table["cells"] for table in data["tables"] if table["title"].startswith("By true label")]
+    for label, *cells in by_label[1:]:
+        mine = np.array([row["label"] == label for row in base])
+        one, other = (correct[name][mine] for name in comparison.files)
+        assert cells[0] == str(mine.sum()) and cells[4:6] == [str((one & ~other).sum()), str((other & ~one).sum())]
+        assert [cell[:5] for cell in cells[1:3]] == [f"{one.mean():.3f}", f"{other.mean():.3f}"]
+    assert [label for label, *_ in by_label] == ["true label", *LABELS]
 
 
 # In a browser
@@ -271,7 +313,7 @@ def visit(chromium):
 
 
 def text(page, selector):
-    return page.locator(selector).first.text_content().strip()
+    return page.locator(selector).first.text_content().strip().replace("\u00a0", " ")
 
 
 def move(page, found, threshold):
@@ -383,7 +425,7 @@ def test_what_is_guaranteed_is_said_at_every_threshold(held_out, one_file, nothi
         since, place = f"rom {int(1000 * value + 1e-9) / 1000:.3f} on", found.start
         for i in (0, place // 2, place - 1, place, place + 1, last):
             move(page, found, found.steps[i]["threshold"])
-            said = text(page, "#guarantee")
+            said = text(page, "#guarantee p")
             if i < place:
                 assert said.startswith(f"Nothing is guaranteed here. F{since}, at least {target} right")
             elif i == place:
@@ -416,7 +458,7 @@ def test_each_label_s_target_moves_its_own_line_and_what_all_automate_together(h
         for number, (steps, place) in enumerate(zip(lines.values(), moved, strict=True)):
             change = "(slider, i) => { slider.value = i; slider.dispatchEvent(new Event('input')); }"
             sliders.nth(number).evaluate(change, place)
-            cells = page.locator("#labels tr").nth(number + 1).locator("td").all_text_contents()
+            cells = [text(page, f"#labels tr:nth-child({number + 1}) td:nth-child({i})") for i in range(1, 7)]
             threshold, row = steps[place]["threshold"], steps[place]["measured"]
             assert cells[1].startswith(f"{100 * threshold['target_accuracy']:.10g} %")
             assert (cells[2] == "nothing") == (threshold["value"] is None)
@@ -464,7 +506,7 @@ def test_hostile_texts_are_shown_as_they_are_and_run_nothing(held_out, visit):
             assert page.locator(f"#{name} td.{cell}").all_text_contents() == [row[key] for row in rows]
     assert page.title() == f"Calibration report: {HOSTILE[1]}, <t>"
     assert page.locator("img, table script, table a, table b, table i, table svg, header script").count() == 0
-    assert page.locator("script").count() == 3
+    assert page.locator("script").count() == 4
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None
 
@@ -500,3 +542,46 @@ def test_a_dot_tells_its_bin(held_out, visit):
 def test_without_javascript_the_page_says_so(held_out, visit):
     page = visit(held_out, java_script_enabled=False)
     assert page.locator("noscript").is_visible() and "needs JavaScript" in page.locator("noscript").inner_text()
+
+
+@browsers
+def test_the_comparison_moves_both_models_and_shows_hostile_texts_as_they_are(comparison, visit):
+    page, data = visit(comparison), comparison.data
+    slider, names = page.locator("#threshold"), [*comparison.files]
+    page.keyboard.press("Tab")
+    for key, index in (("ArrowRight", data["start"] + 1), ("Home", 0), ("End", -1)):
+        page.keyboard.press(key)
+        for k, name in enumerate(names):
+            step, rows = data["steps"][name][index], data["rows"][name]
+            behind = {
+                key: page.locator(f"#{name}-{key}").get_attribute("value") for key in ("share", "dollars", "wrong")
+            }
+            assert {key: float(value) for key, value in behind.items()} == {
+                "share": step["share"],
+                "dollars": step["dollars"],
+                "wrong": step["automated"] - step["right"],
+            }
+            assert page.evaluate(f"document.getElementById('curve').data[{4 + k}].x[0]") == step["share"]
+            decisions = page.locator("#rows td.decision").all_text_contents()[k::2]
+            automated = [row["calibrated_confidence"] >= step["threshold"] for row in rows]
+            assert decisions == ["automate" if yes else "review" for yes in automated]
+        assert text(page, "#chosen") in slider.get_attribute("aria-valuetext")
+    for number, table in enumerate(data["tables"]):
+        cells = page.locator(f"#table-{number} td").all_text_contents()
+        assert cells == [cell for row in table["cells"][1:] for cell in row]
+    assert page.locator("#rows td.text").all_text_contents() == [row["text"] for row in data["rows"]["base"]]
+    assert text(page, "#verdict p") == f"Verdict: {data['verdict'][0]}"
+    button = page.locator("#presets button", has_text="fine-tuned, 90").first
+    button.press("Enter")
+    assert text(page, "#chosen") == button.text_content()[-5:]
+    assert "at least 90 % right with 95 % certainty" in text(page, "#fine-tuned-guarantee")
+    for scheme, width in (("dark", 390), ("light", 320)):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        for _ in range(30):  # charts follow in their own time
+            page.wait_for_timeout(100)
+            if (wide := page.evaluate("document.documentElement.scrollWidth")) <= width:
+                break
+        assert wide <= width
+    assert page.locator("img, table script, table a, table b, table i, table svg, header script").count() == 0
+    assert page.evaluate("window.hacked") is None
