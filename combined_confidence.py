@@ -125,11 +125,6 @@ def member_files(output: str | Path) -> tuple[Path, Path]:
     return logprobs, consistency
 
 
-def write_combined(path: Path, pairs: Sequence[Pair], combination: Combination, overwrite: bool = False) -> None:
-    """Write the combined file, if it is not there; a row that failed is combined anew once its method has answered."""
-    scoring.write_derived(path, partial(combine, pairs, combination), combination.fingerprint, overwrite)
-
-
 # All methods on the same rows
 
 
@@ -166,10 +161,9 @@ class JudgedRows:
 
     def losses(self, name: str) -> np.ndarray:
         """Log loss of the true label's probability [n], which ranks also where different labels are predicted."""
-        from calibration_metrics import EPSILON
+        from calibration_metrics import label_losses
 
-        p = self.probabilities[name][np.arange(len(self.truth)), self.truth]
-        return -np.log(np.clip(p, EPSILON, 1))
+        return label_losses(self.probabilities[name], self.truth)
 
 
 @dataclass(frozen=True)
@@ -203,12 +197,14 @@ def compare_methods(
     related = tables.check_disjoint(fit_rows, rows, "--calibrate-on", "the measured file", groups)
     fit_features, fit_truth = pooling.features_of(fit_pairs), pooling.true_labels(fit_pairs)
     fit_groups = tables.groups_of(fit_rows, groups)
-    measured = JudgedRows(judge(features, fit_features, fit_truth), truth, by_group)
+    measured = JudgedRows(contender_probabilities(features, fit_features, fit_truth), truth, by_group)
     choosing = JudgedRows(cross_fitted(fit_features, fit_truth, fit_groups, seed), fit_truth, fit_groups)
     return MethodComparison(measured, choosing, calls, "held-out", related)
 
 
-def judge(features: np.ndarray, fit_features: np.ndarray, fit_truth: np.ndarray) -> dict[str, np.ndarray]:
+def contender_probabilities(
+    features: np.ndarray, fit_features: np.ndarray, fit_truth: np.ndarray
+) -> dict[str, np.ndarray]:
     """Each contender's probabilities [n, labels] of rows, the fitted ones' by weights fitted on other rows."""
     found = {}
     for name, contender in CONTENDERS.items():
@@ -225,7 +221,7 @@ def cross_fitted(features: np.ndarray, truth: np.ndarray, groups: Sequence[objec
 
     found = {name: np.empty(features.shape[:2]) for name in CONTENDERS}
     for train, test in grouped_folds(features, truth, groups, seed=seed):
-        for name, probabilities in judge(features[test], features[train], truth[train]).items():
+        for name, probabilities in contender_probabilities(features[test], features[train], truth[train]).items():
             found[name][test] = probabilities
     return found
 
@@ -238,7 +234,7 @@ def log_loss_gain(comparison: MethodComparison, name: str, over: str, seed: int 
     return mean_estimate(measured.losses(over) - measured.losses(name), measured.groups, seed)
 
 
-def measure(comparison: MethodComparison, name: str, seed: int = 0) -> dict[str, object]:
+def contender_numbers(comparison: MethodComparison, name: str, seed: int = 0) -> dict[str, object]:
     """The numbers of `calibration_metrics` for a contender; its log loss is that of the true label's probability."""
     from calibration_metrics import calibration_metrics, mean_estimate
 
@@ -273,7 +269,7 @@ def print_report(comparison: MethodComparison, seconds: Mapping[str, float] | No
     scores = [["", "accuracy", "log loss", "AUROC", "AURC"]]
     guaranteed = [["", *(f"{target:.0%} right" for target in TARGETS), "ECE", "floor", "calls", "seconds"]]
     for name in CONTENDERS:
-        row = measure(comparison, name, seed)
+        row = contender_numbers(comparison, name, seed)
         scores.append([name, *(with_interval(row, key) for key in ("accuracy", "log_loss", "auroc", "aurc"))])
         found = [automated_rows(comparison, name, target) for target in TARGETS]
         shares = [f"{a['share']:.1%} at {a['accuracy']:.1%}" if a else "nothing" for a in found]
@@ -301,7 +297,7 @@ def print_report(comparison: MethodComparison, seconds: Mapping[str, float] | No
 
 
 def with_interval(row: Mapping, name: str) -> str:
-    """A number of `measure` with its interval, as far as they are defined."""
+    """A number of `contender_numbers` with its interval, as far as they are defined."""
     from calibration_metrics import Estimate  # late, as everything of the number side that --help does without
 
     return "-" if row[name] is None else Estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]).shown()
@@ -468,7 +464,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     is_needed = bool(args.figure or not args.output)
     comparison = comparison_or_reason(both, fit_pairs, args.groups, args.seed, is_needed)
     if job.output:
-        write_combined(job.output, pairs, combination, job.overwrite)
+        rows = partial(combine, pairs, combination)  # of a row that failed anew once its method has answered
+        scoring.write_derived(job.output, rows, combination.fingerprint, job.overwrite)
         apart = sum(one.prediction != two.prediction for one, two in both)
         more = f"  {combination.rule}; the methods name different labels in {apart:,} of {len(both):,} rows"
         scoring.finish_table(job, f"{scoring.report(job.output, args.groups)}\n{more}{spent}")

@@ -19,6 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 SHOW_AFTER_S = 5.0  # of what mostly takes less
+EVERY_S = 10.0  # between plain lines of progress
 LENGTH_AROUND = 40  # characters that the end of a prompt adds to the work that a text makes
 
 # Flags
@@ -170,10 +171,8 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def progress(
-    total: int, done: int, unit: str = "rows", every_s: float = 10.0, after_s: float = 0.0
-) -> Iterator[Progress]:
-    """Yield `advance(n)`: a bar on a terminal, a plain line at most every `every_s` seconds elsewhere (both stderr).
+def progress(total: int, done: int, unit: str = "rows", after_s: float = 0.0) -> Iterator[Progress]:
+    """Yield `advance(n)`: a bar on a terminal, a plain line at most every EVERY_S seconds elsewhere (both stderr).
 
     On a terminal nothing is shown of work that takes less than `after_s` seconds, and the bar of such goes at the end.
     """
@@ -194,7 +193,7 @@ def progress(
 
     def print_line(progress: Progress, _: float) -> None:
         nonlocal last
-        if progress.now - last >= every_s:
+        if progress.now - last >= EVERY_S:
             last, estimate = progress.now, progress.estimate()
             said = f"{progress.done:,} of {total:,} {unit}"
             print(f"{said}, {estimate}" if estimate else said, file=sys.stderr)

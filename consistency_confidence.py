@@ -111,7 +111,7 @@ class AnswerSampler:
 
     def explain(self, text: str) -> dict:
         """Ask about one text and show the answers; ValueError when none of them names a label."""
-        (row,) = self.score_together([Example("", text, None)])
+        (row,) = self.ask_together([Example("", text, None)])
         if row.error:
             raise ValueError(row.error)
         prompts = [prompt.render(shown) for prompt, (_, shown) in zip(self.prompts, self.encode(text), strict=True)]
@@ -122,17 +122,16 @@ class AnswerSampler:
             shown["agreement_by_draws"] = {size: float(found[0, 1]) for size, found in pairs.items()}
         return shown
 
-    def score(
-        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
-    ) -> Iterator[Prediction]:
-        """Ask about examples a window at a time; one that cannot be put to the model gets its error and no number."""
-        score_window = partial(self.score_window, advance=advance, saved=saved)
-        return scoring.by_windows(examples, self.window, score_window, saved)
+    score = scoring.by_windows
 
-    def score_window(
-        self, examples: Sequence[Example], advance: Callable[[int], None], saved: SavedRows
+    def score_together(
+        self,
+        examples: Sequence[Example],
+        advance: Callable[[int], None] = lambda n: None,
+        saved: SavedRows | None = None,
     ) -> list[Prediction]:
         """Ask about examples, a group of about the same length at a time; returned in their order."""
+        saved = saved or SavedRows()
         texts = [example.text for example in examples]
         longest_first = sorted(range(len(examples)), key=lambda number: -len(texts[number]))
         records = {}
@@ -140,13 +139,13 @@ class AnswerSampler:
             numbers = longest_first[begin : begin + ROWS_TOGETHER]
             rows = [saved.get(examples[number]) for number in numbers]
             if not all(rows):  # whole groups only, so that a continued run makes the same batches
-                rows = self.score_together([examples[number] for number in numbers])
+                rows = self.ask_together([examples[number] for number in numbers])
                 saved.keep(rows)
             records.update(zip(numbers, rows, strict=True))
             command_line.advance_by(advance, len(rows), command_line.worth([texts[n] for n in numbers], texts))
         return [records[number] for number in range(len(examples))]
 
-    def score_together(self, examples: Sequence[Example]) -> list[Prediction]:
+    def ask_together(self, examples: Sequence[Example]) -> list[Prediction]:
         """Ask about examples together, in rounds until each has answers enough."""
         if self.sampling.first_token:
             return draw_first_tokens(self, examples)
@@ -161,7 +160,7 @@ class AnswerSampler:
                 row.wanted = self.sampling.next_numbers(row.in_order(), self.task)
             going = [row for row in going if row.wanted]
             self._ask(going)
-        records = {number: failed(self, examples[number], error) for number, error in errors.items()}
+        records = {number: scoring.failed(self, examples[number], error) for number, error in errors.items()}
         for number, row in rows.items():
             records[number] = answered(self, row.example, row.in_order(), row.truncated)
         return [records[number] for number in range(len(examples))]
@@ -206,15 +205,6 @@ def answered(
     extras = {"sampling": sampler.sent, "answers": answers} | ({"truncated": True} if truncated else {})
     identity, common = sampler.task.identify(example), scoring.record_fields(sampler)
     return voting.record(identity, votes, unparsed, extras, sampler.sampling.adaptive, **common)
-
-
-def failed(
-    sampler: AnswerSampler | RemoteAnswerSampler, example: Example, error: str, will_pass: bool = False
-) -> Prediction:
-    """The record of an example without answers; what will pass is asked again at the end of a run."""
-    extras = {predictions.RETRY: True} if will_pass else {}
-    identity = sampler.task.identify(example)
-    return predictions.failed(*identity, error, **scoring.record_fields(sampler), extras=extras)
 
 
 def explanation(
@@ -272,17 +262,14 @@ class RemoteAnswerSampler:
         self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
     ) -> Iterator[Prediction]:
         """Ask about several examples at a time, in their order; one that fails gets its error and no number."""
-        for row in self.server.in_order(self.score_one, examples):
-            advance(1)
-            yield row
+        return self.server.in_order(self.score_one, examples, advance)
 
     async def score_one(self, example: Example) -> Prediction:
+        question = self.name, example.text
         try:
-            return answered(
-                self, example, await self.server.once((self.name, example.text), partial(self._ask, example))
-            )
+            return answered(self, example, await self.server.once(question, partial(self._ask, example)))
         except ValueError as error:
-            return failed(self, example, str(error), isinstance(error, PassingError))
+            return scoring.failed(self, example, str(error), isinstance(error, PassingError))
 
     async def _ask(self, example: Example) -> list[str]:
         """The answers to one example, those of a round at the same time; the first that fails ends it.
@@ -331,7 +318,7 @@ def drawn(sampler: AnswerSampler, example: Example, rows: Sequence[Prediction]) 
     """The record of draws from an example's distribution, given Method 1's record of it in each wording."""
     for row in rows:
         if row.error:
-            return failed(sampler, example, row.error)
+            return scoring.failed(sampler, example, row.error)
     labels, how = list(sampler.task.labels), sampler.sampling
     masses = np.array([[row.probabilities[label] * row.label_mass for label in labels] for row in rows])
     numbers = voting.first_token_draws(masses, how.seed_of(example, 0), how.samples)

@@ -16,6 +16,14 @@ import tables
 from command_line import columns, printable
 from predictions import Prediction
 
+TOUR = (  # the texts that main.py explains by default, which are recorded
+    "I absolutely love this amazing movie!",
+    "This film is terrible and boring",
+    "The acting is superb, the story is dull",
+    "Not bad",
+    "Best worst thing ever",
+    "The train leaves at noon",
+)
 SHOWN_TOKENS = 12
 MOST_LABELS = 8  # that are shown of a text
 
@@ -93,10 +101,10 @@ def read_pairs(paths: Sequence[str], names: Sequence[str], models: Sequence[Pred
     return found
 
 
-def most_probable(probabilities: Mapping[str, float], most: int = MOST_LABELS) -> list[str]:
+def most_probable(probabilities: Mapping[str, float]) -> list[str]:
     """The labels to show: of few all, in their order, of many the most probable first."""
     ranked = sorted(probabilities, key=lambda label: -probabilities[label])
-    return list(probabilities) if len(ranked) <= most else ranked[:most]
+    return list(probabilities) if len(ranked) <= MOST_LABELS else ranked[:MOST_LABELS]
 
 
 def side_by_side(found: Mapping, names: Sequence[str]) -> str:

@@ -48,7 +48,7 @@ from logprobs_confidence import Classifier, LabelScorer, label_scorer
 from lora import ADAPTER_FOLDER, HEAD, load_weights
 from model_files import folder_hash
 from tables import Example, Table, column_arguments
-from task import Task, add_task_argument, check_examples, read_task
+from task import Task, add_task_argument, labelled_examples, read_task
 from training import (
     CHECKPOINT,
     CONFIG,
@@ -86,12 +86,7 @@ def read_both(training: Table, validation: Table, task: Task) -> tuple[LabelledR
 
 def read_labelled(table: Table, task: Task) -> LabelledRows:
     """The rows of a table, each with one of the task's labels, of two labels at least."""
-    check_examples(table, task, table.source)
-    examples = [Example(*task.identify(example)) for example in table]
-    for example in examples:
-        if example.label is None:
-            why = "fine-tuning learns from labelled rows only"
-            raise ValueError(f"{table.source}: row {example.id!r} has no label; {why}")
+    examples = labelled_examples(table, task, "fine-tuning")
     labels = {example.label for example in examples}
     if len(labels) < 2:
         all_rows = f"all {len(examples):,} rows are {labels.pop()!r}"

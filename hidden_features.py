@@ -69,7 +69,7 @@ class FeatureReader:
     def names(self) -> dict[str, tuple[int, int]]:
         """Each array of hidden states by name: its layer's place among `layers`, and its pooling's number."""
         places = product(enumerate(self.layers), self.poolings)
-        return {state_name(layer, pooling): (place, POOLINGS.index(pooling)) for (place, layer), pooling in places}
+        return {f"layer {layer}, {pooling}": (place, POOLINGS.index(pooling)) for (place, layer), pooling in places}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -129,10 +129,6 @@ def feature_reader(
     after = tuple(llama.encode(RenderedPrompt("", prompt.after, ()), ""))
     answers = single_token_answers(task, llama, prompt)
     return FeatureReader(llama, task, prompt, before, after, tuple(layers), POOLINGS, answers, truncate, batch_size)
-
-
-def state_name(layer: int, pooling: str) -> str:
-    return f"layer {layer}, {pooling}"
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -450,7 +450,8 @@ class Llama:
             return bool((log_probs.exp() - plain[0].exp()).abs().max() < self.tolerance)
 
         if self.packs is None:
-            self.packs = is_plain and self._takes_packed and self._packs_as(comes_out, row[length:], cache)
+            takes_packed = {"position_ids", "logits_to_keep"} <= self.parameters
+            self.packs = is_plain and takes_packed and self._packs_as(comes_out, row[length:], cache)
         if self.packs:
             self.shares_prefix = True
         else:
@@ -472,11 +473,6 @@ class Llama:
             return False
         layers = cache.layers
         return all(isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in layers)
-
-    @property
-    def _takes_packed(self) -> bool:
-        """Whether the model's forward pass takes what packed rows give it."""
-        return {"position_ids", "logits_to_keep"} <= self.parameters
 
     def _packed_output(self, packed: PackedRows, with_head: bool = True, **wanted: bool):
         """What one pass over packed rows gives, with logits [1, rows * nodes, vocabulary] if the head runs."""
@@ -503,8 +499,9 @@ class Llama:
 
         ids = self._padded(rows)
         kept, inverse = torch.unique(torch.tensor([len(r) - 1 for r in rows], device=ids.device), return_inverse=True)
-        logits, cache = self._logits(ids, cache, kept, keep_cache)
-        return log_softmax(logits[torch.arange(len(rows), device=ids.device), inverse]), cache
+        output = self._output(ids, cache, kept, keep_cache)
+        log_probs = log_softmax(output.logits[torch.arange(len(rows), device=ids.device), inverse])
+        return log_probs, getattr(output, "past_key_values", None)
 
     def _padded(self, rows: list[list[int]]):
         """Ids [rows, width] of rows padded on the right by their own last token."""
@@ -512,11 +509,6 @@ class Llama:
 
         width = max(map(len, rows))
         return torch.tensor([row + [row[-1]] * (width - len(row)) for row in rows], device=self.model.device)
-
-    def _logits(self, ids, cache, positions, keep_cache: bool) -> tuple:
-        """Raw logits [rows, positions, vocabulary] of one pass over ids [rows, width], and the grown cache."""
-        output = self._output(ids, cache, positions, keep_cache)
-        return output.logits, getattr(output, "past_key_values", None)
 
     def _output(self, ids, cache, positions=None, keep_cache: bool = False, **wanted: bool):
         """What one pass over ids [rows, width] gives, logits at `positions` only, without positions none at all."""
@@ -559,7 +551,7 @@ class Llama:
             ids, past = torch.tensor([tail + rest for tail in tails]), cache
             positions = torch.arange(len(tails[0]), len(tails[0]) + len(rest))
         device = self.model.device
-        logits, _ = self._logits(ids.to(device), past, positions.to(device), keep_cache=False)
+        logits = self._output(ids.to(device), past, positions.to(device)).logits
         chosen = torch.tensor(answer[1:], device=device).expand(len(tails), -1)[..., None]
         return log_softmax(logits).gather(-1, chosen).sum(dim=(1, 2))
 
@@ -594,15 +586,13 @@ def load_llama(
     adapter_path = choose_adapter(adapter, weights, task)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    options: dict = {"local_files_only": True, "trust_remote_code": False}
-    with loading(f"the model in {path}"):
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    check(Llama(None, tokenizer, name, path, {}))
+    reader = _reader(name, path)
+    check(reader)
     with loading(f"the model in {path}"):
         network, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -610,13 +600,14 @@ def load_llama(
             use_safetensors=True,
             device_map=device_map,
             output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
             **quantization,
-            **options,
         )
         if absent := sorted(map(str, info["missing_keys"])):  # transformers would make them up at random
             raise ValueError(f"the weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if absent[1:] else ""))
         _check_causal(network)
-        known, read = network.get_input_embeddings().weight.shape[0], len(tokenizer)
+        known, read = network.get_input_embeddings().weight.shape[0], len(reader.tokenizer)
         if read > known:
             raise ValueError(
                 f"its tokenizer has {read:,} tokens, its weights know {known:,}: they do not belong together"
@@ -626,7 +617,7 @@ def load_llama(
         check_base(adapter_path, weights)
         network = with_adapter(network, adapter_path)
         identity["adapter"] = folder_hash(adapter_path)
-    return Llama(network.eval().requires_grad_(False), tokenizer, name, path, identity, adapter_path)
+    return replace(reader, model=network.eval().requires_grad_(False), identity=identity, adapter=adapter_path)
 
 
 def _placement(device: str, device_map: str | None) -> tuple[str, object]:
@@ -639,9 +630,13 @@ def _placement(device: str, device_map: str | None) -> tuple[str, object]:
 
 def load_reader(model: str) -> Llama:
     """The tokenizer alone of what `--model` names, as a Llama without weights: it turns prompts into ids."""
+    name, path, _ = locate(model)
+    return _reader(name, path)
+
+
+def _reader(name: str, path: Path) -> Llama:
     from transformers import AutoTokenizer
 
-    name, path, _ = locate(model)
     with loading(f"the tokenizer in {path}"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return Llama(None, tokenizer, name, path, {})

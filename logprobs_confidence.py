@@ -141,12 +141,7 @@ class LabelScorer:
             "fingerprint": self.fingerprint,
         }
 
-    def score(
-        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
-    ) -> Iterator[Prediction]:
-        """Score examples a window at a time; one that cannot be scored gets its error and no number."""
-        score_together = partial(self.score_together, advance=advance, saved=saved)
-        return scoring.by_windows(examples, self.window, score_together, saved)
+    score = scoring.by_windows
 
     def score_together(
         self,
@@ -305,9 +300,7 @@ class RemoteLabelScorer:
         self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
     ) -> Iterator[Prediction]:
         """Score several examples at a time, in their order; one that fails gets its error and no number."""
-        for row in self.server.in_order(self.score_one, examples):
-            advance(1)
-            yield row
+        return self.server.in_order(self.score_one, examples, advance)
 
     async def listed(self, text: str) -> tuple[dict[str, float], float, dict[str, object]]:
         """(probabilities, label mass, extras) of a text, from what the server lists."""
@@ -315,14 +308,12 @@ class RemoteLabelScorer:
         return listed_probabilities(listing.tokens, self.task, listing.complete)
 
     async def score_one(self, example: Example) -> Prediction:
-        identity = self.task.identify(example)
+        question = self.name, example.text
         try:
-            by_label, mass, extras = await self.server.once(
-                (self.name, example.text), partial(self.listed, example.text)
-            )
+            by_label, mass, extras = await self.server.once(question, partial(self.listed, example.text))
         except ValueError as error:
-            extras = {predictions.RETRY: True} if isinstance(error, PassingError) else {}
-            return predictions.failed(*identity, str(error), **scoring.record_fields(self), extras=extras)
+            return scoring.failed(self, example, str(error), isinstance(error, PassingError))
+        identity = self.task.identify(example)
         return predictions.scored(*identity, by_label, mass, **scoring.record_fields(self), extras=extras)
 
 
@@ -378,20 +369,11 @@ class Classifier:
     ) -> None:
         task = task if isinstance(task, Task) else read_task(task)
         self.scorer = label_scorer(load_llama(model, adapter, task=task.settings(), **loading), task)
-        self.calibrator = None
-        if calibrator is not None:
-            from calibration import load_calibrator
-
-            self.calibrator = load_calibrator(calibrator)
-            scoring.check_calibrator(self.calibrator, self.scorer)
+        self.calibrator = scoring.calibrator_of(self.scorer, calibrator)
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """A `predictions.Prediction` for each text, in order; one that cannot be scored carries an `error`."""
-        if isinstance(texts, str):
-            raise ValueError("predict takes a list of texts; put the one text into a list")
-        examples = [Example(str(number), text, None) for number, text in enumerate(texts, 1)]
-        rows = self.scorer.score_together(examples)
-        return self.calibrator.apply(rows) if self.calibrator else rows
+        return scoring.predict(self.scorer, texts, self.calibrator)
 
 
 # Printing

@@ -21,6 +21,7 @@ import numpy as np
 
 import command_line
 import predictions
+from explained_texts import TOUR
 from llama import add_arguments, model_arguments
 from logprobs_confidence import print_answer_sums, print_token_table
 from task import TASKS
@@ -29,19 +30,11 @@ if TYPE_CHECKING:
     from calibration import FittedCalibrator
 
 DATA = Path(__file__).parent / "data"
-TEXTS = (
-    "I absolutely love this amazing movie!",
-    "This film is terrible and boring",
-    "The acting is superb, the story is dull",
-    "Not bad",
-    "Best worst thing ever",
-    "The train leaves at noon",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
-    model, explanations = replay() if args.replay else ask(args.text or TEXTS, model_arguments(args))
+    model, explanations = replay() if args.replay else ask(args.text or TOUR, model_arguments(args))
     rows = [row["logprobs"] for row in explanations]
     print(f"The model is {model}.")
 

@@ -23,9 +23,8 @@ killed. With labels in the table it ends with how well confidence and epistemic 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,16 +120,15 @@ class DropoutScorer:
             "fingerprint": self.fingerprint,
         }
 
-    def score(
-        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
-    ) -> Iterator[Prediction]:
-        """Score examples a window at a time; one that cannot be scored gets its error and no number."""
-        return scoring.by_windows(examples, self.window, partial(self.score_together, advance=advance), saved)
+    score = scoring.by_windows
 
     def score_together(
-        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda n: None
+        self,
+        examples: Sequence[Example],
+        advance: Callable[[int], None] = lambda n: None,
+        saved: SavedRows | None = None,
     ) -> list[Prediction]:
-        """Score examples in one sorting by length, returned in their order."""
+        """Score examples in one sorting by length, returned in their order; no row is finished before all are."""
         common, records = scoring.record_fields(self), {}
         encoded, errors = scoring.encode_all(examples, self.method_1.encode)
         advance(len(errors))

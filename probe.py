@@ -217,7 +217,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MemberSet:
     """Members tried together, and log p(label) [n, labels] of every row by such as have not seen its group."""
 
     sources: tuple[Source, ...]
@@ -244,8 +244,8 @@ class FittedProbe:
 
     probe: Probe
     out_of_fold: np.ndarray  # P(label) [n, labels]
-    chosen: Candidate
-    candidates: tuple[Candidate, ...]  # all that were tried
+    chosen: MemberSet
+    candidates: tuple[MemberSet, ...]  # all that were tried
     label_counts: np.ndarray  # rows of each label [labels]
     rare: Mapping[str, int]
     groups: int
@@ -263,13 +263,13 @@ class Fitting:
         """The member that is fitted to some of the rows."""
         return fit_member(source.name, source.features[rows], self.targets[rows], self.n_labels, source.strength)
 
-    def candidate(self, sources: Sequence[Source], log_probabilities: np.ndarray) -> Candidate:
+    def candidate(self, sources: Sequence[Source], log_probabilities: np.ndarray) -> MemberSet:
         """A candidate with its log loss, in nats, and its accuracy."""
         loss = -np.mean(log_probabilities[np.arange(len(self.targets)), self.targets])
         accuracy = np.mean(log_probabilities.argmax(axis=1) == self.targets)
-        return Candidate(tuple(sources), log_probabilities, float(loss), float(accuracy))
+        return MemberSet(tuple(sources), log_probabilities, float(loss), float(accuracy))
 
-    def alone(self, source: Source) -> Candidate:
+    def alone(self, source: Source) -> MemberSet:
         """A single member: each row by one that is fitted to the other folds."""
         found = np.empty((len(self.targets), self.n_labels))
         for train, test in self.folds:
@@ -286,7 +286,7 @@ class Fitting:
                 found[unseen, rows] = member.log_probabilities(source.features[rows])
         return found
 
-    def together(self, members: Sequence[Candidate], nested: np.ndarray) -> Candidate:
+    def together(self, members: Sequence[MemberSet], nested: np.ndarray) -> MemberSet:
         """A pool of single members, of which `nested` is [members, folds, n, labels]: its weights fitted in folds."""
         found = np.empty((len(self.targets), self.n_labels))
         for fold, (train, test) in enumerate(self.folds):
@@ -356,12 +356,12 @@ def numbered(targets: Sequence[object], labels: Sequence[object]) -> tuple[np.nd
     return numbers, counts
 
 
-def best_of(candidates: Sequence[Candidate]) -> Candidate:
+def best_of(candidates: Sequence[MemberSet]) -> MemberSet:
     """The one of least out-of-fold log loss, of equals the first."""
     return min(candidates, key=lambda candidate: candidate.log_loss)
 
 
-def hidden_candidates(fitting: Fitting, hidden: Mapping[str, np.ndarray]) -> list[Candidate]:
+def hidden_candidates(fitting: Fitting, hidden: Mapping[str, np.ndarray]) -> list[MemberSet]:
     """Every array of hidden states with the first strength, and the best of them with all."""
     tried = [fitting.alone(Source(name, states, STRENGTHS[0])) for name, states in hidden.items()]
     for leading in sorted(tried, key=lambda candidate: candidate.log_loss)[:CONTENDERS]:
@@ -370,7 +370,7 @@ def hidden_candidates(fitting: Fitting, hidden: Mapping[str, np.ndarray]) -> lis
     return tried
 
 
-def all_pools(fitting: Fitting, singles: Sequence[Candidate]) -> list[Candidate]:
+def all_pools(fitting: Fitting, singles: Sequence[MemberSet]) -> list[MemberSet]:
     """The hidden states' member with each of the others, and with all of them."""
     if len(singles) == 1:
         return []
@@ -379,7 +379,7 @@ def all_pools(fitting: Fitting, singles: Sequence[Candidate]) -> list[Candidate]
     return [fitting.together([singles[m] for m in members], nested[members]) for members in sets]
 
 
-def fitted_to_all(fitting: Fitting, chosen: Candidate, singles: Sequence[Candidate], labels: Sequence[object]) -> Probe:
+def fitted_to_all(fitting: Fitting, chosen: MemberSet, singles: Sequence[MemberSet], labels: Sequence[object]) -> Probe:
     """The chosen members fitted to all rows, weighted by what they said of rows that they had not seen."""
     weights = np.ones(1)
     if len(chosen.sources) > 1:

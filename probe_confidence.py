@@ -26,7 +26,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,10 +42,10 @@ from llama import add_arguments as add_model_arguments
 from predictions import Prediction
 from probe import FIRST_TOKEN, WORDS, Probe, fit_probe, word_counts
 from probe_files import ProbeRecord, fingerprint_of, load_probe
-from probe_training import OUT_OF_FOLD, labelled_examples, task_of_labels, train_probe
+from probe_training import OUT_OF_FOLD, task_of_labels, train_probe
 from scoring import SavedRows
 from tables import Example, column_arguments, text_key
-from task import Task, read_task
+from task import Task, labelled_examples, read_task
 
 __all__ = ["Classifier", "fit_probe", "train_probe"]
 
@@ -120,12 +119,7 @@ class ProbeScorer:
         shortened = {"truncated": True} if encoded.shown != example.text else {}
         return shortened | ({TRAINED_ON: True} if text_key(example.text) in self.fitted_on else {})
 
-    def score(
-        self, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
-    ) -> Iterator[Prediction]:
-        """Score examples a window at a time; one that cannot be scored gets its error and no number."""
-        score_together = partial(self.score_together, advance=advance, saved=saved)
-        return scoring.by_windows(examples, self.window, score_together, saved)
+    score = scoring.by_windows
 
     def score_together(
         self,
@@ -192,19 +186,11 @@ class Classifier:
     ) -> None:
         record, probe = load_probe(folder)
         self.scorer = probe_scorer(load_llama(model, adapter, task=record.task, **loading), record, probe)
-        self.calibrator = None
-        if calibrator is not None:
-            from calibration import load_calibrator
-
-            self.calibrator = load_calibrator(calibrator)
-            scoring.check_calibrator(self.calibrator, self.scorer)
+        self.calibrator = scoring.calibrator_of(self.scorer, calibrator)
 
     def predict(self, texts: Sequence[str]) -> list[Prediction]:
         """A `predictions.Prediction` for each text, in order; one that cannot be scored carries an `error`."""
-        if isinstance(texts, str):
-            raise ValueError("predict takes a list of texts; put the one text into a list")
-        rows = self.scorer.score_together([Example(str(number), text, None) for number, text in enumerate(texts, 1)])
-        return self.calibrator.apply(rows) if self.calibrator else rows
+        return scoring.predict(self.scorer, texts, self.calibrator)
 
 
 # Printing
@@ -306,7 +292,7 @@ def train_from_arguments(args: argparse.Namespace) -> None:
     task = task or task_of_labels(table)
     if not args.with_examples:
         task = replace(task, examples=())
-    examples = labelled_examples(table, task)
+    examples = labelled_examples(table, task, "a probe")
     groups = tables.groups_of(examples, args.groups)
     llama = load_llama(**model_arguments(args), task=task.settings())
     if llama.adapter:

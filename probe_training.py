@@ -26,19 +26,10 @@ from llama import Llama
 from probe import FIRST_TOKEN, FittedProbe, fit_probe
 from probe_files import PROBE, TENSORS, ProbeRecord, fingerprint_of, load_probe, save_record, save_tensors
 from tables import Example, Table, text_key
-from task import Task, check_examples
+from task import Task
 
 OUT_OF_FOLD, FEATURES = "out_of_fold.jsonl", "features.f32"
 OURS = {PROBE, TENSORS, OUT_OF_FOLD, FEATURES, "features.json"}
-
-
-def labelled_examples(table: Table, task: Task) -> list[Example]:
-    """The rows of a table, each with one of the task's labels in the task's own spelling."""
-    check_examples(table, task, table.source)
-    examples = [Example(*task.identify(example)) for example in table]
-    if unlabelled := next((example for example in examples if example.label is None), None):
-        raise ValueError(f"{table.source}: row {unlabelled.id!r} has no label; a probe learns from labelled rows only")
-    return examples
 
 
 def task_of_labels(table: Table) -> Task:

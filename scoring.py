@@ -88,6 +88,17 @@ def check_calibrator(calibrator: FittedCalibrator, method: Method) -> None:
     calibrator.check(method.fingerprint, method.model_name, method.task.name, list(method.task.labels))
 
 
+def calibrator_of(method: Method, path: str | Path | None) -> FittedCalibrator | None:
+    """The calibrator in a file, if one is named; ValueError when it is not for the predictions of this method."""
+    if path is None:
+        return None
+    from calibration import load_calibrator  # late: scikit-learn takes a second
+
+    calibrator = load_calibrator(path)
+    check_calibrator(calibrator, method)
+    return calibrator
+
+
 def record_fields(method: Method) -> dict[str, str]:
     """What every record of a method says."""
     return {
@@ -384,20 +395,29 @@ def encode_all(
 
 
 def by_windows(
-    examples: Iterator[Example],
-    window: int,
-    score_together: Callable[[list[Example]], Iterable[Prediction]],
-    saved: SavedRows,
+    method: Method, examples: Iterator[Example], advance: Callable[[int], None], saved: SavedRows
 ) -> Iterator[Prediction]:
-    """The predictions of examples that are scored a window at a time, in order."""
-    while together := list(islice(examples, window)):
-        yield from score_together(together)
+    """`Method.score` of methods that have `score_together(examples, advance, saved)`: a window at a time, in order.
+
+    A row that cannot be scored gets its error and no number.
+    """
+    while together := list(islice(examples, method.window)):
+        yield from method.score_together(together, advance, saved)
         saved.drop()
 
 
-def failed(method: Method, example: Example, error: str) -> Prediction:
-    """The record of a row that a method could not score."""
-    return predictions.failed(*method.task.identify(example), error, **record_fields(method))
+def failed(method: Method, example: Example, error: str, will_pass: bool = False) -> Prediction:
+    """The record of a row that a method could not score; what will pass is asked again at the end of a run."""
+    extras = {RETRY: True} if will_pass else {}
+    return predictions.failed(*method.task.identify(example), error, **record_fields(method), extras=extras)
+
+
+def predict(method: Method, texts: Sequence[str], calibrator: FittedCalibrator | None) -> list[Prediction]:
+    """A prediction for each text, in order, numbered from 1; one that cannot be scored carries an `error`."""
+    if isinstance(texts, str):
+        raise ValueError("predict takes a list of texts; put the one text into a list")
+    rows = method.score_together([Example(str(number), text, None) for number, text in enumerate(texts, 1)])
+    return calibrator.apply(rows) if calibrator else rows
 
 
 def in_batches(

@@ -46,7 +46,7 @@ from typing import ClassVar
 import numpy as np
 
 from files import validated
-from tables import Example, read_examples
+from tables import Example, Table, read_examples
 
 __all__ = ["TASKS", "Answer", "Example", "Task", "read_examples", "read_task"]  # `read_examples` lives in tables.py
 
@@ -505,6 +505,17 @@ def check_examples(examples: Iterable[Example], task: Task, source: str = "the t
     if len(hashes) < count:
         _refuse_double_ids(examples, set(hashes[counts > 1].tolist()), source)
     return count
+
+
+def labelled_examples(table: Table, task: Task, learner: str) -> list[Example]:
+    """The rows of a table, each with one of the task's labels as the task spells it, for `learner` to learn from."""
+    check_examples(table, task, table.source)
+    examples = [Example(*task.identify(example)) for example in table]
+    for example in examples:
+        if example.label is None:
+            why = f"{learner} learns from labelled rows only"
+            raise ValueError(f"{table.source}: row {example.id!r} has no label; {why}")
+    return examples
 
 
 def _refuse_double_ids(examples: Iterable[Example], suspects: set[int], source: str) -> None:

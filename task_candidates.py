@@ -1,7 +1,7 @@
 """What could be asked instead: first tasks from a table's labels, and a task's variations that a person would try.
 
     first_task("tickets", examples, "Team", tokenizer)         a task from nothing but labelled rows
-    frames(task)                                               its own template, its paraphrases, and common patterns
+    templates(task)                                            its own template, its paraphrases, and common patterns
     chosen_examples(pool, task, 2, "diverse", seed)            few-shot examples, as many of each label
     distinct_words(mass, tokens, truth, n_labels)              words that the model itself says for rows of a label
 
@@ -91,53 +91,45 @@ def _one_token_words(task: Task, tokenizer: object) -> dict[str, tuple[str, ...]
 # Templates
 
 
-@dataclass(frozen=True)
-class Frame:
-    """What stands around a text: its name for people, an instruction and a template."""
-
-    name: str
-    instruction: str
-    template: str
-
-
-def frames(task: Task) -> list[Frame]:
-    """The task's own template, its paraphrases, then patterns that often work; each template and instruction once.
+def templates(task: Task) -> dict[str, Task]:
+    """The task with its own template, with its paraphrases, then with patterns that often work, by name; each once.
 
     Where an answer is a number there is a newline after the template: a digit is often no token after a space.
     """
-    found = [Frame("own template", task.instruction, task.template)]
-    found += [Frame(f"paraphrase {n}", task.instruction, template) for n, template in enumerate(task.paraphrases, 1)]
+    found = [("own template", task.instruction, task.template)]
+    found += [(f"paraphrase {n}", task.instruction, template) for n, template in enumerate(task.paraphrases, 1)]
     patterns = list(_chat_patterns(task) if task.format == "chat" else _completion_patterns(task))
     if task.format != "chat" and any(word.isdigit() for words in task.labels.values() for word in words):
-        patterns = [replace(found[0], name="own template and a newline"), *patterns]
-        patterns = [replace(frame, template=frame.template.rstrip("\n") + "\n") for frame in patterns]
-    known = set()
-    once = []
-    for frame in found + patterns:
-        if (frame.instruction, frame.template) not in known:
-            known.add((frame.instruction, frame.template))
-            once.append(frame)
-    return once
+        patterns = [("own template and a newline", task.instruction, task.template), *patterns]
+        patterns = [(name, instruction, template.rstrip("\n") + "\n") for name, instruction, template in patterns]
+    known, asked = set(), {}
+    for name, instruction, template in found + patterns:
+        if (instruction, template) not in known:
+            known.add((instruction, template))
+            paraphrases = task.paraphrases if template == task.template else ()
+            asked[name] = replace(task, instruction=instruction, template=template, paraphrases=paraphrases)
+    return asked
 
 
-def _completion_patterns(task: Task) -> Iterator[Frame]:
+def _completion_patterns(task: Task) -> Iterator[tuple[str, str, str]]:
+    """(name, instruction, template) of each."""
     text_noun, noun = nouns(task.template)
-    yield Frame("plain", "", f"{text_noun}: {{text}}\n{noun}:")
-    yield Frame("category", "", "{text}\n\nCategory:")
-    yield Frame("arrow", "", "{text} =>")
+    yield "plain", "", f"{text_noun}: {{text}}\n{noun}:"
+    yield "category", "", "{text}\n\nCategory:"
+    yield "arrow", "", "{text} =>"
     if len(task.labels) <= MOST_LISTED:
         choices = listed(task)
-        yield Frame("question", "", f"{{text}}\n\nQuestion: Is this {choices}?\nAnswer:")
-        yield Frame("instruction", f"The {noun.lower()} of a text is {choices}.", f"{text_noun}: {{text}}\n{noun}:")
+        yield "question", "", f"{{text}}\n\nQuestion: Is this {choices}?\nAnswer:"
+        yield "instruction", f"The {noun.lower()} of a text is {choices}.", f"{text_noun}: {{text}}\n{noun}:"
 
 
-def _chat_patterns(task: Task) -> Iterator[Frame]:
+def _chat_patterns(task: Task) -> Iterator[tuple[str, str, str]]:
     _, noun = nouns(task.template)
     if len(task.labels) <= MOST_LISTED:
         choices = listed(task)
-        yield Frame("question", "", f"Text: {{text}}\n\nIs this {choices}? Answer with one word.")
-        yield Frame("question first", "", f"Is the following text {choices}? Answer with one word only.\n\n{{text}}")
-    yield Frame("plain", "", f"Text: {{text}}\n{noun}:")
+        yield "question", "", f"Text: {{text}}\n\nIs this {choices}? Answer with one word."
+        yield "question first", "", f"Is the following text {choices}? Answer with one word only.\n\n{{text}}"
+    yield "plain", "", f"Text: {{text}}\n{noun}:"
 
 
 def nouns(template: str) -> tuple[str, str]:
@@ -152,12 +144,6 @@ def listed(task: Task) -> str:
     """The answers as a question lists them: "ham or spam", "1, 2 or 3"."""
     *first, last = [words[0] for words in task.labels.values()]
     return f"{', '.join(first)} or {last}"
-
-
-def framed(task: Task, frame: Frame) -> Task:
-    """The task with another template; its paraphrases stay with its own."""
-    paraphrases = task.paraphrases if frame.template == task.template else ()
-    return replace(task, instruction=frame.instruction, template=frame.template, paraphrases=paraphrases)
 
 
 # Few-shot examples
@@ -277,10 +263,10 @@ def first_candidates(draft: Task, pool: Sequence[Example], seed: int) -> Iterato
     if draft.examples:
         sets["own examples"] = draft.examples
     sets["no example"] = ()
-    own, *others = frames(draft)
-    pairs = [(own, what) for what in sets] + [(frame, what) for what in sets for frame in others]
-    for frame, what in pairs:
-        yield Candidate(replace(framed(draft, frame), examples=sets[what]), f"{frame.name}, {what}")
+    asked = templates(draft)
+    own, *others = asked
+    for name, what in [(own, what) for what in sets] + [(name, what) for what in sets for name in others]:
+        yield Candidate(replace(asked[name], examples=sets[what]), f"{name}, {what}")
 
 
 def variations(

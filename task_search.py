@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from calibration_metrics import EPSILON, bootstrap_interval
+from calibration_metrics import bootstrap_interval, label_losses
 from near_duplicates import duplicate_groups
 from tables import Example
 from task import Task, debias
@@ -192,9 +192,8 @@ class Trials:
         probabilities = np.array(scored.probabilities[:n])
         if candidate.debias:
             probabilities = debias(probabilities, probabilities.mean(axis=0))
-        of_truth = probabilities[np.arange(n), rows.truth[:n]]
         return Score(
-            losses=-np.log(np.clip(of_truth, EPSILON, 1)),
+            losses=label_losses(probabilities, rows.truth[:n]),
             correct=probabilities.argmax(axis=1) == rows.truth[:n],
             label_mass=float(np.mean(scored.label_mass[:n])),
             seconds_per_row=scored.seconds / len(scored.probabilities),

@@ -138,15 +138,15 @@ def next_numbers(answers: Sequence[str], task: Task, most: int, adaptive: bool) 
     return range(asked, asked + 1)
 
 
-def jeffreys_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The equal-tailed interval of a share, k of n, under Jeffreys' prior: Beta(k + 1/2, n - k + 1/2).
+def jeffreys_interval(k: int, n: int) -> tuple[float, float]:
+    """The equal-tailed 95 % interval of a share, k of n, under Jeffreys' prior: Beta(k + 1/2, n - k + 1/2).
 
     0 of n begins at 0 and n of n ends at 1 (Brown, Cai and DasGupta, "Interval estimation for a binomial proportion",
     Statistical Science 2001).
     """
     from scipy.stats import beta
 
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2  # 0.025 is recorded in this very rounding
     low, high = beta.ppf([tail, 1 - tail], k + 0.5, n - k + 0.5).tolist()
     return 0.0 if k == 0 else low, 1.0 if k == n else high
 

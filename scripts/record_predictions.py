@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import command_line
 import pooling
 import predictions
+from explained_texts import TOUR
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path("data", "predictions")
@@ -48,14 +49,6 @@ STEADY = ("id", "text", "label", "fingerprint", "logprobs")  # what a moved answ
 EXPLAINED = (
     "The canteen is on floor four. Badge on the reader, then pay.",
     "Height one eighty, shoe size seven, blood group on the card.",
-)
-TOUR = (
-    "I absolutely love this amazing movie!",
-    "This film is terrible and boring",
-    "The acting is superb, the story is dull",
-    "Not bad",
-    "Best worst thing ever",
-    "The train leaves at noon",
 )
 
 

@@ -250,13 +250,6 @@ def test_a_table_of_first_token_draws_prints_how_they_converge_and_draws_it(call
     assert call(command)[:2] == (0, out.removesuffix("shown.png\n")) and stamp("draws.jsonl") == before
 
 
-def test_a_table_without_a_single_text_has_nothing_to_converge(call):
-    write_csv("t.csv", [EMPTY])
-    code, out, _ = call("--first-token --samples 10,100 --input t.csv --output p.jsonl --figure p.png")
-    assert code == 0 and "0 of 1 rows scored, 1 with an error" in out and "draws" not in out
-    assert not Path("p.png").exists()
-
-
 # The function, and a text explained
 
 

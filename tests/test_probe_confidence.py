@@ -5,33 +5,27 @@ can show uses the real one.
 """
 
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import command_line
 import hidden_features
 import predictions
 import scoring
 import task as tasks
+from calibration import FittedCalibrator, PlattScalingCalibrator, Recipe, save_calibrator
 from llama import load_llama
 from probe import WORDS
-from probe_confidence import Classifier, fit_probe, main, probe_scorer
+from probe_confidence import Classifier, main, probe_scorer
 from probe_files import ProbeRecord, load_probe, save_tensors
-from probe_training import labelled_examples, task_of_labels, train_probe
+from probe_training import task_of_labels, train_probe
 from scoring import SavedRows
-from tables import Example, Table
+from tables import Example, Table, text_key
 
 ROOT = Path(__file__).parent.parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 WORDS_OF = {
     "billing": ["invoice", "charged", "refund", "paid", "price"],
     "delivery": ["parcel", "late", "courier", "address", "arrived"],
@@ -62,9 +56,6 @@ def write_table(path, rows, with_labels=True):
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
-    import torch
-
-    torch.set_num_threads(1)
     return load_llama(str(tiny_folder), device="cpu")
 
 
@@ -77,24 +68,15 @@ def fitted(tiny, tmp_path_factory):
     examples[40] = Example("empty", " ", "billing")
     table = write_table(folder / "train.jsonl", examples)
     task = task_of_labels(Table(str(table)))
-    record = train_probe(tiny, task, labelled_examples(Table(str(table)), task), folder / "probe")
+    record = train_probe(tiny, task, tasks.labelled_examples(Table(str(table)), task, "a probe"), folder / "probe")
     return folder / "probe", table, examples, record
 
 
 @pytest.fixture
-def call(capsys, tiny_folder):
+def call(outcome, tiny_folder, one_tokenizer):
     """Run the script in this process on the tiny model: -> exit code, stdout, stderr."""
 
-    def run_main(*arguments, model=tiny_folder):
-        capsys.readouterr()
-        code = 0
-        try:
-            command_line.run(lambda: main([*map(str, arguments), "--model", str(model)]))
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run_main
+    return lambda *arguments, model=tiny_folder: outcome(main, *arguments, "--model", model)
 
 
 def rows_of(path):
@@ -163,7 +145,7 @@ def test_contributions_of_an_explained_text_add_up_to_its_log_odds(fitted, tiny)
 # The command line
 
 
-def test_a_table_is_fitted_scored_and_calibrated(fitted, call, run, tmp_path, tiny_folder):
+def test_a_table_is_fitted_scored_and_calibrated(fitted, call, tmp_path):
     _, table, _, record = fitted
     code, out, _ = call("--train", table, "--output-dir", tmp_path / "probe")
     assert code == 0 and "88 rows in" in out and "chosen: layer" in out and "the commonest label" in out
@@ -177,10 +159,11 @@ def test_a_table_is_fitted_scored_and_calibrated(fitted, call, run, tmp_path, ti
     scored = tmp_path / "scored.jsonl"
     code, out, err = call("--probe", tmp_path / "probe", "--input", new, "--output", scored)
     assert code == 0 and "70 of 70 rows scored" in out and "fitted to" not in err
-    arguments = ["--calibrate-on", tmp_path / "probe" / "out_of_fold.jsonl", "--test-on", scored]
-    done = run("calibration_demo.py", *arguments, "--output-dir", tmp_path / "report", "--target-accuracy", "0.7")
-    assert done.returncode == 0, done.stderr
-    calibrator = tmp_path / "report" / "calibrator.json"
+    platt = PlattScalingCalibrator()
+    platt.slope_, platt.intercept_ = 0.5, 0.0
+    known = Recipe("platt", False), platt, tuple(WORDS_OF), again.fingerprint, again.model, "table", 88, 80
+    calibrator = tmp_path / "calibrator.json"
+    save_calibrator(calibrator, FittedCalibrator(*known, frozenset({text_key("x")}), {}, {"value": 0.6}))
     code, out, err = call("--probe", tmp_path / "probe", "--input", new, "--output", scored, "--calibrator", calibrator)
     assert code == 0 and "calibrated: " in out
     assert all("calibrated_confidence" in row.extras for row in rows_of(scored))
@@ -204,7 +187,7 @@ def test_rows_that_the_probe_was_fitted_to_are_counted(fitted, call, tmp_path):
 
 
 def test_a_task_asks_in_its_prompt_without_its_examples_unless_told(tiny_folder, call, tmp_path):
-    rows = sentences(40, labels=("billing", "other"))
+    rows = sentences(24, labels=("billing", "other"))
     named = [Example(row.id, row.text, {"billing": "negative", "other": "positive"}[row.label]) for row in rows]
     table = write_table(tmp_path / "t.jsonl", named)
     common = ["--train", table, "--task", "sentiment"]
@@ -313,28 +296,24 @@ def test_a_calibrator_of_other_predictions_is_refused(fitted, tiny):
 # Killed and continued
 
 
-def killed_once(command, grown):
-    """Start a command and kill it as soon as `grown()` says so."""
-    with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        until = time.monotonic() + 120
-        while process.poll() is None and not grown() and time.monotonic() < until:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    return process.returncode
+def test_a_stopped_training_goes_on_from_the_features_that_are_there(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(hidden_features.ROWS_PER_WINDOW, "cpu", 16)
+    examples = sentences(40, seed=5)
+    task, real, asked = task_of_labels(examples), tiny.hidden_states, []
 
+    def stopping(rows, *arguments):
+        asked.append(len(rows))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(rows, *arguments)
 
-def test_a_killed_training_is_continued_by_the_same_command(tiny_folder, tmp_path):
-    table = write_table(tmp_path / "many.jsonl", sentences(150, seed=5))
-    common = [sys.executable, "probe_confidence.py", "--model", tiny_folder]
-    train = [*map(str, [*common, "--train", table, "--output-dir", tmp_path / "probe"])]
-    features = tmp_path / "probe" / "features.f32"
-    assert killed_once(train, lambda: features.exists() and features.stat().st_size) == -signal.SIGKILL
+    monkeypatch.setattr(type(tiny), "hidden_states", lambda llama, *arguments: stopping(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        train_probe(tiny, task, examples, tmp_path / "probe")
     assert not (tmp_path / "probe" / "probe.json").exists()
-    kept = features.read_bytes()
-    done = subprocess.run(train, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True)
-    assert done.returncode == 0 and "150 rows in" in done.stdout, done.stderr
-    assert features.read_bytes().startswith(kept) and kept
+    record = train_probe(tiny, task, examples, tmp_path / "probe")
+    assert asked == [16, 16, 16, 8] and record.n == 40
+    assert record.tensors == train_probe(tiny, task, examples, tmp_path / "unbroken").tensors
 
 
 def test_a_stopped_scoring_is_continued_and_makes_the_same_file(fitted, tiny, tmp_path, monkeypatch):
@@ -384,31 +363,25 @@ def test_a_classifier_gives_records_in_order_and_an_error_where_there_is_no_text
         classifier.predict("one text")
 
 
-def test_77_labels_of_few_rows_each_are_fitted_and_the_rarest_are_named(tiny, tmp_path):
-    draw = random.Random(0)
-    labels = [f"intent {n}" for n in range(77)]
-    examples = [
-        Example(str(n), f"word{n % 77} " + " ".join(draw.choices(COMMON, k=4)), labels[n % 77])
-        for n in range(77 * 5 + 3)
-    ]
-    examples = [*examples, Example("rare", "nothing like it", "intent rare")]
+def test_many_labels_of_few_rows_each_are_fitted_and_the_rarest_are_named(tiny, tmp_path):
+    draw, labels = random.Random(0), [f"intent {n}" for n in range(25)]
+    numbers = [n % 25 for n in range(25 * 5 + 3)]
+    texts = [f"word{number} " + " ".join(draw.choices(COMMON, k=4)) for number in numbers]
+    examples = [Example(str(n), text, labels[n % 25]) for n, text in enumerate(texts)]
+    examples.append(Example("rare", "nothing like it", "intent rare"))
     task = tasks.Task("table", {label: (label,) for label in [*labels, "intent rare"]}, "{text}")
     record = train_probe(tiny, task, examples, tmp_path / "probe")
-    assert record.rare == {"intent rare": 1} and len(record.labels) == 78
+    assert record.rare == {"intent rare": 1} and len(record.labels) == 26
     rows = rows_of(tmp_path / "probe" / "out_of_fold.jsonl")
-    assert len(rows[0].probabilities) == 78 and record.out_of_fold["accuracy"] > 0.2
+    assert len(rows[0].probabilities) == 26 and record.out_of_fold["accuracy"] > 0.2
     explanation = probe_scorer(tiny, *load_probe(tmp_path / "probe")).explain("word5 please")
-    assert len(explanation["probabilities"]) == 78
-
-
-def test_the_contract_s_name_is_here():
-    fitted = fit_probe(np.random.default_rng(0).normal(size=(40, 3)), [0, 1] * 20)
-    assert fitted.out_of_fold.shape == (40, 2)
+    assert len(explanation["probabilities"]) == 26
 
 
 # What the real model knows
 
 
+@pytest.mark.study
 def test_the_default_model_tells_questions_apart_after_sixty_of_them(embedded, tmp_path):
     people, places = ("doctor", "singer", "king", "painter", "poet"), ("river", "city", "island", "lake", "mountain")
     ask = "Tell me about the {} {}.", "I read of a {} {}.", "What of that {} {}?", "The {} {}, please."

@@ -136,21 +136,20 @@ class OneByOneInWindows:
     def __init__(self, stop_after):
         self.left, self.asked = stop_after, []
 
-    def score(self, examples, advance, saved):
-        def score_together(window):
-            rows = {}
-            for one in reversed(window):
-                rows[one.id] = saved.get(one)
-                if rows[one.id] is None:
-                    if not self.left:
-                        raise KeyboardInterrupt
-                    self.left -= 1
-                    self.asked.append(one.id)
-                    rows[one.id] = answered(one)
-                    saved.keep([rows[one.id]])
-            return [rows[one.id] for one in window]
+    score = scoring.by_windows
 
-        return scoring.by_windows(examples, self.window, score_together, saved)
+    def score_together(self, window, advance, saved):
+        rows = {}
+        for one in reversed(window):
+            rows[one.id] = saved.get(one)
+            if rows[one.id] is None:
+                if not self.left:
+                    raise KeyboardInterrupt
+                self.left -= 1
+                self.asked.append(one.id)
+                rows[one.id] = answered(one)
+                saved.keep([rows[one.id]])
+        return [rows[one.id] for one in window]
 
 
 @pytest.mark.parametrize("stops", [[3, 99], [7, 99], [1, 1, 1, 99], [5, 2, 99]])

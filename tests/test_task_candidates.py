@@ -8,7 +8,7 @@ import pytest
 import task_candidates
 from tables import Example
 from task import TASKS, Task, find_answers
-from task_candidates import chosen_examples, distinct_words, first_task, frames, variations, word_sets
+from task_candidates import chosen_examples, distinct_words, first_task, templates, variations, word_sets
 
 TICKETS = Task("t", {"billing": ("billing",), "technical": ("technical", "tech")}, "Ticket: {text}\nTeam:")
 
@@ -54,24 +54,24 @@ def test_one_label_is_no_question(tokenizer):
 # Templates
 
 
-def test_frames_begin_with_the_tasks_own_and_its_paraphrases_and_none_stands_twice():
-    found = frames(TASKS["sentiment"])
-    assert [frame.template for frame in found[:5]] == [
+def test_templates_begin_with_the_tasks_own_and_its_paraphrases_and_none_stands_twice():
+    found = [*templates(TASKS["sentiment"]).values()]
+    assert [asked.template for asked in found[:5]] == [
         TASKS["sentiment"].template,
         *TASKS["sentiment"].paraphrases,
     ]
-    assert len({(frame.instruction, frame.template) for frame in found}) == len(found) > 7
-    own = frames(TICKETS)
-    assert any(frame.template == "{text}\n\nQuestion: Is this billing or technical?\nAnswer:" for frame in own)
-    assert any("team of a text is billing or technical" in frame.instruction for frame in own)
-    assert len(frames(Task("t", {str(n) * 2: (f"w{n}",) for n in range(30)}, "{text}:"))) == 4  # no list of thirty
+    assert len({(asked.instruction, asked.template) for asked in found}) == len(found) > 7
+    own = templates(TICKETS).values()
+    assert any(asked.template == "{text}\n\nQuestion: Is this billing or technical?\nAnswer:" for asked in own)
+    assert any("team of a text is billing or technical" in asked.instruction for asked in own)
+    assert len(templates(Task("t", {str(n) * 2: (f"w{n}",) for n in range(30)}, "{text}:"))) == 4  # no list of thirty
 
 
 def test_where_an_answer_is_a_number_the_patterns_end_with_a_newline(tokenizer):
     stars = Task("t", {"bad": ("1",), "good": ("5",)}, "Review: {text}\nStars:")
-    patterns = frames(stars)[1:]
-    assert all(frame.template.endswith("\n") for frame in patterns)
-    assert all(works(task_candidates.framed(stars, frame), tokenizer) for frame in patterns)
+    patterns = [*templates(stars).values()][1:]
+    assert all(asked.template.endswith("\n") for asked in patterns)
+    assert all(works(asked, tokenizer) for asked in patterns)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,6 @@ def test_the_longest_texts_are_no_examples():
     assert all(text == "long" for text, _ in chosen)
 
 
-def test_another_order_is_another_order_of_the_same():
-    chosen = (("a", "billing"), ("b", "technical"))
-    for seed in range(5):
-        assert task_candidates.reordered(chosen, seed) == chosen[::-1]
-
-
 # Answer words
 
 
@@ -164,8 +158,8 @@ def test_every_template_meets_every_number_of_examples_the_drafts_own_first():
         "own template, 1 example a label",
         "own template, no example",
     ]
-    assert len(found) == 3 * len(frames(TICKETS)) == len({one.key for one in found})
-    assert Counter(len(one.task.examples) for one in found) == {n: len(frames(TICKETS)) for n in (0, 2, 4)}
+    assert len(found) == 3 * len(templates(TICKETS)) == len({one.key for one in found})
+    assert Counter(len(one.task.examples) for one in found) == {n: len(templates(TICKETS)) for n in (0, 2, 4)}
     many = Task("t", {f"label {n}": (f"w{n}",) for n in range(41)}, "{text}:")
     assert {len(one.task.examples) for one in task_candidates.first_candidates(many, pool[:0], 0)} == {0}
 
