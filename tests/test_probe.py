@@ -3,8 +3,6 @@
 A leak between folds shows itself where labels are drawn at random: then nothing can do better than their frequencies.
 """
 
-import itertools
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -25,7 +23,6 @@ from probe import (
     fit_member,
     fit_probe,
     pool_weights,
-    softmax_regression,
     weighted_counts,
     word_counts,
     word_weights,
@@ -65,14 +62,6 @@ def test_a_member_is_scikit_learn_s_regression_on_standardised_features(n_labels
     found = np.exp(member.log_probabilities(others))
     np.testing.assert_allclose(found, truth.predict_proba(others), atol=2e-3)
     assert abs(found.sum(axis=1) - 1).max() < 1e-12
-
-
-def test_solving_for_rows_is_solving_for_features():
-    features, targets, _ = world(60, 3, 90)
-    inputs = (features - features.mean(axis=0)) / features.std(axis=0) / np.sqrt(90)
-    wide, intercepts = softmax_regression(inputs, targets, 10.0)
-    plain = LogisticRegression(C=10.0, tol=1e-8, max_iter=10_000).fit(inputs, targets)
-    np.testing.assert_allclose(inputs @ wide.T + intercepts, plain.decision_function(inputs), atol=0.01)
 
 
 def test_a_label_that_no_row_of_a_fit_has_keeps_a_little_probability():
@@ -222,18 +211,6 @@ def test_the_labels_of_a_fold_change_nothing_that_is_said_of_its_rows():
         assert not np.array_equal(before, after)
 
 
-def test_a_nested_member_has_seen_neither_of_the_two_folds():
-    states, targets, _, _ = sources(60)
-    folds = grouped_folds(targets, targets)
-    fitting = Fitting(targets, 3, folds)
-    nested = fitting.nested(Source("states", states, 10.0))
-    for unseen, scored in itertools.permutations(range(5), 2):
-        train = np.setdiff1d(np.arange(60), np.concatenate([folds[unseen][1], folds[scored][1]]))
-        member = fit_member("states", states[train], targets[train], 3, 10.0)
-        rows = folds[scored][1]
-        np.testing.assert_allclose(nested[unseen, rows], member.log_probabilities(states[rows]), atol=1e-9)
-
-
 def test_labels_are_of_any_kind_keep_their_order_and_rare_ones_are_named():
     features, targets, _ = world(80, 2, 6)
     names = np.array(["spam", "ham"])[targets].tolist()
@@ -261,6 +238,7 @@ def test_what_cannot_be_fitted_is_an_error(change, message):
         fit_probe(**arguments)
 
 
+@pytest.mark.study
 def test_a_guarantee_on_out_of_fold_probabilities_is_kept_by_the_probe_of_all_rows():
     # The same labels fit, calibrate and guarantee; the probe of all rows then meets rows that nobody has seen.
     broken, made, too_sure = 0, 0, []

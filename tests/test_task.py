@@ -479,7 +479,7 @@ def test_a_template_may_name_columns_which_then_make_up_the_text(tmp_path):
 STRINGS = st.text(st.characters(codec="utf-8", exclude_characters="{}"))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(
     st.dictionaries(STRINGS.filter(str.strip), st.lists(STRINGS.filter(str.strip), min_size=1), min_size=2),
     STRINGS,
