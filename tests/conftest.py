@@ -172,6 +172,16 @@ def assert_one_error(result, *words):
     assert all(word in err for word in words), err
 
 
+@pytest.fixture
+def no_credentials(monkeypatch):
+    """Neither credentials nor a region of AWS."""
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, "/nonexistent")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
 @pytest.fixture(scope="session")
 def aws_stand():
     from fake_sagemaker import Fake

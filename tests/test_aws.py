@@ -66,12 +66,7 @@ def test_no_key_and_no_token_is_shown_wherever_it_stands(monkeypatch):
 # Account and names
 
 
-def test_a_dry_run_lacks_region_and_account_and_nothing_else_does(monkeypatch):
-    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, "/nonexistent")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def test_a_dry_run_lacks_region_and_account_and_nothing_else_does(no_credentials):
     with pytest.raises(ValueError, match="no AWS region: give --region"):
         aws.connect()
     with pytest.raises(ValueError, match="no images are known for region 'mars-1'; those with some: af-south-1"):

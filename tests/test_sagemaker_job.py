@@ -154,12 +154,9 @@ def test_rows_and_groups_read_back_as_they_were_whatever_is_in_them(tmp_path):
 # Before the start
 
 
-def test_a_dry_run_without_credentials_prints_a_valid_request_and_the_most_it_can_cost(few, main, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_DEFAULT_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, "/nonexistent")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def test_a_dry_run_without_credentials_prints_a_valid_request_and_the_most_it_can_cost(
+    few, main, no_credentials, monkeypatch
+):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     done = main(*few, "--dry-run", "--hf-token-secret", SECRET)
     assert (done.code, done.err) == (0, "")
