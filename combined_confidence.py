@@ -85,11 +85,7 @@ class CombinedScorer:
             "logprobs": one,
             "consistency": two,
             **row.extras,
-            "probabilities": row.probabilities,
-            "label_mass": row.label_mass,
-            "total_probability": row.confidence * row.label_mass,
-            "prediction": row.prediction,
-            "confidence": row.confidence,
+            **scoring.conclusion(row.probabilities, row.label_mass),
             "fingerprint": row.fingerprint,
         }
 

@@ -47,7 +47,7 @@ from endpoint import Endpoint, PassingError, Prompt
 from explained_texts import most_probable
 from llama import Llama, default_llama, load_llama, model_arguments
 from llama import add_arguments as add_model_arguments
-from logprobs_confidence import label_scorer, verdict
+from logprobs_confidence import label_scorer
 from predictions import Prediction
 from prompts import RenderedPrompt
 from scoring import SavedRows
@@ -223,7 +223,7 @@ def explanation(
         "model_path": model_path,
         "answers": answers,
         **extras,
-        **verdict(row.probabilities, row.label_mass),
+        **scoring.conclusion(row.probabilities, row.label_mass),
         "fingerprint": row.fingerprint,
     }
 

@@ -136,7 +136,7 @@ class LabelScorer:
             "model_path": str(self.llama.path),
             "top_tokens": top_tokens(self.llama, log_probs, {answer.ids: answer.label for answer in self.answers}),
             "answer_tokens": answer_tokens,
-            **verdict(by_label, float(mass[0])),
+            **scoring.conclusion(by_label, float(mass[0])),
             **extras,
             "fingerprint": self.fingerprint,
         }
@@ -228,18 +228,6 @@ def check_answers(task: Task, reader: Llama) -> None:
     find_answers(task, reader.tokenizer, reader.task_prompt(task).render("text"))
 
 
-def verdict(by_label: Mapping[str, float], label_mass: float, shared_mass: float | None = None) -> dict:
-    """What the probabilities over the labels say; they are shares of `shared_mass`, by default the label mass."""
-    prediction = max(by_label, key=by_label.__getitem__)
-    return {
-        "probabilities": dict(by_label),
-        "label_mass": label_mass,
-        "total_probability": by_label[prediction] * (label_mass if shared_mass is None else shared_mass),
-        "prediction": prediction,
-        "confidence": by_label[prediction],
-    }
-
-
 def top_tokens(llama: Llama, log_probs: np.ndarray, label_of: Mapping[tuple[int, ...], str]) -> list[dict]:
     """The most probable next tokens, best first, each under its own id, with the label it counts for or None."""
     order = np.argsort(-log_probs, kind="stable")[:TOP_TOKENS].tolist()
@@ -291,7 +279,7 @@ class RemoteLabelScorer:
             "model_path": None,
             "top_tokens": tokens[:TOP_TOKENS],
             "answer_tokens": answer_tokens,
-            **verdict(by_label, mass, extras["label_mass_high"]),
+            **scoring.conclusion(by_label, mass, extras["label_mass_high"]),
             **extras,
             "fingerprint": self.fingerprint,
         }

@@ -95,7 +95,6 @@ class ProbeScorer:
         features = self.with_words(batch.features, [text])
         by_label = dict(zip(self.probe.labels, self.probe.probabilities(features)[0].tolist(), strict=True))
         contributions, labels = self.probe.contributions(features)
-        prediction = max(by_label, key=by_label.__getitem__)
         names = [member.name for member in self.probe.members]
         return {
             "text": text,
@@ -103,11 +102,7 @@ class ProbeScorer:
             "prompt_token_ids": encoded.ids,
             "model": self.model_name,
             "model_path": str(self.reader.llama.path),
-            "probabilities": by_label,
-            "label_mass": 1.0,
-            "total_probability": by_label[prediction],
-            "prediction": prediction,
-            "confidence": by_label[prediction],
+            **scoring.conclusion(by_label, 1.0),
             "runner_up": self.probe.labels[labels[0, 1]],
             "contributions": dict(zip(names, contributions[:, 0].tolist(), strict=True)),
             **self.extras(Example("", text, None), encoded),

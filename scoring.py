@@ -219,6 +219,18 @@ def _warn_of_order(table: Table, limit: int) -> None:
 # Texts
 
 
+def conclusion(by_label: Mapping[str, float], label_mass: float, shared_mass: float | None = None) -> dict:
+    """What the probabilities over the labels say; they are shares of `shared_mass`, by default the label mass."""
+    prediction = max(by_label, key=by_label.__getitem__)
+    return {
+        "probabilities": dict(by_label),
+        "label_mass": label_mass,
+        "total_probability": by_label[prediction] * (label_mass if shared_mass is None else shared_mass),
+        "prediction": prediction,
+        "confidence": by_label[prediction],
+    }
+
+
 def explain_texts(job: Job, method: Method, print_explanation: Callable[[dict], None]) -> None:
     """Explain each text of a job, with what its calibrator says; for people, or one JSON object a line."""
     for text in job.texts:
