@@ -180,11 +180,11 @@ def consistency_resampling(
     return errors
 
 
-def exact_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper and Pearson's interval of a share, from k of n."""
+def exact_interval(k: int, n: int) -> tuple[float, float]:
+    """Clopper and Pearson's 95 % interval of a share, from k of n."""
     from scipy.stats import binomtest
 
-    low, high = binomtest(int(k), int(n)).proportion_ci(level, "exact")
+    low, high = binomtest(int(k), int(n)).proportion_ci(0.95, "exact")
     return float(low), float(high)
 
 
@@ -431,20 +431,14 @@ def reliability_bins(confidence: Sequence[float], correct: Sequence[bool], n_bin
 
 
 def plot_reliability_diagram(
-    confidence: Sequence[float],
-    correct: Sequence[bool],
-    n_bins: int = N_BINS,
-    ax: Axes | None = None,
-    color: str = plotting.BLUE,
-    label: str | None = None,
-    counts: bool = True,
+    confidence: Sequence[float], correct: Sequence[bool], n_bins: int = N_BINS, ax: Axes | None = None
 ) -> Axes:
     """Accuracy against mean confidence, a dot a bin sized by its rows, with exact 95 % intervals and the diagonal."""
     if ax is None:
         from matplotlib.figure import Figure
 
         ax = Figure(figsize=(6, 6), layout="constrained").subplots()
-    plotting.reliability_panel(ax, reliability_bins(confidence, correct, n_bins), color, label, counts)
+    plotting.reliability_panel(ax, reliability_bins(confidence, correct, n_bins))
     return ax
 
 

@@ -113,21 +113,21 @@ def floor(value: float, decimals: int = 4) -> str:
     return f"{math.floor(value * 10**decimals + 1e-9) / 10**decimals:.{decimals}f}"
 
 
-def rows_needed(target_accuracy: float, delta: float, errors: int = 0) -> int:
-    """The fewest accepted rows that prove the target with so many errors among them."""
+def rows_needed(target_accuracy: float, delta: float) -> int:
+    """The fewest accepted rows that prove the target without an error."""
     _check(target_accuracy, delta)
-    return int(_rows_needed(np.array([0.0]), target_accuracy, delta, errors)[0])
+    return int(_rows_needed(np.array([0.0]), target_accuracy, delta)[0])
 
 
-def _rows_needed(rates: np.ndarray, target: float, delta: float, errors: int = 0) -> np.ndarray:
-    """The fewest accepted rows that prove the target with `errors` and that share of the rows wrong, [rates].
+def _rows_needed(rates: np.ndarray, target: float, delta: float) -> np.ndarray:
+    """The fewest accepted rows that prove the target with that share of the rows wrong, [rates].
 
     ENDLESS where no number of rows does.
     """
     low, high = np.full(len(rates), 1), np.full(len(rates), ENDLESS)
     while (low < high).any():
         middle = (low + high) // 2
-        passes = guarantee_p_value(middle, errors + np.ceil(rates * middle), target) <= delta
+        passes = guarantee_p_value(middle, np.ceil(rates * middle), target) <= delta
         low, high = np.where(passes, low, middle + 1), np.where(passes, middle, high)
     return high
 

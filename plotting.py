@@ -143,9 +143,7 @@ def confidence_panel(
     percent(axis, "x")
 
 
-def reliability_panel(
-    axis: Axes, bins: Sequence[Mapping[str, float]], color: str = BLUE, label: str | None = None, counts: bool = True
-) -> None:
+def reliability_panel(axis: Axes, bins: Sequence[Mapping[str, float]], color: str = BLUE) -> None:
     """Accuracy against mean confidence, a dot a bin sized by its rows, with 95 % intervals and the diagonal.
 
     `bins` are those that hold rows, as `calibration_metrics.reliability_bins` gives them.
@@ -155,11 +153,10 @@ def reliability_panel(
     n = np.array([each["n"] for each in bins])
     axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, zorder=1)
     axis.vlines(x, low, high, color=color, alpha=0.35, linewidth=1.5, zorder=2)
-    axis.scatter(x, y, s=20 + 500 * n / n.sum(), color=color, alpha=0.85, edgecolor="white", zorder=3, label=label)
-    if counts:  # along the bottom, where dots are rare, and upright, so that they do not collide
-        for each in bins:
-            place = (each["to"] + each["from"]) / 2, 0
-            axis.annotate(f"{each['n']:,}", place, rotation=90, ha="center", va="bottom", fontsize=8, color=SOFT_INK)
+    axis.scatter(x, y, s=20 + 500 * n / n.sum(), color=color, alpha=0.85, edgecolor="white", zorder=3)
+    for each in bins:  # along the bottom, where dots are rare, and upright, so that they do not collide
+        place = (each["to"] + each["from"]) / 2, 0
+        axis.annotate(f"{each['n']:,}", place, rotation=90, ha="center", va="bottom", fontsize=8, color=SOFT_INK)
     axis.set(xlim=(-0.02, 1.04), ylim=(-0.02, 1.08), xlabel="confidence", ylabel="accuracy")
     percent(axis)
 

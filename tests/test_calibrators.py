@@ -84,6 +84,17 @@ def test_rows_that_are_all_right_give_no_temperature_and_no_beta(calibrator):
             calibrator.fit(confidence, outcome)
 
 
+@pytest.mark.parametrize("name", ARRAYS)
+def test_isotonic_without_smoothing_is_scikit_learns(name):
+    confidence, correct, grid, ref = vectors(name)
+    theirs = ref["sklearn.IsotonicRegression(y_min=0,y_max=1,clip)"]
+    ours = Isotonic(smoothing=None).fit(confidence, correct)
+    np.testing.assert_allclose(ours.scores_, theirs["X_thresholds"], rtol=0, atol=0)
+    np.testing.assert_allclose(ours.values_, theirs["y_thresholds"], atol=1e-15)
+    np.testing.assert_allclose(ours.predict(grid), theirs["predict_grid"], atol=1e-15)
+    np.testing.assert_allclose(ours.predict(confidence), theirs["in_sample"], atol=1e-15)
+
+
 def test_temperature_of_three_labels_is_scikit_learns():
     case = VECTORS["multiclass_temperature"]
     probabilities = softmax(case["logits"], axis=1)
