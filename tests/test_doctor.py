@@ -288,7 +288,7 @@ def page(count, n_bytes, gated):
 GATED, MISSING = ["is gated: ask for access", "hf auth login"], ["no such model on the Hub", "check the name"]
 
 
-@pytest.mark.parametrize(("model", "words"), [("org/gated-files", GATED), ("org/missing", MISSING)])
+@pytest.mark.parametrize(("model", "words"), [("org/gated", GATED), ("org/missing", MISSING)])
 def test_a_model_that_the_hub_does_not_give_fails_with_what_to_do(examine, hub, model, words):
     code, rows = examine("--model", model)
     assert code == 1 and rows["loads"][0] == "skipped"
