@@ -185,30 +185,14 @@ def test_nothing_is_imported_that_the_requirements_do_not_pin():
     assert {(path.name, name) for path in SOURCES for name, _ in imported(path) if name not in known} == set()
 
 
-def test_reading_tables_and_predictions_needs_no_torch(tmp_path):
-    (tmp_path / "t.csv").write_text("text,label\nx,positive\n", encoding="utf-8")
-    names = sorted(NUMBER_SIDE & {path.stem for path in MODULES})
-    code = f"""if True:
-        import sys
-        import {", ".join(names)}
-        from predictions import confidence_and_correct, scored
-        example = next(tables.read_examples(sys.argv[1]))
-        common = dict(method="m", model="m", task="t", fingerprint="f")
-        row = scored(example.id, example.text, example.label, dict(negative=0.25, positive=0.75), 1.0, **common)
-        assert confidence_and_correct([row])[0].tolist() == [0.75]
-        print(sorted({MODEL_LIBRARIES} & set(sys.modules)))
-    """
-    done = every_python(code, tmp_path / "t.csv", cwd=ROOT)
-    assert (done.stdout, done.stderr) == ("[]\n", "")
-
-
 # Starting light
 
 
-def test_importing_every_module_has_no_effect(tmp_path):
+def test_importing_every_module_has_no_effect_and_reading_tables_and_predictions_needs_no_torch(tmp_path):
     # In an empty home, cache and working folder: nothing is printed, written, started, or set.
     home = tmp_path / "home"
     home.mkdir()
+    (tmp_path / "t.csv").write_text("text,label\nx,positive\n", encoding="utf-8")
     names = ", ".join(path.stem for path in MODULES)
     code = f"""if True:
         import os, random, signal, sys, threading
@@ -223,9 +207,15 @@ def test_importing_every_module_has_no_effect(tmp_path):
         assert state() == before
         heavy = {MODEL_LIBRARIES | {"datasets", "pyarrow", "pandas", "relplot"}} & (set(sys.modules) - loaded)
         assert not heavy, heavy
+        example = next(tables.read_examples(sys.argv[2]))
+        common = dict(method="m", model="m", task="t", fingerprint="f")
+        probabilities = dict(negative=0.25, positive=0.75)
+        row = predictions.scored(example.id, example.text, example.label, probabilities, 1.0, **common)
+        assert predictions.confidence_and_correct([row])[0].tolist() == [0.75]
+        assert not {MODEL_LIBRARIES} & set(sys.modules)
     """
     environment = {"HOME": str(home), "CALIBRATED_CONFIDENCE_CACHE": str(home / "cache"), "PATH": ""}
-    done = every_python(code, ROOT, cwd=home, env=environment | {"PYTHONDONTWRITEBYTECODE": "1"})
+    done = every_python(code, ROOT, tmp_path / "t.csv", cwd=home, env=environment | {"PYTHONDONTWRITEBYTECODE": "1"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(home.iterdir()) == []
 

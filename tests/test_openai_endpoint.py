@@ -958,6 +958,7 @@ def test_another_model_of_the_same_name_is_refused(call, fake, other, named):
 def test_requests_are_spread_over_servers_and_one_that_dies_is_left_out(call, fake, other, named, tmp_path, script):
     texts = [f"text {number}" for number in range(60)]
     flags, output = table(tmp_path, texts, *named, "--endpoint", fake.url, "--endpoint", other.url)
+    flags += ["--samples", 3] if script is consistency_confidence else []
     other.dies_at = 15
     done = call(script, *flags, "--concurrency", 4)
     assert done.code == 0 and done.err.count(f"no server answers at {other.url} any more; it is left out") == 1
