@@ -25,6 +25,7 @@ import calibration_metrics
 import compare_base_vs_finetuned as compare
 import comparison_text
 import plotting
+import predictions
 import tables
 from calibration_metrics import area_under_risk_coverage, expected_calibration_error
 from decisions import average_threshold, choose_threshold
@@ -506,7 +507,8 @@ def test_further_files_get_a_column_with_differences_from_the_first_model(quick,
     assert row["threshold"]["n"] == 240 and "in-sample where these rows chose" in crossed.out
 
 
-def test_further_files_of_other_rows_or_of_rows_that_calibrate_them_are_refused(quick, tmp_path):
+def test_further_files_of_other_rows_or_of_rows_that_calibrate_them_are_refused(tmp_path):
+    tested = predictions.read(save(tmp_path / "base.jsonl", SHORT[0]))
     words = {"method": "words", "fingerprint": "cccc3333"}
     third = changed(SHORT[0], **words)
     path = save(tmp_path / "words.jsonl", third)
@@ -519,7 +521,7 @@ def test_further_files_of_other_rows_or_of_rows_that_calibrate_them_are_refused(
     ):
         other = save(tmp_path / "further.jsonl", rows)
         with pytest.raises(ValueError, match=message):
-            compared(tmp_path, *SHORT, also=[[other, *more]])
+            compare.further_model(other, *more, tested=tested, protocol="out-of-fold")
 
 
 def test_near_duplicates_of_calibration_rows_are_counted(quick, tmp_path):
