@@ -10,6 +10,7 @@ import improve_task
 import task_search
 from task import TASKS, Task, read_task, to_toml
 
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
 DRAFT = Task("mail", {"ham": ("ham",), "spam": ("spam",)}, "SMS: {text}\nCategory:")
 WORDS = [f"word{n}" for n in range(400)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import assert_one_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -296,6 +297,24 @@ def test_overwrite_replaces_only_what_does_not_fit_and_an_output_of_nothing_is_r
     with pytest.raises(KeyError), predictions.open_output(tmp_path / "new.jsonl"):
         raise KeyError("the model did not load")
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, run):
+    path, rows = tmp_path / "p.jsonl", [record(n) for n in range(9)]
+    whole = b"".join(map(to_line, rows))
+    limit = len(whole) // 2 + 7  # a file of this size at most makes a write fail in its middle, as a full disk does
+    code = f"""if True:
+        import sys, resource
+        import command_line, predictions
+        rows = [predictions.from_line(line, "") for line in sys.stdin.buffer]
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        with predictions.open_output(sys.argv[1]) as file:
+            command_line.run(lambda: [predictions.append(file, [row]) for row in rows])
+    """
+    done = run("-c", code, path, input=whole.decode())
+    assert_one_error((done.returncode, done.stdout, done.stderr), "cannot write", str(path), "repeat the command")
+    kept = path.read_bytes()
+    assert whole.startswith(kept) and kept.count(b"\n") == limit // len(to_line(rows[0])) and kept.endswith(b"\n")
 
 
 def test_a_second_writer_is_refused_and_the_first_is_not_disturbed(tmp_path):

@@ -228,6 +228,7 @@ def test_a_search_that_runs_out_of_time_between_two_sizes_does_not_fall_back_on_
 # Confirmation
 
 
+@pytest.mark.study
 def test_of_fifty_equal_candidates_the_winner_looks_better_where_it_won_and_not_where_it_is_confirmed(made):
     # All fifty are noise about the draft. The best of them on the rows that chose is better "beyond doubt" too often.
     apparent, confirmed, taken, falsely = [], [], 0, 0
