@@ -33,7 +33,6 @@ from aws import Account
 ACCOUNT, REGION = "123456789012", "us-east-1"
 BUCKET = f"sagemaker-{REGION}-{ACCOUNT}"
 MODEL = botocore.session.get_session().get_service_model("sagemaker")
-COMPONENT_HEADER = "X-Amzn-SageMaker-Inference-Component"
 KINDS = ("TrainingJob", "Model", "EndpointConfig", "Endpoint", "InferenceComponent")
 
 
@@ -238,9 +237,7 @@ class Fake:
 
     def left_behind(self):
         """What is billed, or clutters the account."""
-        return [name for kind in KINDS[1:] for name in self.there[kind]] + [
-            name for name, job in self.jobs.items() if job.status == "InProgress"
-        ]
+        return [name for kind in KINDS[1:] for name in self.there[kind]]
 
     # Requests
 
@@ -249,16 +246,20 @@ class Fake:
         status = 200
         try:
             if model.name == "InvokeEndpoint":
-                said = self.invoke(
-                    params["url_path"].split("/")[2], params["headers"][COMPONENT_HEADER], params["body"]
-                )
-                content = json.dumps(said).encode()
-                reply = {"Body": StreamingBody(io.BytesIO(content), len(content))}
+                component = params["headers"]["X-Amzn-SageMaker-Inference-Component"]
+                reply = self.invoke(params["url_path"].split("/")[2], component, params["body"])
             else:
                 reply = self.answer(model.name, json.loads(params["body"]))
         except RefusalError as error:
             status, reply = 400, {"Error": {"Code": error.code, "Message": str(error)}}
         return AWSResponse(None, status, {}, None), reply | {"ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def invoke(self, endpoint, component, content):
+        for kind, name in (("Endpoint", endpoint), ("InferenceComponent", component)):
+            if name not in self.there[kind] or self.there[kind][name].status != "InService":
+                raise RefusalError(f"{kind} {name} of account {ACCOUNT} not found.", "ValidationError")
+        said = json.dumps(self.serving(component, json.loads(content))).encode()
+        return {"Body": StreamingBody(io.BytesIO(said), len(said))}
 
     def answer(self, operation, body):
         self.requests.append((operation, body))
@@ -355,12 +356,3 @@ class Fake:
             return
         found.reason = self.failing.get(name)
         found.status = "Failed" if found.reason else "InService"
-
-    # Asking
-
-    def invoke(self, endpoint, component, content):
-        """The reply of a component in service."""
-        for kind, name in (("Endpoint", endpoint), ("InferenceComponent", component)):
-            if name not in self.there[kind] or self.there[kind][name].status != "InService":
-                raise RefusalError(f"{kind} {name} of account {ACCOUNT} not found.", "ValidationError")
-        return self.serving(component, json.loads(content))
