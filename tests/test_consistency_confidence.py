@@ -320,12 +320,9 @@ def test_the_explanation_of_draws_shows_the_probability_beside_them(call, talker
     row = json.loads(call("--first-token --samples 10,1000 --json", "warm and funny")[1])
     most, by_draws = max(p, key=p.get), row["agreement_by_draws"]
     assert by_draws["1000"] == row["votes"][most] / 1000 and abs(by_draws["1000"] - p[most]) < 4 * 0.5 / 1000**0.5
-    code, out, _ = call("--first-token --samples 10,1000", "warm and funny")
-    shown = ", ".join(f"P({label}) {100 * p[label]:.2f} %" for label in SENTIMENT.labels)
-    assert code == 0 and f"  drawn from the first token's distribution: {shown}" in out.splitlines()
+    out = call("--first-token --samples 10,1000", "warm and funny")[1]
     line = f"  {most} in {100 * by_draws['10']:.1f} % of 10, {100 * by_draws['1000']:.1f} % of 1,000 draws; "
     assert f"{line}its probability is {100 * p[most]:.2f} %" in out.splitlines()
-    assert ", 1 call" in out and "of 1000; 95 % Jeffreys interval" in out
 
 
 # A table of texts

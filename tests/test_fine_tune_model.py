@@ -601,13 +601,6 @@ def test_training_rows_need_validation_rows(capsys):
     assert parse_arguments([]).validation == "data:validation"
 
 
-def test_near_duplicates_of_training_rows_are_counted_in_a_note(call, tmp_path):
-    longest = max(TRAINING, key=lambda row: len(row.text))
-    rows = [*VALIDATION, ("v", f"{longest.text}!", longest.label)]
-    _, _, err = call(tmp_path / "run", *with_rows("validation", rows)(tmp_path), "--load-in-4bit")
-    assert any(line.startswith("note: 1 rows of") and "near-duplicate" in line for line in err.splitlines())
-
-
 def test_a_gradient_that_is_not_finite_ends_the_training_and_says_what_helps(call, tmp_path):
     flags = "--learning-rate", 1e30, "--validate-every", 100, "--checkpoint-every", 1
     one_error(call(tmp_path / "run", *flags), "gradient of step 2 is not finite", "--learning-rate", "--dtype float32")

@@ -22,7 +22,6 @@ from probe import WORDS
 from probe_confidence import Classifier, main, probe_scorer
 from probe_files import ProbeRecord, load_probe, save_tensors
 from probe_training import task_of_labels, train_probe
-from scoring import SavedRows
 from tables import Example, Table, text_key
 
 ROOT = Path(__file__).parent.parent
@@ -283,16 +282,6 @@ def test_numbers_of_another_probe_are_refused(fitted, tmp_path):
         load_probe(tmp_path / "probe")
 
 
-def test_a_calibrator_of_other_predictions_is_refused(fitted, tiny):
-    class OfOthers:
-        def check(self, fingerprint, model, task, labels):
-            assert labels == ["billing", "delivery", "other"] and model == "tiny" and task == "table"
-            raise ValueError("another fingerprint" if fingerprint == fitted[3].fingerprint else "not asked rightly")
-
-    with pytest.raises(ValueError, match="another fingerprint"):
-        scoring.check_calibrator(OfOthers(), probe_scorer(tiny, *load_probe(fitted[0])))
-
-
 # Killed and continued
 
 
@@ -337,18 +326,6 @@ def test_a_stopped_scoring_is_continued_and_makes_the_same_file(fitted, tiny, tm
     scoring.score_table(scorer, table, 30, tmp_path / "p.jsonl")
     assert (tmp_path / "p.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert sum(calls) == 30 + 4  # the rows of the batch that was stopped ran twice
-
-
-def test_finished_rows_of_a_window_are_not_scored_again(fitted, tiny, tmp_path):
-    scorer = probe_scorer(tiny, *load_probe(fitted[0]), batch_size=4)
-    examples = sentences(20, seed=6)
-    whole = scorer.score_together(examples)
-    saved = SavedRows(tmp_path / "p.jsonl", scorer.fingerprint)
-    saved.keep(whole[3:12])
-    saved.flush()
-    again, read = SavedRows(tmp_path / "p.jsonl", scorer.fingerprint), []
-    assert scorer.score_together(examples, read.append, again) == whole
-    assert read[0] == 9 and sum(read) == 20  # each row counts once, also where its batch runs again
 
 
 # From Python
