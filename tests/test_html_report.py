@@ -416,6 +416,18 @@ def test_the_buttons_lead_to_their_thresholds_and_the_gates_show_their_numbers(h
         page.locator("#presets button").nth(i).focus()
         page.keyboard.press("Enter")
         check(page, held_out, steps[value])
+    rungs = [rung["threshold"] for ladder in ladders for rung in ladder if rung["threshold"]["value"] is not None]
+    assert page.locator("#guarantees button").count() == len(rungs)
+    for i, threshold in enumerate(rungs):
+        page.locator("#guarantees button").nth(i).press("Enter")
+        check(page, held_out, steps[threshold["value"]])
+        target = f"at least {100 * threshold['target_accuracy']:.10g} % right "
+        sure = (
+            "on average"
+            if threshold["kind"] == "average"
+            else f"with {100 - 100 * threshold['delta']:.10g} % certainty"
+        )
+        assert target + sure in text(page, "#guarantee")
 
 
 @browsers
