@@ -451,7 +451,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=100, derandomize=True)
 @given(recipe=st.sampled_from(ALL), value=JSON, data=st.data())
 def test_a_fuzzed_file_is_refused_or_still_gives_probabilities(recipe, value, data, folder):
     path, inner = [], record(folder, recipe)

@@ -586,14 +586,13 @@ def test_another_prompt_than_the_training_s_is_refused_and_the_file_named(record
         compared(tmp_path, *SHORT, adapter=str(tmp_path))
 
 
-def test_how_the_prompt_was_checked_is_said(quick, tmp_path):
-    path = tmp_path / "training_config.json"
+def test_how_the_prompt_was_checked_is_said(tmp_path):
+    path, paths = tmp_path / "training_config.json", ("base.jsonl", "tuned.jsonl")
     path.write_text(json.dumps({"task": {}, "fingerprints": {"base": "aaaa1111", "tuned": "bbbb2222"}}))
-    assert f"both fingerprints stand in {path}" in compared(tmp_path, *SHORT, adapter=str(tmp_path)).out
-    assert "by task name and method only; --adapter FOLDER" in compared(tmp_path, *SHORT, adapter="none").out
     votes = [changed(rows, method="consistency") for rows in SHORT]
+    asked, voted = ([predictions.read(save(tmp_path / "p.jsonl", rows)) for rows in both] for both in (SHORT, votes))
+    said = compare.check_prompt(str(tmp_path), paths, asked)
+    assert f"both fingerprints stand in {path}" in said
+    assert "by task name and method only; --adapter FOLDER" in compare.check_prompt("none", paths, asked)
     with pytest.raises(ValueError, match="knows the prompt of Method 1"):
-        compared(tmp_path, *votes, adapter=str(tmp_path))
-
-
-# The command line
+        compare.check_prompt(str(tmp_path), paths, voted)
