@@ -82,14 +82,14 @@ def page_of(folder, fit, test, target_accuracy, volume=1000):
     page = html_report.page_data(report, study.test.rows, calibrated, demo.targets_by_label(study))
     html_report.write_page(path, page)
     text = path.read_text("utf-8")
-    scripts = Elements(text).named("script")
-    data = json.loads(scripts[1].text)
+    elements = Elements(text)
+    data = json.loads(elements.named("script")[1].text)
     assert data["report"] == json.loads(json.dumps(report, default=float))
     raw, correct = study.confidences["raw"], study.test.scores.correct
     return SimpleNamespace(
         path=path,
         text=text,
-        scripts=scripts,
+        elements=elements,
         rows=study.test.rows,
         raw=raw,
         calibrated=calibrated,
@@ -149,10 +149,11 @@ def comparison(tmp_path_factory):
             folder / "comparison.html", compare.page_data(found, compare.comparison_report(found)), "comparison"
         )
     text = (folder / "comparison.html").read_text("utf-8")
-    scripts = Elements(text).named("script")
+    elements = Elements(text)
     calibrated = {name: model.confidence["calibrated"] for name, model in found.models.items()}
-    page = {"path": folder / "comparison.html", "text": text, "scripts": scripts, "files": files}
-    return SimpleNamespace(**page, calibrated=calibrated, data=json.loads(scripts[1].text))
+    page = {"path": folder / "comparison.html", "text": text, "elements": elements, "files": files}
+    data = json.loads(elements.named("script")[1].text)
+    return SimpleNamespace(**page, calibrated=calibrated, data=data)
 
 
 @pytest.fixture(params=["held_out", "one_file", "nothing_guaranteed"])
@@ -168,8 +169,8 @@ def test_it_is_one_file_that_loads_nothing_and_no_text_becomes_a_tag(name, reque
     from plotly.offline import get_plotlyjs
 
     page = request.getfixturevalue(name)
-    found = Elements(page.text)
-    plotly, data, *own = page.scripts
+    found = page.elements
+    plotly, data, *own = scripts = found.named("script")
     assert plotly.text == get_plotlyjs() and "<" not in data.text and data.text.isascii()
     rest = page.text.replace(plotly.text, "").replace(data.text, "")
     assert not re.search(r"https?:|//\w|url\(|@import|\bfetch\b|XMLHttpRequest|import\(", rest)
@@ -180,7 +181,7 @@ def test_it_is_one_file_that_loads_nothing_and_no_text_becomes_a_tag(name, reque
     policy = next(e.attributes["content"] for e in found.named("meta") if "http-equiv" in e.attributes)
     assert policy.startswith("default-src 'none'; script-src 'nonce-") and "connect-src" not in policy
     nonce = re.search(r"script-src 'nonce-([0-9a-f]{64})';", policy)[1]
-    assert [script.attributes["nonce"] for script in page.scripts] == [nonce] * 4
+    assert [script.attributes["nonce"] for script in scripts] == [nonce] * 4
     assert not any(word in script.text for script in own for word in ("eval(", "innerHTML", "insertAdjacent", "{{"))
     cells = page.errors + page.least_certain if name != "comparison" else page.data["rows"]["base"]
     assert {row["text"].rsplit(" ", 30)[0] for row in cells} == set(HOSTILE)
