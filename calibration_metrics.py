@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 N_BINS = 20
 MOST_LABELS = 10  # that --verbose prints
 MIN_COUNT = 30  # rows that make the accuracy of a bin worth a maximum
+MOST_GROUPS = 10_000  # of a bootstrap sample: a million rows take what these take
+MOST_ROWS = 100_000  # to draw outcomes of
 EPSILON = float(np.finfo(np.float64).eps)  # log loss clips here, as scikit-learn does
 
 
@@ -167,17 +169,20 @@ def consistency_resampling(
     """ECE [n_draws] of a model whose confidences are true: correct_i ~ Bernoulli(c_i). Their mean is the expected one.
 
     Broecker and Smith, "Increasing the reliability of reliability diagrams", 2007. Rows are drawn independently; where
-    the errors of a group come together, true noise is larger than this and the p-value too small.
+    the errors of a group come together, true noise is larger than this and the p-value too small. Where there are more
+    rows, n, than MOST_ROWS, m, as many are drawn, and their noise, sqrt(n / m) times as large, is scaled.
     """
     confidence, _ = checked(confidence, np.zeros(len(confidence)))
+    draw, n = np.random.default_rng(seed), len(confidence)
+    if n > MOST_ROWS:
+        confidence = draw.choice(confidence, MOST_ROWS, replace=False)
     index = _bin_index(confidence, _edges(n_bins))
-    draw = np.random.default_rng(seed)
     expected = np.bincount(index, confidence, minlength=n_bins)
     errors = np.empty(n_draws)
     for number in range(n_draws):
         right = draw.random(len(confidence)) < confidence
         errors[number] = np.abs(np.bincount(index, right, minlength=n_bins) - expected).sum() / len(confidence)
-    return errors
+    return errors * np.sqrt(len(confidence) / n)
 
 
 def exact_interval(k: int, n: int) -> tuple[float, float]:
@@ -231,13 +236,23 @@ def one_of_each(groups: Sequence[Hashable]) -> np.ndarray:
     return np.unique(group_numbers(groups), return_index=True)[1]
 
 
-def resamples(groups: Sequence[object], n_resamples: int = 1000, seed: int = 0) -> Iterator[np.ndarray]:
-    """Row numbers of bootstrap samples, each of whole groups drawn with replacement (cluster bootstrap)."""
+def resamples(
+    groups: Sequence[object], n_resamples: int = 1000, seed: int = 0, most: int | None = None
+) -> Iterator[np.ndarray]:
+    """Row numbers of bootstrap samples, each of whole groups drawn with replacement (cluster bootstrap).
+
+    As many groups are drawn as there are, `most` at the most.
+    """
     index = group_numbers(groups)
-    draw, rows, n_groups = np.random.default_rng(seed), np.arange(len(index)), index.max() + 1
+    by_group, sizes = np.argsort(index, kind="stable"), np.bincount(index)
+    first = np.cumsum(sizes) - sizes  # the place in by_group where the rows of a group begin
+    draw, n_groups = np.random.default_rng(seed), len(sizes)
     for _ in range(n_resamples):
-        times = np.bincount(draw.integers(n_groups, size=n_groups), minlength=n_groups)
-        yield np.repeat(rows, times[index])
+        drawn = draw.integers(n_groups, size=min(n_groups, most or n_groups))
+        rows_of_each = sizes[drawn]
+        ends = np.cumsum(rows_of_each)
+        places = np.arange(ends[-1]) + np.repeat(first[drawn] - (ends - rows_of_each), rows_of_each)
+        yield np.sort(by_group[places])
 
 
 def bootstrap_interval(
@@ -247,12 +262,20 @@ def bootstrap_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> np.ndarray:
-    """Percentile intervals [statistics, 2] of statistics(row numbers) under the cluster bootstrap; NaN if undefined."""
-    values = np.array([statistics(rows) for rows in resamples(groups, n_resamples, seed)], dtype=np.float64)
-    tail = (1 - level) / 2
+    """Percentile intervals [statistics, 2] of statistics(row numbers) under the cluster bootstrap; NaN if undefined.
+
+    Of more than MOST_GROUPS groups, n, a sample has MOST_GROUPS, m, and its distance from the statistic of all rows
+    counts for sqrt(m / n) of itself (m out of n bootstrap: Bickel, Goetze and van Zwet, Statistica Sinica 1997).
+    """
+    drawn = resamples(groups, n_resamples, seed, MOST_GROUPS)
+    values = np.array([statistics(rows) for rows in drawn], dtype=np.float64)
+    tail, n_groups = (1 - level) / 2, len(np.unique(groups))
     defined = ~np.isnan(values).all(axis=0)
     interval = np.full((values.shape[1], 2), np.nan)
     interval[defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0).T
+    if n_groups > MOST_GROUPS:
+        everything = np.array(statistics(np.arange(len(groups))), dtype=np.float64)[:, None]
+        interval = everything + np.sqrt(MOST_GROUPS / n_groups) * (interval - everything)
     return interval
 
 

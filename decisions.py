@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from calibration_metrics import checked, exact_interval, group_numbers, resamples
+from calibration_metrics import bootstrap_interval, checked, exact_interval, group_numbers
 from effective_rows import GroupSums, effective_rows, error_correlation, group_sums
 
 STEP = 0.02  # thresholds are tried at every 2 % of the rows, in order of confidence
@@ -442,17 +442,10 @@ def costs(
     confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, review_cost: float, error_cost: float
 ) -> np.ndarray:
     """Mean cost of a row [thresholds]: a review below the threshold, the price of its errors at or above it."""
-    return _cost_of_rows(confidence, correct, thresholds, review_cost, error_cost).mean(axis=0)
-
-
-def _cost_of_rows(
-    confidence: np.ndarray, correct: np.ndarray, thresholds: np.ndarray, review_cost: float, error_cost: float
-) -> np.ndarray:
-    """[n, thresholds]"""
     confidence, correct = checked(confidence, correct)
     _check_costs(review_cost, error_cost)
-    automated = confidence[:, None] >= np.asarray(thresholds)
-    return np.where(automated, error_cost * ~correct[:, None], review_cost)
+    dollars = np.where(correct, 0.0, error_cost)
+    return np.array([np.where(confidence >= threshold, dollars, review_cost).mean() for threshold in thresholds])
 
 
 def cost_band(
@@ -466,12 +459,16 @@ def cost_band(
     seed: int = 0,
 ) -> np.ndarray:
     """(cost, low, high) of a row at each threshold, [thresholds, 3]; the band is a 95 % cluster bootstrap."""
-    each = _cost_of_rows(confidence, correct, thresholds, review_cost, error_cost)
-    groups = np.arange(len(each)) if groups is None else groups
-    if len(groups) != len(each):
-        raise ValueError(f"{len(each)} confidences, but {len(groups)} groups")
-    drawn = np.array([each[rows].mean(axis=0) for rows in resamples(groups, n_resamples, seed)])
-    return np.column_stack([each.mean(axis=0), *np.quantile(drawn, [0.025, 0.975], axis=0)])
+    confidence, correct = checked(confidence, correct)
+    groups = np.arange(len(confidence)) if groups is None else groups
+    if len(groups) != len(confidence):
+        raise ValueError(f"{len(confidence)} confidences, but {len(groups)} groups")
+
+    def of_rows(rows: np.ndarray) -> np.ndarray:
+        return costs(confidence[rows], correct[rows], thresholds, review_cost, error_cost)
+
+    band = bootstrap_interval(of_rows, groups, n_resamples, seed)
+    return np.column_stack([costs(confidence, correct, thresholds, review_cost, error_cost), band])
 
 
 def automation(confidence: Sequence[float], correct: Sequence[bool], thresholds: Sequence[float]) -> list[dict]:

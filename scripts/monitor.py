@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -268,8 +268,11 @@ def print_estimates(reference: Watched, current: Watched, seed: int) -> None:
     """Three label-free estimates with a bootstrap over the groups of both files."""
     before, right = predictions.confidence_and_correct(reference.rows)
     now = np.array([row.confidence for row in current.rows])
-    redrawn = [*resamples(current.groups, N_RESAMPLES, seed + 1)]
-    pairs = zip(resamples(reference.groups, N_RESAMPLES, seed), redrawn, strict=True)
+
+    def redrawn() -> Iterator[np.ndarray]:  # row numbers; all samples at once would fill the memory
+        return resamples(current.groups, N_RESAMPLES, seed + 1)
+
+    pairs = zip(resamples(reference.groups, N_RESAMPLES, seed), redrawn(), strict=True)
     by_difference, by_threshold = np.transpose([estimates(before[i], right[i], now[j]) for i, j in pairs])
     difference, thresholded = estimates(before, right, now)
     table = [["2. Accuracy today, estimated", "", "95 % band"]]
@@ -280,7 +283,7 @@ def print_estimates(reference: Watched, current: Watched, seed: int) -> None:
         table.append(["mean calibrated confidence", "-", "needs --calibrator"])
     else:
         calibrated = np.array(calibrated)
-        means = [calibrated[rows].mean() for rows in redrawn]
+        means = [calibrated[rows].mean() for rows in redrawn()]
         table.append(["mean calibrated confidence", f"{calibrated.mean():.3f}", band(means)])
     print(f"\n{command_line.columns(table)}")
     print(

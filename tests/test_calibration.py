@@ -72,6 +72,17 @@ def test_no_row_is_calibrated_by_its_own_group_and_each_is_once(kind):
     assert (cross_fit(Platt(), number, correct, seed=2) != cross_fit(Platt(), number, correct, seed=3)).any()
 
 
+def test_many_groups_are_dealt_out_whole_and_of_many_rows_some_are_trained_on(monkeypatch):
+    monkeypatch.setattr(calibration, "MANY_GROUPS", 99)
+    monkeypatch.setattr(calibration, "MOST_TO_FIT", 150)
+    groups = np.random.default_rng(0).permutation(np.arange(300) // 2 % 149)
+    folds = calibration.grouped_folds(np.full(300, 0.7), np.arange(300) % 2, groups)
+    assert sorted(np.concatenate([test for _, test in folds]).tolist()) == [*range(300)]
+    for train, test in folds:
+        assert len(set(train.tolist())) == 150 and 55 <= len(test) <= 65
+        assert not {*groups[train].tolist()} & {*groups[test].tolist()}
+
+
 def test_too_few_rows_or_groups_are_a_value_error():
     few = "^(.+ too few for 5 folds|.+ confidences, .+ groups)$"
     for n, groups in ((4, None), (60, np.arange(60) % 4), (0, None), (60, [1, 2, 3]), (60, [*range(61)])):

@@ -286,6 +286,31 @@ def test_bootstrap_intervals_are_percentiles_and_nan_where_never_defined():
     assert found[0].tolist() == pytest.approx([3.5, 98.5]) and np.isnan(found[1]).all() and found[2].tolist() == [5, 5]
 
 
+def test_intervals_of_many_groups_come_from_samples_of_some_and_are_as_wide(monkeypatch):
+    draw = np.random.default_rng(5)
+    groups, confidence = np.repeat(np.arange(1000), 2), np.repeat(draw.uniform(0.5, 1, 1000), 2)
+    correct = np.repeat(draw.random(1000) < confidence[::2] - 0.1, 2)
+
+    def statistics(rows):
+        return [correct[rows].mean(), cm.auroc(confidence[rows], correct[rows]), math.nan]
+
+    whole = cm.bootstrap_interval(statistics, groups, n_resamples=2000)
+    monkeypatch.setattr(cm, "MOST_GROUPS", 250)
+    sampled = cm.bootstrap_interval(statistics, groups, n_resamples=2000, seed=1)
+    assert {len(rows) for rows in cm.resamples(groups, 5, most=250)} == {500}
+    assert np.diff(sampled[:2]) == pytest.approx(np.diff(whole[:2]), rel=0.1)
+    assert sampled[:2] == pytest.approx(whole[:2], abs=0.006) and np.isnan(sampled[2]).all()
+
+
+def test_the_noise_of_many_rows_is_that_of_some_of_them_scaled(monkeypatch):
+    confidence = np.random.default_rng(6).uniform(0.5, 1, 40_000)
+    whole = cm.consistency_resampling(confidence)
+    monkeypatch.setattr(cm, "MOST_ROWS", 4000)
+    sampled = cm.consistency_resampling(confidence)
+    assert sampled.mean() == pytest.approx(whole.mean(), rel=0.03)
+    assert np.quantile(sampled, 0.95) == pytest.approx(np.quantile(whole, 0.95), rel=0.05)
+
+
 # Scores
 
 
