@@ -371,8 +371,8 @@ def first_answer(model: str, rounds: int) -> tuple[float, float]:
 
 
 def measured_command(options: Sequence[object]) -> tuple[float, float]:
-    """(wall seconds, peak bytes) of Method 1 in a process of its own; ChildProcessError if it fails."""
-    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), *map(str, options)]
+    """(wall seconds, peak bytes) of Method 1, without adapter, in its own process; ChildProcessError if it fails."""
+    command = [sys.executable, str(ROOT / "logprobs_confidence.py"), "--adapter", "none", *map(str, options)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
