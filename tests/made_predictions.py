@@ -8,6 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 from conftest import exit_code_of
 
+import calibration_metrics
+
+RESAMPLES = calibration_metrics.resamples
+
+
+def few_resamples(patch, times):
+    """Bootstrap intervals from so few samples, for tests of something else."""
+    patch.setattr(
+        calibration_metrics,
+        "resamples",
+        lambda groups, n_resamples=0, seed=0, most=None: RESAMPLES(groups, times, seed, most),
+    )
+
 
 def changed(rows, **fields):
     """The rows with fields replaced; a function is given the row and its number."""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_predictions import arrays, captured, changed, save, unscored
+from made_predictions import arrays, captured, changed, few_resamples, save, unscored
 from scipy.special import softmax
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -91,11 +91,10 @@ def cells(text, first):
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """Fewer resamples and coarser pictures: the numbers tested here do not depend on them."""
-    real = calibration_metrics.resamples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration_figures, "REPEATS", 3)
         patch.setattr(plotting, "DPI", 30)
-        patch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: real(groups, 20, seed))
+        few_resamples(patch, 20)
         yield
 
 

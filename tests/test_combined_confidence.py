@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_predictions import few_resamples
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from test_pooling import FINGERPRINTS, GEOMETRIC, LABELS, THREE, changed, failed, made, pair
@@ -32,8 +33,6 @@ from llama import load_llama
 from pooling import combination_for, combine, features_of, fitted_pool, scored_by_both, true_labels, unfitted_pool
 from tables import text_key
 from task import TASKS
-
-RESAMPLES = calibration_metrics.resamples
 
 
 def copies(pairs, name):
@@ -67,18 +66,13 @@ def cells(text, first, table=0):
     return re.split(r"\s{2,}", lines[table].strip())
 
 
-def resample(monkeypatch, times):
-    """Make bootstraps draw so often."""
-    monkeypatch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: RESAMPLES(groups, times, seed))
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Fewer draws and coarser pictures: no number tested here depends on them."""
     noise = calibration_metrics.consistency_resampling
     monkeypatch.setattr(plotting, "DPI", 30)
     monkeypatch.setattr(calibration_metrics, "consistency_resampling", partial(noise, n_draws=10))
-    resample(monkeypatch, 10)
+    few_resamples(monkeypatch, 10)
 
 
 # All methods on the same rows
@@ -132,13 +126,13 @@ def test_cross_fitted_rows_are_predicted_by_weights_fitted_on_all_other_groups_a
 
 def test_votes_drawn_from_the_probability_itself_gain_nothing(monkeypatch):
     # Ten draws at the first token's own probability: the stack must not claim more than Method 1, once it is fitted.
-    resample(monkeypatch, 200)
+    few_resamples(monkeypatch, 200)
     gain = log_loss_gain(compare_methods(made(700, 0, own=False)), "3 stacked", "1 logprobs, fitted")
     assert abs(gain.value) < 0.006 and gain.low < 0 and gain.high < 0.012
 
 
 def test_votes_with_evidence_of_their_own_gain_clearly(monkeypatch):
-    resample(monkeypatch, 200)
+    few_resamples(monkeypatch, 200)
     found = compare_methods(made(500, 0))
     for name, over in (("3 stacked", "1 logprobs, fitted"), ("3 geometric mean", "1 logprobs")):
         gain = log_loss_gain(found, name, over)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_predictions import arrays, captured, changed, random_texts, save, unscored
+from made_predictions import arrays, captured, changed, few_resamples, random_texts, save, unscored
 from scipy.optimize import minimize_scalar
 from scipy.special import softmax
 from scipy.stats import binomtest
@@ -21,7 +21,6 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
-import calibration_metrics
 import compare_base_vs_finetuned as compare
 import comparison_text
 import plotting
@@ -43,7 +42,7 @@ STEPS = (
     "together: fine-tuned raw - base raw",
 )
 HOSTILE = "m$\\frac{$ 100% \x1b[31mred\x1b]0;title\x07\r\nerror: forged"
-RESAMPLES, CHOOSE, RECIPES = calibration_metrics.resamples, calibration.choose, calibration.recipes
+CHOOSE, RECIPES = calibration.choose, calibration.recipes
 
 
 def rows_of(truth, scores, name="r", labels=LABELS, seed=0, **fields):
@@ -106,7 +105,7 @@ def small():
             calibration, "choose", lambda rows, groups, method, seeds: CHOOSE(rows, groups, method, seeds[:2])
         )
         patch.setattr(plotting, "DPI", 30)
-        patch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: RESAMPLES(groups, 40, seed))
+        few_resamples(patch, 40)
         yield
 
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from made_predictions import few_resamples
 
 import calibration
 import calibration_demo as demo
-import calibration_metrics
 import compare_base_vs_finetuned as compare
 import html_report
 
@@ -129,7 +129,7 @@ def nothing_guaranteed(tmp_path_factory):
 def comparison(tmp_path_factory):
     """The page on 400 rows by two models, the second of which has 19 of 20 right; cross-fitted."""
     folder, of_labels = tmp_path_factory.mktemp("comparison"), dict(zip(LABELS, LABELS[::-1], strict=True))
-    draw, recipes, resamples = np.random.default_rng(6), calibration.recipes, calibration_metrics.resamples
+    draw, recipes = np.random.default_rng(6), calibration.recipes
     save(folder / "base.jsonl", 400, 5)
     files = {"base": [json.loads(line) for line in (folder / "base.jsonl").read_text("utf-8").splitlines()]}
     files["fine-tuned"] = []
@@ -143,7 +143,7 @@ def comparison(tmp_path_factory):
     (folder / "<b>tuned.jsonl").write_text(tuned, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "recipes", lambda n, method="auto", n_labels=2: recipes(n, "platt", n_labels))
-        patch.setattr(calibration_metrics, "resamples", lambda groups, n=0, seed=0: resamples(groups, 40, seed))
+        few_resamples(patch, 40)
         found = compare.read_comparison([str(folder / "base.jsonl"), str(folder / "<b>tuned.jsonl")])
         html_report.write_page(
             folder / "comparison.html", compare.page_data(found, compare.comparison_report(found)), "comparison"
