@@ -199,8 +199,9 @@ class VennAbersCalibrator(BaseEstimator):
     """P = p1 / (1 - p0 + p1), p0 and p1 the isotonic fits that take the row as wrong and as right; p1 - p0 is doubt.
 
     Inductive Venn-Abers: Vovk, Petej and Fedorova, "Large-scale probabilistic predictors", NeurIPS 2015 (arXiv
-    1511.00213). By definition: two fits for every place among the known scores that is asked about. It is ours and not
-    the venn-abers library's, to which it is tested to be equal, because its parameters are arrays that JSON holds.
+    1511.00213). Two fits for every place among the known scores that is asked about, of which only the block around the
+    place is made: the blocks before and after it are found once. It is ours and not the venn-abers library's, to which
+    it is tested to be equal, because its parameters are arrays that JSON holds.
     """
 
     FITTED: ClassVar = {"scores_": Shares, "right_": NotNegatives, "count_": Numbers}
@@ -221,15 +222,52 @@ class VennAbersCalibrator(BaseEstimator):
         known = self.scores_[np.minimum(place, len(self.scores_) - 1)] == score
         asked, index = np.unique(2 * place + known, return_inverse=True)  # all between two known scores fare alike
         ends = np.empty((len(asked), 2))
-        for number, code in enumerate(asked):
-            at, is_known = divmod(int(code), 2)
-            right, count = self.right_, self.count_
-            if not is_known:
-                right, count = np.insert(right, at, 0.0), np.insert(count, at, 0.0)
-            here = np.arange(len(count)) == at
+        before, after = _last_blocks(self.right_, self.count_), _first_blocks(self.right_, self.count_)
+        for number, code in enumerate(asked.tolist()):
+            at, is_known = divmod(code, 2)
+            right, count = (self.right_[at], self.count_[at]) if is_known else (0.0, 0.0)
             for outcome in (0, 1):
-                ends[number, outcome] = _pool(right + outcome * here, count + here)[at]
+                ends[number, outcome] = _value_between(right + outcome, count + 1, before, after, at, at + is_known)
         return ends[index]
+
+
+def _last_blocks(right: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(right rows, rows, places) [n] of the last block of the isotonic fit to the places up to each one.
+
+    The block before it is the last one of the places that are left then: the fit to any beginning is a chain of these.
+    """
+    right, count, places = right.tolist(), count.tolist(), [1] * len(right)
+    for at in range(len(right)):
+        previous = at - 1
+        while previous >= 0 and right[previous] * count[at] >= right[at] * count[previous]:
+            right[at] += right[previous]
+            count[at] += count[previous]
+            places[at] += places[previous]
+            previous = at - places[at]
+    return np.array(right), np.array(count), np.array(places)
+
+
+def _first_blocks(right: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of the first block of the fit to the places from each one on."""
+    wrong, count, places = _last_blocks((count - right)[::-1], count[::-1])
+    return (count - wrong)[::-1], count[::-1], places[::-1]
+
+
+def _value_between(
+    right: float, count: float, before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...], first: int, last: int
+) -> float:
+    """The isotonic fit's value at a place with these rows, between the first places and those from `last` on."""
+    while True:
+        if first > 0 and before[0][first - 1] * count >= right * before[1][first - 1]:
+            right, count, places = (
+                total + part[first - 1] for total, part in zip((right, count, 0), before, strict=True)
+            )
+            first -= places
+        elif last < len(after[0]) and after[0][last] * count <= right * after[1][last]:
+            right, count, places = (total + part[last] for total, part in zip((right, count, 0), after, strict=True))
+            last += places
+        else:
+            return right / count
 
 
 def _scores(confidence: Sequence[float]) -> np.ndarray:
