@@ -18,7 +18,7 @@ SCRIPTS = {
     "dropout": ["mc_dropout_confidence.py", "--passes", "2", "--adapter", "ADAPTER"],
     "both": ["combined_confidence.py", "--samples", "4", "--max-tokens", "3"],
 }
-KILLS, INTERRUPTS = 20, 10
+KILLS, INTERRUPTS = 8, 4
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def finished_rows(folder):
 
 @pytest.mark.stops
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_twenty_kills_and_ten_interrupts_lose_no_finished_row(name, table, tiny_folder, adapter, tmp_path):
+def test_kills_and_interrupts_lose_no_finished_row(name, table, tiny_folder, adapter, tmp_path):
     script = [str(adapter) if part == "ADAPTER" else part for part in SCRIPTS[name]]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
