@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, Field, Strict
@@ -227,12 +227,20 @@ class VennAbersCalibrator(BaseEstimator):
             at, is_known = divmod(code, 2)
             right, count = (self.right_[at], self.count_[at]) if is_known else (0.0, 0.0)
             for outcome in (0, 1):
-                ends[number, outcome] = _value_between(right + outcome, count + 1, before, after, at, at + is_known)
+                ends[number, outcome] = _value_between(right + outcome, count + 1, before, after, at - 1, at + is_known)
         return ends[index]
 
 
-def _last_blocks(right: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(right rows, rows, places) [n] of the last block of the isotonic fit to the places up to each one.
+class Blocks(NamedTuple):
+    """Blocks of rows that an isotonic fit gives one value, one for each place [n]."""
+
+    right: np.ndarray
+    count: np.ndarray
+    places: np.ndarray
+
+
+def _last_blocks(right: np.ndarray, count: np.ndarray) -> Blocks:
+    """The last block of the isotonic fit to the places up to each one.
 
     The block before it is the last one of the places that are left then: the fit to any beginning is a chain of these.
     """
@@ -244,28 +252,26 @@ def _last_blocks(right: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.n
             count[at] += count[previous]
             places[at] += places[previous]
             previous = at - places[at]
-    return np.array(right), np.array(count), np.array(places)
+    return Blocks(np.array(right), np.array(count), np.array(places))
 
 
-def _first_blocks(right: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same of the first block of the fit to the places from each one on."""
+def _first_blocks(right: np.ndarray, count: np.ndarray) -> Blocks:
+    """The first block of the isotonic fit to the places from each one on: the same of wrong rows from the other end."""
     wrong, count, places = _last_blocks((count - right)[::-1], count[::-1])
-    return (count - wrong)[::-1], count[::-1], places[::-1]
+    return Blocks((count - wrong)[::-1], count[::-1], places[::-1])
 
 
-def _value_between(
-    right: float, count: float, before: tuple[np.ndarray, ...], after: tuple[np.ndarray, ...], first: int, last: int
-) -> float:
-    """The isotonic fit's value at a place with these rows, between the first places and those from `last` on."""
+def _value_between(right: float, count: float, before: Blocks, after: Blocks, last: int, first: int) -> float:
+    """The fit's value at a place with these rows, between the places up to `last` and those from `first` on."""
     while True:
-        if first > 0 and before[0][first - 1] * count >= right * before[1][first - 1]:
-            right, count, places = (
-                total + part[first - 1] for total, part in zip((right, count, 0), before, strict=True)
-            )
-            first -= places
-        elif last < len(after[0]) and after[0][last] * count <= right * after[1][last]:
-            right, count, places = (total + part[last] for total, part in zip((right, count, 0), after, strict=True))
-            last += places
+        if last >= 0 and before.right[last] * count >= right * before.count[last]:
+            right += before.right[last]
+            count += before.count[last]
+            last -= before.places[last]
+        elif first < len(after.right) and after.right[first] * count <= right * after.count[first]:
+            right += after.right[first]
+            count += after.count[first]
+            first += after.places[first]
         else:
             return right / count
 

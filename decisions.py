@@ -113,21 +113,23 @@ def floor(value: float, decimals: int = 4) -> str:
     return f"{math.floor(value * 10**decimals + 1e-9) / 10**decimals:.{decimals}f}"
 
 
-def rows_needed(target_accuracy: float, delta: float) -> int:
-    """The fewest accepted rows that prove the target without an error."""
+def rows_needed(target_accuracy: float, delta: float, errors: int = 0) -> int:
+    """The fewest accepted rows that prove the target with so many errors among them."""
     _check(target_accuracy, delta)
-    return int(_rows_needed(np.array([0.0]), target_accuracy, delta)[0])
+    if errors < 0 or errors != int(errors):
+        raise ValueError(f"the number of errors is {errors}; it must be a whole number, 0 or more")
+    return int(_rows_needed(np.array([0.0]), target_accuracy, delta, errors)[0])
 
 
-def _rows_needed(rates: np.ndarray, target: float, delta: float) -> np.ndarray:
-    """The fewest accepted rows that prove the target with that share of the rows wrong, [rates].
+def _rows_needed(rates: np.ndarray, target: float, delta: float, errors: int = 0) -> np.ndarray:
+    """The fewest accepted rows that prove the target with `errors` and that share of the rows wrong, [rates].
 
     ENDLESS where no number of rows does.
     """
     low, high = np.full(len(rates), 1), np.full(len(rates), ENDLESS)
     while (low < high).any():
         middle = (low + high) // 2
-        passes = guarantee_p_value(middle, np.ceil(rates * middle), target) <= delta
+        passes = guarantee_p_value(middle, errors + np.ceil(rates * middle), target) <= delta
         low, high = np.where(passes, low, middle + 1), np.where(passes, middle, high)
     return high
 
@@ -422,18 +424,20 @@ def check_cost_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--volume {args.volume}: at least one prediction a day")
 
 
-def cost_optimal_threshold(review_cost: float, error_cost: float) -> float:
-    """Automate from this calibrated confidence on: 1 - review / error, between 0 and 1.
+def cost_optimal_threshold(review_cost: float, error_cost: float, automation_cost: float = 0.0) -> float:
+    """Automate from this calibrated confidence on: 1 - (review - automation) / error, between 0 and 1.
 
     Chow, "On optimum recognition error and reject tradeoff", 1970. An error that costs no more than a review is never
     worth one: 0. It needs confidences that are true; on raw ones it loses money.
     """
-    _check_costs(review_cost, error_cost)
-    return float(np.clip(1 - review_cost / error_cost, 0, 1)) if error_cost else 0.0
+    _check_costs(review=review_cost, error=error_cost, automation=automation_cost)
+    if error_cost == 0:
+        return float(automation_cost > review_cost)
+    return float(np.clip(1 - (review_cost - automation_cost) / error_cost, 0, 1))
 
 
-def _check_costs(review: float, error: float) -> None:
-    for name, cost in (("review", review), ("error", error)):
+def _check_costs(**costs: float) -> None:
+    for name, cost in costs.items():
         if not (math.isfinite(cost) and cost >= 0):
             raise ValueError(f"the {name} cost is {cost:g}; it must be finite and 0 or more")
 
@@ -443,9 +447,17 @@ def costs(
 ) -> np.ndarray:
     """Mean cost of a row [thresholds]: a review below the threshold, the price of its errors at or above it."""
     confidence, correct = checked(confidence, correct)
-    _check_costs(review_cost, error_cost)
+    _check_costs(review=review_cost, error=error_cost)
     dollars = np.where(correct, 0.0, error_cost)
+    thresholds = _checked_thresholds(thresholds)
     return np.array([np.where(confidence >= threshold, dollars, review_cost).mean() for threshold in thresholds])
+
+
+def _checked_thresholds(thresholds: Sequence[float]) -> np.ndarray:
+    thresholds = np.asarray(thresholds, dtype=np.float64)
+    if np.isnan(thresholds).any():
+        raise ValueError("a threshold is NaN")
+    return thresholds
 
 
 def cost_band(
@@ -475,7 +487,7 @@ def automation(confidence: Sequence[float], correct: Sequence[bool], thresholds:
     """For each threshold the rows automated, how many of them are right, and the exact 95 % interval of that share."""
     confidence, correct = checked(confidence, correct)
     table = []
-    for threshold in np.asarray(thresholds, dtype=np.float64).tolist():
+    for threshold in _checked_thresholds(thresholds).tolist():
         taken = confidence >= threshold
         share = {"threshold": threshold, "automated": int(taken.sum()), "share": float(taken.mean())}
         table.append(share | _accuracy(correct[taken]))
@@ -487,6 +499,12 @@ def dollars_a_day(automated: float, accuracy: float | None, volume: int, review_
 
     `accuracy` is that of the automated rows, None where there are none.
     """
+    _check_costs(review=review_cost, error=error_cost)
+    for name, share in (("automated share", automated), ("accuracy", accuracy if automated else 1)):
+        if share is None or not 0 <= share <= 1:
+            raise ValueError(f"the {name} is {share}; it must be between 0 and 1")
+    if volume < 0:
+        raise ValueError(f"the volume is {volume} predictions a day; it must be 0 or more")
     reviews = (1 - automated) * volume * review_cost
     errors = automated * (1 - accuracy) * volume * error_cost if automated else 0.0
     return {"review_dollars": reviews, "error_dollars": errors, "dollars": reviews + errors}

@@ -83,10 +83,8 @@ def comparison_data(report: Mapping, models: Mapping[str, ComparedModel], by_lab
 
     `by_label` is how both fare on the rows of each true label, like the report's parts; the tables are as printed.
     """
-    money, prices = (
-        report["money"],
-        {name: report["settings"][name] for name in ("volume", "review_cost", "error_cost")},
-    )
+    money = report["money"]
+    prices = {name: report["settings"][name] for name in ("volume", "review_cost", "error_cost")}
     calibrated = {name: model.confidence["calibrated"] for name, model in models.items()}
     guaranteed = {}
     for name in models:

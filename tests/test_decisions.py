@@ -100,12 +100,12 @@ def test_the_guarantee_is_the_exact_binomial_tail_and_never_mapie_s_rounded_one(
         assert (case["mapie"] > 1.5 * case["exact"]) == (case["errors"] > 0)  # the documented difference
 
 
-def test_the_rows_needed_without_an_error_are_the_recorded_ones_at_every_target():
+def test_the_rows_needed_are_the_recorded_ones_at_every_target_and_error_count():
     for name, table in VECTORS["rows_needed_95pct"].items():
         if name != "what":
             target = float(name.removeprefix("accuracy>="))
-            n = rows_needed(target, 0.05)
-            assert n == table["0"] and tail(n, 0, target) <= 0.05 < tail(n - 1, 0, target)
+            assert {errors: rows_needed(target, 0.05, int(errors)) for errors in table} == table
+            assert all(tail(n, int(e), target) <= 0.05 < tail(n - 1, int(e), target) for e, n in table.items())
 
 
 # The search
@@ -120,6 +120,19 @@ def test_the_recorded_fixed_sequence_selections_are_reproduced(case):
     assert rows_needed(case["target"], 0.05) == case["n_min_zero_error"]
     _, n, errors, p, _ = map(np.array, zip(*table, strict=True))
     np.testing.assert_allclose(guarantee_p_value(n, errors, case["target"]), p, rtol=1e-7)
+
+
+def test_the_search_stops_at_the_first_failure_as_mapie_s_control_does():
+    proved = [p <= 0.05 for p in VECTORS["fwer"]["p_values"]]
+    cumulative = [0, 2, 5, 8, 12, 22, 22]  # errors in the first 50, 100, ... rows
+    assert [tail(50 * (i + 1), errors, 0.9) <= 0.05 for i, errors in enumerate(cumulative)] == proved
+    correct = np.ones(350, dtype=bool)
+    for block, errors in enumerate(np.diff([0, *cumulative])):
+        correct[50 * block : 50 * block + errors] = False
+    confidence = np.repeat([0.99, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7], 50)
+    last = VECTORS["fwer"]["ref"]["mapie.control_fwer(fixed_sequence)"][-1]
+    chosen = choose_threshold(confidence, correct, 0.9, start="strictest")
+    assert (chosen.value, chosen.accepted, chosen.naive_value) == (confidence[50 * last], 50 * (last + 1), 0.7)
 
 
 @given(
@@ -289,25 +302,57 @@ def overconfident(rng, n):
     return 1 - 2 * (1 - s) ** 2, rng.random(n) < 0.55 + 0.86 * (s - 0.5)
 
 
+def overconfident_tied(rng, n):
+    confidence, correct = overconfident(rng, n)
+    return np.floor(confidence * 50) / 50, correct  # rounded down: rows at or above k/50 stay the same rows
+
+
 def overconfident_accuracy(threshold):
     """Of the rows at or above it: 0.55 + 0.43 s, where s is shown as the threshold."""
     return 0.55 + 0.43 * (1 - math.sqrt((1 - threshold) / 2))
 
 
-def broken():
-    """In how many of 300 repeats the threshold and the empirical one have a true accuracy below 90 %."""
+def flat(accuracy):
+    return lambda rng, n: (rng.random(n), rng.random(n) < accuracy)
+
+
+def broken(rule, world, true_accuracy, repeats=300, n=500):
+    """In how many repeats each of the rule's thresholds has a true accuracy below 90 %."""
     rng = np.random.default_rng(7)
-    chosen = [choose_threshold(*overconfident(rng, 500), 0.9, 0.05) for _ in range(300)]
-    of_both = [each.value for each in chosen], [each.naive_value for each in chosen]
-    return [sum(v is not None and overconfident_accuracy(v) < 0.9 for v in values) for values in of_both]
+    values = [rule(*world(rng, n)) for _ in range(repeats)]
+    return [sum(v is not None and true_accuracy(v) < 0.9 for v in of_one) for of_one in zip(*values, strict=True)]
 
 
-def test_a_guarantee_holds_where_the_empirical_threshold_misses_the_target_half_the_time():
-    confidence, correct = overconfident(np.random.default_rng(1), 400_000)
+def ours(confidence, correct):
+    chosen = choose_threshold(confidence, correct, 0.9, 0.05)
+    return chosen.value, chosen.naive_value
+
+
+def pointwise(confidence, correct):
+    """Wrong on purpose: the lowest threshold that passes its own test, however many fail before it."""
+    order = np.argsort(-confidence)
+    n, errors = np.arange(1, len(order) + 1), np.cumsum(~correct[order])
+    passed = np.flatnonzero((binom.cdf(errors, n, 0.1) <= 0.05) & (10 * n >= len(n)))
+    return (confidence[order][passed[-1]] if len(passed) else None,)
+
+
+LIMIT = binom.ppf(0.999, 300, 0.05)  # a rule that breaks 5 % breaks more of 300 once in 1,000 times
+
+
+@pytest.mark.parametrize("world", [overconfident, overconfident_tied])
+def test_a_guarantee_holds_where_the_empirical_threshold_misses_the_target_half_the_time(world):
+    confidence, correct = world(np.random.default_rng(1), 400_000)
     assert correct[confidence >= 0.8].mean() == pytest.approx(overconfident_accuracy(0.8), abs=0.005)
-    guaranteed, empirical = broken()
-    assert guaranteed <= binom.ppf(0.999, 300, 0.05)  # a rule that breaks 5 % breaks more once in 1,000 times
+    guaranteed, empirical = broken(ours, world, overconfident_accuracy)
+    assert guaranteed <= min(0.06 * 300, LIMIT)
     assert 0.35 * 300 <= empirical <= 0.65 * 300
+
+
+def test_guarantees_hold_where_no_threshold_reaches_the_target_and_a_wrong_rule_would_be_caught():
+    guaranteed, empirical = broken(ours, flat(0.895), lambda _: 0.895)
+    assert guaranteed <= min(0.06 * 300, LIMIT)
+    assert empirical > 0.9 * 300
+    assert broken(pointwise, flat(0.895), lambda _: 0.895)[0] > LIMIT
 
 
 def calibrated(rng, n):
@@ -330,6 +375,18 @@ def test_about_as_many_more_labels_as_it_says_do_and_a_tenth_of_them_do_not(worl
                 results.append(choose_threshold(*both, 0.9, start=start).value is not None)
     assert len(proved[1]) > 40 and 0.5 <= np.mean(proved[1]) <= 0.9
     assert np.mean(proved[10]) < 0.6 * np.mean(proved[1])
+
+
+@pytest.mark.parametrize("top, rest", [([1] * 60, [0, 1] * 470), ([1, 1, 1, 1, 0] * 20, [1] * 900)])
+def test_more_labels_like_these_guarantee_something_when_it_says_so(top, rest):
+    confidence, correct = np.linspace(1, 0.5, 1000), np.array(top + rest)
+    chosen = choose_threshold(confidence, correct, 0.9, start="strictest")
+    assert chosen.value is None
+    times = -(-(1000 + (chosen.more_labels or 0)) // 1000)
+    again = choose_threshold(np.tile(confidence, times), np.tile(correct, times), 0.9, start="strictest")
+    assert (again.value is not None) == (chosen.more_labels is not None)
+    # 59 right rows would do; with the one error more that is counted, no number of rows would.
+    assert (choose_threshold([0.9] * 19, [1] * 19, 0.95).more_labels or 0) < 10**6
 
 
 # The record and its sentence
@@ -359,6 +416,19 @@ def test_the_sentence_does_not_round_up_to_a_certainty(low, delta, wrong):
 
 
 # Confidence bands and shares
+
+
+def test_every_recorded_interval_is_the_one_shown_for_a_share_and_bounds_a_threshold():
+    for case in VECTORS["intervals"]:
+        k, n = case["k"], case["n"]
+        rows = [0.95] * n, [1] * k + [0] * (n - k)
+        for shown in (automation(*rows, [0.95])[0], buckets(*rows)[0]):
+            assert (shown["right"], shown["accuracy"]) == (k, k / n)
+            assert [shown["accuracy_low"], shown["accuracy_high"]] == pytest.approx(case["clopper_pearson_95"], 1e-9)
+        for delta, name in ((0.05, "one_sided_lower_95"), (0.1, "one_sided_lower_90")):
+            if case[name] > 0.01:
+                assert choose_threshold(*rows, case[name] - 0.0001, delta).value == 0.95
+                assert choose_threshold(*rows, case[name] + 0.0001, delta).value is None
 
 
 def test_the_confidence_bands_begin_exactly_at_90_70_and_50_percent():
@@ -393,23 +463,27 @@ def test_bands_and_shares_count_the_rows_and_an_empty_one_has_no_accuracy(rows):
 
 def test_the_cost_threshold_is_the_recorded_one_clipped_to_0_and_1():
     for case in VECTORS["chow"]:
-        if not case["cost_auto"]:
-            ours = cost_optimal_threshold(case["cost_review"], case["cost_error"])
-            assert ours == pytest.approx(min(max(case["threshold"], 0), 1), abs=1e-12)
-    assert [cost_optimal_threshold(*c) for c in ((5, 50), (5, 0), (0, 50), (9, 5))] == [0.9, 0, 1, 0]
+        ours = cost_optimal_threshold(case["cost_review"], case["cost_error"], case["cost_auto"])
+        assert ours == pytest.approx(min(max(case["threshold"], 0), 1), abs=1e-12)
+    assert min(case["threshold"] for case in VECTORS["chow"]) == -0.25  # ours is 0 there: the one difference
+    assert [cost_optimal_threshold(*c) for c in ((5, 50), (5, 0), (0, 50), (9, 5), (5, 50, 9), (5, 0, 10))] == [
+        *(0.9, 0, 1, 0, 1, 1)
+    ]
 
 
-@given(st.integers(0, 40), st.integers(1, 100), st.integers(1, 99))
-def test_a_row_is_automated_exactly_where_its_expected_cost_is_no_more_than_a_review(review, error, percent):
-    worth = (100 - percent) * error <= 100 * review
-    threshold = cost_optimal_threshold(review, error)
+@given(st.integers(0, 40), st.integers(1, 100), st.integers(0, 40), st.integers(1, 99))
+def test_a_row_is_automated_exactly_where_its_expected_cost_is_no_more_than_a_review(review, error, automatic, percent):
+    worth = (100 - percent) * error + 100 * automatic <= 100 * review
+    threshold = cost_optimal_threshold(review, error, automatic)
     near = abs(percent / 100 - threshold) < 1e-9  # equal but for a rounding: either is as good
     assert near or (percent / 100 >= threshold) == worth
 
 
 @pytest.mark.parametrize("bad", [-1, NAN, math.inf])
 def test_a_cost_that_is_negative_or_not_finite_is_a_value_error_that_names_it(bad):
-    for name, arguments in (("review", (bad, 50)), ("error", (5, bad))):
+    for place, name in enumerate(("review", "error", "automation")):
+        arguments = [5, 50, 1]
+        arguments[place] = bad
         with pytest.raises(ValueError, match=rf"^the {name} cost is [^\n]+finite[^\n]+$"):
             cost_optimal_threshold(*arguments)
 
@@ -457,9 +531,20 @@ def test_dollars_a_day_are_the_article_s_and_what_it_leaves_out():
 
 
 IMPOSSIBLE = [
+    (dollars_a_day, 1.5, 0.9, 1000, 5, 50),
+    (dollars_a_day, NAN, 0.9, 1000, 5, 50),
+    (dollars_a_day, 0.5, 1.5, 1000, 5, 50),
+    (dollars_a_day, 0.5, None, 1000, 5, 50),  # fine only where nothing is automated
+    (dollars_a_day, 0.5, 0.9, -1, 5, 50),
+    (dollars_a_day, 0.5, 0.9, 1000, 5, NAN),
     (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], 5, 50, [1, 2]),
     (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [0.75], NAN, 50),
+    (cost_band, [0.9, 0.8, 0.7], [1, 0, 1], [NAN], 5, 50),
+    (automation, [0.9], [1], [NAN]),
     (bucket_of, NAN),
+    (bucket_of, 1.2),
+    (rows_needed, 0.9, 0.05, -1),
+    (rows_needed, 0.9, 0.05, 1.5),
 ]
 
 
