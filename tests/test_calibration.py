@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
+from scipy.stats import binom
 from test_calibrators import Share, drawn
 
 import calibration
@@ -21,6 +23,7 @@ import predictions
 from calibration import (
     LABEL_METHODS,
     METHODS,
+    ClasswiseCalibrator,
     FittedCalibrator,
     Recipe,
     Scores,
@@ -479,3 +482,27 @@ def test_a_fuzzed_file_is_refused_or_still_gives_probabilities(recipe, value, da
     values = loaded.calibrate(rows)
     assert np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1
     assert {row.extras["decision"] for row in loaded.apply(rows)} <= {"automate", "review"}
+
+
+def test_a_guarantee_from_cross_fitted_scores_holds_for_the_calibrator_fitted_on_all_rows():
+    """The threshold is chosen on scores of other calibrators than the one it is used with: does it still hold?"""
+    from decisions import choose_threshold
+
+    def world(draw, n):
+        z = draw.normal(0, 1.6, n)  # the model's logit of label 1: too far out, with a bias to label 1
+        true = expit(0.5 * z - 0.45)
+        return np.column_stack([expit(-z), expit(z)]), true, (draw.random(n) < true).astype(int)
+
+    draw = np.random.default_rng(0)
+    everywhere, true, _ = world(draw, 5000)
+    right = np.where(everywhere.argmax(axis=1) == 1, true, 1 - true)
+    broken, made = 0, 0
+    for repeat in range(40):
+        probabilities, _, truth = world(draw, 500)
+        scores = cross_fit(ClasswiseCalibrator(Platt()), probabilities, truth, seed=repeat)
+        threshold = choose_threshold(scores, probabilities.argmax(axis=1) == truth, 0.8).value
+        if threshold is not None:
+            taken = ClasswiseCalibrator(Platt()).fit(probabilities, truth).predict(everywhere) >= threshold
+            made += 1
+            broken += right[taken].mean() < 0.8
+    assert made > 5 and broken <= binom.ppf(0.999, 40, 0.05)

@@ -569,3 +569,12 @@ def test_a_hostile_label_does_not_reach_the_terminal(capsys, tmp_path):
     cm.main([str(changed(tmp_path / "a.jsonl", 2, prediction=hostile, label=hostile, **sure)), "--verbose"])
     out = capsys.readouterr().out
     assert "\x1b" not in out and r"predicted \x1b[31mred\n: 1 rows" in out
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(1, 1, 2000), (0.5, 0.5, 4000)])
+def test_the_expected_ece_is_that_of_calibrated_models(a, b, n):
+    confidence = np.random.default_rng(5).beta(a, b, n)
+    truth = own_null(confidence, 500, seed=6)
+    ours = cm.consistency_resampling(confidence, n_draws=500, seed=7)
+    assert ours.mean() == pytest.approx(truth.mean(), rel=0.03)
+    assert np.quantile(ours, 0.95) == pytest.approx(np.quantile(truth, 0.95), rel=0.06)

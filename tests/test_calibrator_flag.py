@@ -402,3 +402,18 @@ def test_the_calibrator_is_not_taken_for_an_output(call, prints):
     before = Path(save("k.json", prints[0])).read_bytes()
     code, _, err = call("--input t.jsonl --output k.json --calibrator k.json --overwrite")
     assert code == 2 and err.count("\n") == 1 and Path("k.json").read_bytes() == before
+
+
+def test_a_threshold_of_ours_goes_before_that_of_the_file_and_without_any_nothing_is_automated(call, prints):
+    save("k.json", prints[0], threshold=0.99), save("none.json", prints[0], threshold=None)
+    assert call(RUN, "--calibrator", "k.json")[0] == 0
+    values = [row["calibrated_confidence"] for row in records("p.jsonl") if "error" not in row]
+    middle = sorted(values)[5]
+    for name, threshold, limit in (("k.json", 0, 0), ("k.json", middle, middle), ("none.json", None, 2)):
+        flags = [] if threshold is None else ["--threshold", str(threshold)]
+        code, out, err = call(RUN, "--calibrator", name, *flags)
+        rows = [row for row in records("p.jsonl") if "error" not in row]
+        assert (code, err) == (0, "") and [row["calibrated_confidence"] for row in rows] == values
+        assert [row["decision"] for row in rows] == ["automate" if c >= limit else "review" for c in values]
+        said = "the calibrator guarantees nothing" if limit == 2 else f"automated from {limit:.4f} on"
+        assert said in out

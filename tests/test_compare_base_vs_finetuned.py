@@ -595,3 +595,39 @@ def test_how_the_prompt_was_checked_is_said(tmp_path):
     assert "by task name and method only; --adapter FOLDER" in compare.check_prompt("none", paths, asked)
     with pytest.raises(ValueError, match="knows the prompt of Method 1"):
         compare.check_prompt(str(tmp_path), paths, voted)
+
+
+@pytest.mark.parametrize(("only_base", "only_tuned", "p"), [(0, 0, 1), (1, 0, 1), (0, 5, 2 / 32), (3, 12, 576 / 16384)])
+def test_mcnemar_on_numbers_done_by_hand(only_base, only_tuned, p):
+    both = [(True, True)] * 4 + [(True, False)] * only_base + [(False, True)] * only_tuned + [(False, False)] * 2
+    base, tuned = np.array(both).T
+    assert compare.mcnemar(base, tuned)["p"] == pytest.approx(p)
+    assert compare.mcnemar(tuned, base)["p"] == pytest.approx(p)
+
+
+def test_intervals_of_the_log_loss_difference_cover_the_truth(monkeypatch):
+    # Two views of known quality; the truth is the mean over 200,000 rows, the interval must hold it 19 times in 20.
+    few_resamples(monkeypatch, 200)
+
+    def losses(n, seed):
+        truth, scores = views(n, seed)
+        return dict(zip(compare.NAMES, (-np.log(softmax(s, axis=1))[range(n), truth] for s in scores), strict=True))
+
+    many, held = losses(200_000, 6), 0
+    for repeat in range(100):
+        drawn, few = SimpleNamespace(groups=np.arange(150), seed=repeat), losses(150, 1000 + repeat)
+        found = compare.paired(drawn, lambda name, rows, few=few: {"loss": few[name][rows].mean()})
+        _, low, high = found["loss"]["difference"]
+        held += low <= (many["fine-tuned"] - many["base"]).mean() <= high
+    assert held >= 88
+
+
+def test_one_file_alone_or_calibration_rows_alone_are_refused(tmp_path):
+    path = save(tmp_path / "base.jsonl", SHORT[0])
+    for argv, message in (
+        ([path], "two predictions files are compared: BASE and FINE_TUNED"),
+        (["--calibrate-on", path, path], "--calibrate-on goes with BASE and FINE_TUNED"),
+        ([path, tmp_path], f"{tmp_path}: Is a directory"),
+    ):
+        done = command(*argv, "--output-dir", tmp_path / "out")
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1 and not (tmp_path / "out").exists()

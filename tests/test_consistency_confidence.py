@@ -513,3 +513,10 @@ def test_the_real_model_s_votes_are_draws_from_its_own_probability(embedded):
     for sampled_row, row in zip((ambiguous, clear), scored, strict=True):
         votes = sampled_row.extras["votes"][row.prediction]
         assert binomtest(votes, 20, row.confidence * row.label_mass).pvalue > 1e-3
+
+
+def test_neither_a_text_nor_an_answer_can_command_the_terminal(call, talker, monkeypatch):
+    says(monkeypatch, talker, ["\x1b[2J positive", "positive\x07 and positive\u202e"])
+    code, out, _ = call("--samples 2", "\x1b[2J red \x07")
+    assert code == 0 and "Text: \\x1b[2J red \\x07" in out and '"\\x1b[2J positive"' in out
+    assert "\x1b" not in out and "\x07" not in out and "\u202e" not in out

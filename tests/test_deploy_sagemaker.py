@@ -312,3 +312,10 @@ def test_an_endpoint_is_asked_and_compared_with_what_was_recorded(
     assert "there is no component demo-adapter-nobody" in ask("--adapter", "nobody").err
     assert "was made with task 'sentiment'" in ask("--recorded", file, "--task", "sentiment-yes-no").err
     assert "give one of them" in ask("--recorded", "x", "--text", "y").err
+
+
+def test_an_endpoint_with_a_longer_name_is_not_touched(fake, deploy, delete, command, model):
+    assert deploy("--model", model, "--yes").code == 0
+    assert command(deploying, "demo-2", "--model", model, "--yes", *FAST).code == 0
+    assert delete().code == 0
+    assert all(name.startswith("demo-2") for name in fake.left_behind()) and len(fake.left_behind()) == 4

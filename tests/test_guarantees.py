@@ -223,3 +223,13 @@ def test_guarantees_of_the_whole_pipeline_are_broken_in_at_most_5_of_100_labelle
     print(f"n = {n}, likeness {likeness}: {broken} of {made} guarantees broken in {repeats} sets", np.mean(coverage))
     assert broken <= binom.ppf(0.999, repeats, 0.05)
     assert np.mean(coverage) > {200: 0.05, 1000: 0.25}[n]  # an oracle that knows P(label) automates 0.54
+
+
+def test_one_row_of_each_group_tests_another_accuracy_than_that_of_the_rows():
+    def first_rows(confidence, correct, groups, target):
+        alone = np.unique(groups, return_index=True)[1]
+        return choose_threshold(confidence[alone], correct[alone], target).value
+
+    world = World((1,) * 9 + (30,), 0.2, shift=0.12)  # few groups, but most of the rows
+    assert broken_and_coverage(world, first_rows, 0.75)[0] > LIMIT
+    assert broken_and_coverage(world, ours, 0.75)[0] <= LIMIT

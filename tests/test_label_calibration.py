@@ -141,3 +141,18 @@ def test_a_calibrator_of_two_labels_refuses_more():
         calibrator.fit(*world(6, 3, 60))
     with pytest.raises(ValueError, match=r"^3 labels"):
         calibrator.fit(*world(6, 2, 60)).predict(world(6, 3, 60)[0])
+
+
+def test_a_ridge_of_one_is_near_the_best():
+    fit, (asked, truth) = halves(0, 20, 500)
+    correct = asked.argmax(axis=1) == truth
+    for kind in KINDS:
+        by_ridge = {ridge: log_loss(kind(ridge).fit(*fit).predict(asked), correct) for ridge in (0.1, 0.3, 1, 3, 10)}
+        assert by_ridge[1] < min(by_ridge.values()) + 0.005
+
+
+def test_changed_predictions_are_right_more_often_where_a_bias_was_and_no_less_where_none_was():
+    for bias, least_gain in ((1.5, 0.05), (0.0, -0.02)):
+        fit, (asked, truth) = halves(1, 20, 500, bias=bias)
+        now = VectorScalingCalibrator().fit(*fit).predict_labels(asked).argmax(axis=1)
+        assert (now == truth).mean() - (asked.argmax(axis=1) == truth).mean() > least_gain

@@ -598,3 +598,14 @@ def test_the_identity_tells_precisions_apart(tiny_folder):
     loaded = load_llama(str(tiny_folder), device="cpu", dtype="bfloat16")
     assert loaded.identity["precision"] == "bfloat16"
     assert loaded.model.dtype == torch.bfloat16
+
+
+def test_a_prompt_that_writes_its_own_bos_gets_no_second_one(readers):
+    llama = readers["bos"]
+    assert llama.encode(llama.rendered_prompt(f"<|endoftext|>Text: {SLOT}\nSentiment:"), "fine").count(0) == 1
+
+
+def test_the_identity_is_of_the_contents_and_not_of_the_place(tiny_folder, copied, tmp_path):
+    identity = weights_of(tiny_folder)
+    assert weights_of(copied) == identity
+    assert weights_of(copied.rename(tmp_path / "renamed")) == identity

@@ -9,6 +9,10 @@ import json
 import random
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_letters
@@ -20,6 +24,7 @@ from scipy.stats import binomtest
 
 import llama
 import logprobs_confidence
+import predictions
 from llama import AnsweredBatch
 from logprobs_confidence import Classifier, get_confidence, label_scorer, main
 from prompts import SLOT
@@ -526,3 +531,70 @@ def test_the_fingerprint_follows_weights_task_and_settings(tiny_llama, monkeypat
         label_scorer(tiny_llama, SENTIMENT).debiased_fingerprint,
     ]
     assert len({plain, *others}) == 6 and label_scorer(tiny_llama, SENTIMENT).fingerprint == plain
+
+
+def test_a_larger_limit_continues_the_run_and_a_smaller_one_is_another_input(call, tmp_path):
+    table, output = write_csv(tmp_path / "t.csv", texts(12)), tmp_path / "p.jsonl"
+    old = b""
+    for limit in (3, 5, 12):
+        code, out, err = call("--input", table, "--output", output, "--limit", limit)
+        assert code == 0 and f"{limit} of {limit} rows" in out and "scored" in err
+        assert [row["id"] for row in records(output)] == [f"r{i}" for i in range(limit)]
+        assert output.read_bytes().startswith(old)
+        old = output.read_bytes()
+    code, _, err = call("--input", table, "--output", output, "--limit", 5)
+    assert code == 2 and err.startswith("error: ") and "another input" in err and len(records(output)) == 12
+
+
+def test_a_file_that_is_not_ours_is_never_written_to(call, tmp_path):
+    table = write_csv(tmp_path / "t.csv", texts(2))
+    for content in (b"id,text\n1,mine\n", b"one line and no end", b'{"id": 1, "mine": true}'):
+        (tmp_path / "mine.jsonl").write_bytes(content)
+        code, _, err = call("--input", table, "--output", tmp_path / "mine.jsonl")
+        assert code == 2 and err.count("\n") == 1 and "not a prediction" in err
+        assert (tmp_path / "mine.jsonl").read_bytes() == content
+
+
+def test_a_second_run_on_the_same_output_is_refused(call, tmp_path):
+    table, output = write_csv(tmp_path / "t.csv", texts(2)), tmp_path / "p.jsonl"
+    with predictions.open_output(output):
+        code, _, err = call("--input", table, "--output", output)
+        assert code == 2 and err.startswith("error: another run is writing")
+    assert call("--input", table, "--output", output)[0] == 0
+
+
+@pytest.mark.study
+def test_a_killed_and_an_interrupted_run_are_continued_by_the_same_command(unbroken, tmp_path):
+    arguments, whole = unbroken
+    output = tmp_path / "p.jsonl"
+    code, _ = stop_after_growth(arguments, output, signal.SIGKILL, 0)
+    assert code == -signal.SIGKILL and whole.startswith(output.read_bytes()) and output.stat().st_size < len(whole)
+    killed = output.stat().st_size
+    code, err = stop_after_growth(arguments, output, signal.SIGINT, 1)
+    assert code == 130 and err.splitlines()[-1] == "stopped; repeat the same command to continue where it was"
+    assert "Traceback" not in err and killed < output.stat().st_size and whole.startswith(output.read_bytes())
+    with start(arguments, output) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and output.read_bytes() == whole and "900 of 900 rows scored" in out
+
+
+def start(arguments, output, **options):
+    """Start the script as a process of its own."""
+    command = [sys.executable, "logprobs_confidence.py", *arguments, "--output", str(output)]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
+
+
+def stop_after_growth(arguments, output, how, seed):
+    """Send a signal at some moment after the file has grown; -> exit code and stderr."""
+    before = output.stat().st_size if output.exists() else 0
+    with start(arguments, output) as process:
+        try:
+            while process.poll() is None and (output.stat().st_size if output.exists() else 0) <= before:
+                time.sleep(0.01)
+            time.sleep(random.Random(seed).uniform(0, 0.1))
+            process.send_signal(how)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return process.returncode, err

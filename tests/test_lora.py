@@ -428,3 +428,23 @@ def test_saved_weights_come_back(tmp_path):
     np.testing.assert_array_equal(other.next_token_log_probs(IDS), llama.next_token_log_probs(IDS))
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS}
     assert (tmp_path / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+def test_every_row_is_given_to_the_loss_once_with_its_log_probabilities(trainable):
+    llama, seen = trainable("llama"), {}
+
+    def loss(log_probs, batch):
+        assert log_probs.shape == (len(batch), 3) and str(log_probs.dtype) == "torch.float32"
+        assert not seen.keys() & set(batch)
+        seen.update(zip(batch, log_probs.tolist(), strict=True))
+        return log_probs.sum()
+
+    add_gradients(llama, SHARED, ANSWERS, loss, 2)
+    with llama.evaluating():
+        assert_same(np.array([seen[i] for i in range(len(SHARED))]), llama.answer_log_probs(SHARED, ANSWERS))
+
+
+def test_batches_change_no_result_with_an_adapter(tiny_llama, tiny_folder, tmp_path):
+    loaded = load_llama(str(tiny_folder), str(saved(tiny_llama, tmp_path / "adapter")), device="cpu")
+    assert_same(loaded.answer_log_probs(SHARED[:3], ANSWERS[:2]), one_by_one(loaded.model, SHARED[:3], ANSWERS[:2]))
+    assert loaded.shares_prefix

@@ -465,3 +465,14 @@ def test_bad_input_is_one_line_and_exit_code_2(command, named, call, tmp_path, m
     Path("nothing.json").write_text("{}")
     calibrator(Path("k.json"))
     assert_one_error(call(*command.split()), named)
+
+
+@pytest.mark.parametrize(("m", "point"), [(200, 0.102), (1000, 0.034)])
+def test_for_independent_rows_the_5_percent_points_are_the_published_ones(m, point):
+    # Of 1,000 reference rows and m others, the deciles' PSI that one shuffle in twenty exceeds.
+    draw = np.random.default_rng(m)
+    values, mask, found = draw.random(1000 + m), np.arange(1000 + m) < 1000, []
+    for _ in range(600):
+        shuffled = draw.permutation(mask)
+        found.append(population_stability_index(*decile_counts(values[shuffled], values[~shuffled])))
+    assert np.quantile(found, 0.95) == pytest.approx(point, rel=0.15)

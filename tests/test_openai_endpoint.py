@@ -1035,3 +1035,18 @@ def test_what_a_run_took_is_summed_at_its_end(call, fake, tmp_path, script):
     assert f"  {requests} requests, {10 * requests} tokens in, {2 * requests} out, ${requests:.2f}\n" in done.out
     done = consistency(call, *flags[:2], "--output", tmp_path / "claude.jsonl", *CLAUDE, "--samples", 2)
     assert "  5 requests, 55 tokens in, 15 out\n" in done.out
+
+
+def test_a_slow_server_is_asked_again_and_then_an_error_of_the_row(call, fake, tmp_path):
+    fake.hold = {"FAKE-SLOW": threading.Event()}
+    flags, output = table(tmp_path, ["FAKE-SLOW", "Not bad"], "--timeout", 0.5)
+    assert logprobs(call, *flags).code == 0
+    slow, good = records(output)
+    assert (slow["error"], slow["retry"], slow["confidence"]) == ("no answer within 0.5 s, 2 times", True, None)
+    assert good["confidence"] == pytest.approx(SURE)
+
+
+def test_localhost_and_127_0_0_1_are_one_address(call, fake):
+    there = fake.url.replace("127.0.0.1", "localhost")
+    first, second = (row_of(logprobs(call, "x", "--json", "--endpoint", url)) for url in (fake.url, there))
+    assert first["fingerprint"] == second["fingerprint"]

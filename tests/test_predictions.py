@@ -359,3 +359,10 @@ def test_replacing_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
     assert predictions.read(path) == [record(0)] and list(tmp_path.iterdir()) == [path]
     predictions.replace(path, [record(1)])
     assert predictions.read(path) == [record(1)] and list(tmp_path.iterdir()) == [path]
+
+
+def test_reading_takes_one_line_at_a_time(tmp_path):
+    iterator = predictions.iterate(write(tmp_path / "p.jsonl", [record(0), record(1)], b"not a record\n"))
+    assert [next(iterator).id, next(iterator).id] == ["r0", "r1"]
+    with pytest.raises(ValueError, match="line 3"):
+        next(iterator)

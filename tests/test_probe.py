@@ -3,6 +3,8 @@
 A leak between folds shows itself where labels are drawn at random: then nothing can do better than their frequencies.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -23,6 +25,7 @@ from probe import (
     fit_member,
     fit_probe,
     pool_weights,
+    softmax_regression,
     weighted_counts,
     word_counts,
     word_weights,
@@ -295,3 +298,23 @@ def test_a_fitted_probe_is_the_same_every_time():
     one, two = fit_probe(features, targets), fit_probe(features, targets)
     np.testing.assert_array_equal(one.out_of_fold, two.out_of_fold)
     assert not np.array_equal(one.out_of_fold, fit_probe(features, targets, seed=1).out_of_fold)
+
+
+def test_solving_for_rows_is_solving_for_features():
+    features, targets, _ = world(60, 3, 90)
+    inputs = (features - features.mean(axis=0)) / features.std(axis=0) / np.sqrt(90)
+    wide, intercepts = softmax_regression(inputs, targets, 10.0)
+    plain = LogisticRegression(C=10.0, tol=1e-8, max_iter=10_000).fit(inputs, targets)
+    np.testing.assert_allclose(inputs @ wide.T + intercepts, plain.decision_function(inputs), atol=0.01)
+
+
+def test_a_nested_member_has_seen_neither_of_the_two_folds():
+    states, targets, _, _ = sources(60)
+    folds = grouped_folds(targets, targets)
+    fitting = Fitting(targets, 3, folds)
+    nested = fitting.nested(Source("states", states, 10.0))
+    for unseen, scored in itertools.permutations(range(5), 2):
+        train = np.setdiff1d(np.arange(60), np.concatenate([folds[unseen][1], folds[scored][1]]))
+        member = fit_member("states", states[train], targets[train], 3, 10.0)
+        rows = folds[scored][1]
+        np.testing.assert_allclose(nested[unseen, rows], member.log_probabilities(states[rows]), atol=1e-9)

@@ -78,3 +78,8 @@ def test_guarantees_about_new_predictions_are_broken_in_one_set_of_twenty_at_mos
     for rows, target in ((200, 0.9), (1000, 0.9), (300, 0.8)):
         made, broken = broken_guarantees(150, rows, target)
         assert made >= 15 and broken <= binom.ppf(0.99, 150, 0.05), (rows, target, made, broken)
+
+
+def test_a_guarantee_about_new_predictions_is_kept():
+    made, broken = broken_guarantees(20, 300, 0.85)
+    assert made >= 10 and broken <= binom.ppf(0.999, 20, 0.05)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2_contingency, chisquare
 from small_models import BEGINNING, KINDS, LONG_ROTARY, SIZES, TABLES, VOCABULARY, numbers, random_model
 
 import sampling
@@ -213,3 +213,34 @@ def test_a_point_of_the_cdf_names_the_token_it_falls_on_and_never_one_without_pr
     points = torch.cat([torch.zeros(1), cumulative[:-1:500] / cumulative[-1]]).double()
     found = inverse_cdf(many[None], 1.0, [0] * len(points), (points + 1e-12).tolist())
     assert found == [0, *range(1, 49152, 500)]
+
+
+@pytest.mark.parametrize("name", ["llama", "absolute positions", "state space"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_tokens_are_as_frequent_as_the_softmax_says(name, temperature):
+    import torch
+
+    llama, n = letters_of(name), 8000
+    logits = llama.model(input_ids=torch.tensor([BEGINNING])).logits[0, -1].double()
+    p = (logits / temperature).softmax(-1).numpy()
+    # A model that cannot share runs a row as often as it has answers, so these come in several rows.
+    rows, seeds = [BEGINNING] * 8, np.arange(n).reshape(8, -1).tolist()
+    answers = [answer for of_row in llama.sample(rows, seeds, temperature, 1, "") for answer in of_row]
+    counts = Counter(answers)
+    letters = np.array([counts[Letters().decode([i])] for i in range(VOCABULARY)])
+    assert letters.sum() + counts[""] == n and not letters[[0, 1, 2]].any()
+    found = np.append(letters[3:], counts[""])  # an end of the answer is no letter
+    truth, other = (np.append(q[3:], q[:3].sum()) for q in (p, logits.softmax(-1).numpy() ** 2))
+    assert agreement_with(truth, found) > 1e-3  # fixed seeds: this either holds or it does not
+    assert agreement_with(other, found) < 1e-6  # it would notice a temperature of a half
+
+
+def agreement_with(p: np.ndarray, counts: np.ndarray) -> float:
+    """The p-value of Pearson's chi-square test that the counts are of draws from p; rare cells go together."""
+    expected = p / p.sum() * counts.sum()
+    rare = expected < 5
+    cells = [np.append(x[~rare], x[rare].sum()) for x in (counts, expected)]
+    if cells[1][-1] < 5:  # too few even together: they join the smallest of the others
+        smallest = cells[1][:-1].argmin()
+        cells = [np.append(np.delete(x[:-1], smallest), x[smallest] + x[-1]) for x in cells]
+    return chisquare(*cells).pvalue

@@ -11,6 +11,7 @@ import shortlists
 from calibration import VectorScalingCalibrator, cross_fit_labels, grouped_folds
 from shortlists import (
     Shortlist,
+    coverage_report,
     cross_fitted_lists,
     fit_shortlist,
     least_probabilities,
@@ -93,3 +94,19 @@ def test_two_labels_or_few_rows_have_no_shortlist_and_one_for_other_labels_is_re
     assert fit_shortlist(probabilities, truth, probabilities, np.arange(100) < 20) is not None
     with pytest.raises(ValueError, match="differ in length"):
         Shortlist(0.9, 1.0, (0.0, 0.0), (0.1,), (5, 5))
+
+
+def test_nine_of_ten_new_rows_of_each_label_are_covered():
+    covered, counts, own = np.zeros(6), np.zeros(6), []
+    for seed in range(6):
+        shortlist = fitted(seed, 6, 500)
+        probabilities, truth = world(seed, 6, 500 + 1500)
+        asked, truth = probabilities[500:], truth[500:]  # the first 500 differ from those fitted on: another draw
+        lists = shortlist.lists(shortlist.probabilities(asked), asked.argmax(axis=1))
+        report = coverage_report(lists, truth, list("abcdef"), shortlist)
+        assert 1 <= report["mean_length"] < 5
+        own.append(shortlist.own)
+        for number, found in enumerate(report["by_label"].values()):
+            counts[number] += found["n"]
+            covered[number] += found["covered"]
+    assert np.all(own) and (covered / counts > 0.86).all() and abs(covered.sum() / counts.sum() - 0.9) < 0.03

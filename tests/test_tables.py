@@ -349,3 +349,30 @@ def test_a_text_that_no_model_can_read_is_refused():
     for text, message in ((" \n", "the text is empty"), ("a \ud83c lone", "not valid Unicode")):
         with pytest.raises(ValueError, match=message):
             check_text(text)
+
+
+def test_a_csv_file_of_pandas_is_read_cell_for_cell(tmp_path):
+    table = pandas.DataFrame({"id": range(7), "text": HARD_TEXTS, "label": ["positive", "negative"] * 3 + [None]})
+    for name, options in {
+        "plain.csv": {},
+        "dos.csv": {"lineterminator": "\r\n"},
+        "excel.CSV": {"encoding": "utf-8-sig", "quoting": 1},
+    }.items():
+        table.to_csv(tmp_path / name, index=False, **options)
+        assert rows(tmp_path / name) == [
+            (str(i), text, label if isinstance(label, str) else None)
+            for i, text, label in table.itertuples(index=False)
+        ]
+
+
+def test_json_lines_of_pandas_are_read_value_for_value(tmp_path):
+    table = pandas.DataFrame({"id": range(10, 17), "text": HARD_TEXTS, "label": [1, 0, 1, 0, 1, 0, 1], "extra": 0.5})
+    for name, ascii_only in (("a.jsonl", True), ("b.jsonl", False)):
+        table.to_json(tmp_path / name, orient="records", lines=True, force_ascii=ascii_only)
+        assert rows(tmp_path / name) == [(str(10 + i), HARD_TEXTS[i], "10"[i % 2]) for i in range(7)]
+
+
+def test_a_parquet_file_is_read_row_for_row(tmp_path):
+    table = pyarrow.table({"id": range(7), "text": HARD_TEXTS, "label": pyarrow.array(["a", "b"] * 3 + [None])})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    assert rows(tmp_path / "t.parquet") == [(str(r["id"]), r["text"], r["label"]) for r in table.to_pylist()]

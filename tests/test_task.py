@@ -560,3 +560,41 @@ def test_double_ids_are_counted_and_equal_hashes_are_none():
             return 7
 
     assert check_examples(table(Colliding("a"), Colliding("b")), SENTIMENT) == 2
+
+
+def test_the_article_s_no_share_of_the_contradictory_text_is_47_64_percent():
+    table = next(t for t in TABLES["first_token_tables"] if t["text"] == "Best worst thing ever")
+    # The tokens Y, N, True, Positive of the table count for nothing, so the two totals do not reach 1.
+    ours = totals(YES_NO, *zip(*((e["token"], e["logprob"]) for e in table["top_tokens"]), strict=True))
+    assert abs(ours["negative"] - 0.4764) < 0.0003 and 0.995 < sum(ours.values()) < 0.99999
+
+
+@settings(deadline=None, max_examples=40)
+@given(task=tasks_with_answers(), seed=st.integers(0, 2**32), data=st.data())
+def test_one_more_answer_word_never_lowers_a_label_and_their_order_changes_nothing(small_tokenizer, task, seed, data):
+    log_probs = distribution(seed, len(small_tokenizer))
+    before = label_totals(task, small_tokenizer, log_probs)
+    shuffled = {label: tuple(data.draw(st.permutations(words))) for label, words in task.labels.items()}
+    assert label_totals(replace(task, labels=shuffled), small_tokenizer, log_probs) == pytest.approx(before, rel=1e-12)
+    if unused := [w for w in WORDS if task.label_of(w) is None]:
+        more = {label: (*words, unused[0]) if label == "label 0" else words for label, words in task.labels.items()}
+        after = label_totals(replace(task, labels=more), small_tokenizer, log_probs)
+        assert after[0] > before[0] and after[1:] == pytest.approx(before[1:], rel=1e-12)
+
+
+def test_batch_calibration_restores_what_a_leaning_prompt_lost_on_balanced_labels():
+    random = np.random.default_rng(0)
+    truth = np.arange(4000) % 2
+    log_odds = 0.8 * (2 * truth - 1) + random.normal(0, 0.5, 4000)
+    leaning = 1 / (1 + np.exp(-(log_odds + 1.5)))
+    probabilities = np.stack([1 - leaning, leaning], axis=1)
+    corrected = debias(probabilities, probabilities.mean(axis=0))
+    best, before, after = (np.mean(guess == truth) for guess in (log_odds > 0, leaning > 0.5, corrected[:, 1] > 0.5))
+    assert before < best - 0.2 and after > best - 0.02
+    assert corrected.sum(axis=1) == pytest.approx(1)
+
+
+def test_with_all_labels_listed_the_remainder_counts_for_all_but_the_prediction():
+    probabilities, mass, extras = listed_probabilities(listing(no=0.5, yes=0.2, maybe=0.1, well=0.1), OF_THREE)
+    assert probabilities == pytest.approx({"a": 0.25 / 0.9, "b": 0.5 / 0.9, "c": 0.15 / 0.9}, abs=1e-12)
+    assert mass == pytest.approx(0.8) and extras == {"label_mass_high": pytest.approx(0.9)}

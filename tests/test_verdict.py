@@ -184,3 +184,7 @@ def test_what_cannot_be_fitted_is_left_out():
 def test_a_hostile_label_cannot_command_the_terminal():
     truth, scores = two_labels(60, 0.4, 1, 0)
     assert "\x1b" not in verdict.text(verdict.judge(world(truth, scores, labels=("a", "\x1b[2J\nb"))).record())
+
+
+def test_chance_is_seldom_called_a_difference():
+    assert false_alarms(60, 100, 2) <= 8  # 99 % of Bin(60, .05)
