@@ -22,7 +22,6 @@ from files import whole_file
 from predictions import Prediction
 from tables import Table
 
-SUFFIXES = (".csv", ".parquet", ".xlsx")
 BATCH = 10_000  # rows in memory
 SHEET_ROWS = 1_048_576  # the most that Excel reads
 CELL_LENGTH = 32_767
@@ -37,8 +36,10 @@ ADDED = {  # what a calibrator may have added, in the order of the columns
 def resumable_path(output: str | Path) -> Path:
     """The predictions file behind an output: itself, or for an export the .jsonl beside it; ValueError for others."""
     path = Path(output)
-    if path.suffix not in (".jsonl", *SUFFIXES):
-        raise ValueError(f"the output {path} must end in .jsonl (a predictions file), or in {', '.join(SUFFIXES)}")
+    if path.suffix not in (".jsonl", *predictions.EXPORTS):
+        raise ValueError(
+            f"the output {path} must end in .jsonl (a predictions file), or in {', '.join(predictions.EXPORTS)}"
+        )
     return path.with_suffix(".jsonl")
 
 

@@ -102,6 +102,11 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
 ORIGINAL = ("original_prediction", "original_probabilities")  # extras where a calibrator may change the prediction
 CALIBRATED = ("calibrated_confidence", "decision", "fitted_on", "shortlist", *ORIGINAL)  # extras that a calibrator adds
+EXPORTS = (
+    ".csv",
+    ".parquet",
+    ".xlsx",
+)  # of tables that exports.py makes of a predictions file, which stays beside them
 RETRY = "retry"  # the extra of a row that failed for a passing reason
 
 
@@ -171,7 +176,10 @@ def _no_constant(name: str) -> None:
 
 
 def iterate(path: str | os.PathLike) -> Iterator[Prediction]:
-    """Yield the records of a predictions file one at a time."""
+    """Yield the records of a predictions file one at a time; of a table that was made of one, an error names that."""
+    origin = Path(path).with_suffix(".jsonl")
+    if Path(path).suffix in EXPORTS and origin.exists():
+        raise ValueError(f"{path} is a table for people; its predictions are in {origin}")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

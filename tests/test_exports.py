@@ -55,7 +55,7 @@ def read_again(path):
     return pandas.read_parquet(path) if path.suffix == ".parquet" else pandas.read_excel(path)
 
 
-@pytest.mark.parametrize("suffix", exports.SUFFIXES)
+@pytest.mark.parametrize("suffix", predictions.EXPORTS)
 def test_an_export_opened_again_is_the_predictions_file_beside_the_user_s_columns(suffix, table, predicted, tmp_path):
     output = tmp_path / f"result{suffix}"
     assert exports.write_export(predicted, output, open_table(str(table), id_column="nr")) == 6

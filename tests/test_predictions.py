@@ -366,3 +366,12 @@ def test_reading_takes_one_line_at_a_time(tmp_path):
     assert [next(iterator).id, next(iterator).id] == ["r0", "r1"]
     with pytest.raises(ValueError, match="line 3"):
         next(iterator)
+
+
+def test_a_table_that_was_made_of_predictions_names_them(tmp_path):
+    for name in ("p.jsonl", "p.xlsx", "q.csv"):
+        (tmp_path / name).write_bytes(b"PK\xa3\n")
+    with pytest.raises(ValueError, match=r"p.xlsx is a table for people; its predictions are in .*p.jsonl$"):
+        predictions.read(tmp_path / "p.xlsx")
+    with pytest.raises(ValueError, match=r"q.csv line 1 is not a prediction"):
+        predictions.read(tmp_path / "q.csv")
