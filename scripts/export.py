@@ -41,8 +41,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         return args
     if len(args.predictions) > 1:
         parser.error("several predictions files are joined with --merge")
-    if Path(args.output).suffix not in exports.SUFFIXES:
-        parser.error(f"--output {args.output} must end in one of {' '.join(exports.SUFFIXES)}")
+    if Path(args.output).suffix not in predictions.EXPORTS:
+        parser.error(f"--output {args.output} must end in one of {' '.join(predictions.EXPORTS)}")
     return args
 
 
