@@ -563,6 +563,16 @@ def test_a_second_run_on_the_same_output_is_refused(call, tmp_path):
     assert call("--input", table, "--output", output)[0] == 0
 
 
+@pytest.fixture(scope="module")
+def unbroken(tiny_folder, tmp_path_factory):
+    """A table of four windows of rows, its arguments, and the bytes that a run of one piece writes."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    table = write_csv(folder / "t.csv", texts(900))
+    arguments = ["--input", str(table), "--model", str(tiny_folder)]
+    main([*arguments, "--output", str(folder / "p.jsonl")])
+    return arguments, (folder / "p.jsonl").read_bytes()
+
+
 @pytest.mark.study
 def test_a_killed_and_an_interrupted_run_are_continued_by_the_same_command(unbroken, tmp_path):
     arguments, whole = unbroken
