@@ -485,6 +485,26 @@ def test_each_label_s_target_moves_its_own_line_and_what_all_automate_together(h
 
 
 @browsers
+def test_of_many_labels_ten_sliders_are_shown_until_all_are_asked_for(one_file, visit, tmp_path):
+    steps = one_file.by_label[LABELS[0]]
+    by_label = {}
+    for n in range(77):  # the last label is predicted most
+        by_label[f"label {n}"] = [step | {"threshold": step["threshold"] | {"n": n}} for step in steps]
+    data = json.loads(one_file.elements.named("script")[1].text) | {"by_label": by_label}
+    html_report.write_page(tmp_path / "many.html", data)
+    for width in (1280, 390):
+        page = visit(SimpleNamespace(path=tmp_path / "many.html"))
+        page.set_viewport_size({"width": width, "height": 900})
+        shown = page.locator("#labels input:visible")
+        assert shown.evaluate_all("all => all.map((slider) => slider.ariaLabel)") == [
+            f"Target of label {n}" for n in range(76, 66, -1)
+        ]
+        page.get_by_role("button", name="Show all 77 labels").press("Enter")
+        assert shown.count() == 77
+        assert page.evaluate("document.activeElement.ariaLabel") == "Labels"
+
+
+@browsers
 def test_every_number_says_its_n_and_protocol_and_in_sample_ones_the_word(held_out, one_file, visit):
     pages, guaranteed = {}, one_file.report["threshold"]["value"]
     for found, threshold, word in (
