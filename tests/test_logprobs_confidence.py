@@ -18,6 +18,7 @@ from pathlib import Path
 from string import ascii_letters
 
 import numpy as np
+import pandas
 import pytest
 from conftest import assert_one_error, records, texts, write_csv
 from scipy.stats import binomtest
@@ -78,6 +79,8 @@ def test_a_classifier_loads_once_and_answers_lists_as_the_scorer_does(tiny_folde
     alone = classifier.scorer.explain("Not bad at all")
     assert rows[2].confidence == pytest.approx(alone["confidence"], abs=1e-6)
     assert rows[2].fingerprint == alone["fingerprint"] and rows[2].label is None
+    table = pandas.DataFrame(rows)
+    assert [*table.confidence.dropna()] == [rows[0].confidence, rows[2].confidence] and [*table.id] == ["1", "2", "3"]
     assert classifier.predict([]) == []
     with pytest.raises(ValueError, match="a list of texts"):
         classifier.predict("A film")
