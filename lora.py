@@ -53,6 +53,8 @@ def choose_adapter(adapter: str | None, weights: str, task: dict | None) -> Path
 
 def check_adapter(path: Path) -> None:
     """ValueError unless the folder holds a LoRA adapter as safetensors."""
+    if not path.is_dir():
+        raise ValueError(f"no such adapter folder: {path}")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not a LoRA adapter: it has no {name}")

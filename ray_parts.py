@@ -268,6 +268,10 @@ class RunRecord:
             names |= source.part_names(self.part_rows)
         return names
 
+    def rows_in(self, parts: frozenset[str]) -> int:
+        """The rows of these of its parts."""
+        return sum(rows for name, rows in self.part_names().items() if name in parts)
+
 
 def read_run(output: str) -> RunRecord | None:
     """What an output says it is of; None where there is none yet. ValueError for a folder of something else."""

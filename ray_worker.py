@@ -14,21 +14,26 @@ import contextlib
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import scoring
+from command_line import one_line
 from llama import load_llama
 from logprobs_confidence import label_scorer
 from probe_confidence import probe_scorer
 from probe_files import load_probe
-from ray_parts import Part, RunRecord, RunSource, finished_parts, read_parts, to_table, write_part
+from ray_parts import Part, RunRecord, RunSource, finished_parts, read_parts, read_run, to_table, write_part
 from scoring import Method, SavedRows
 from tables import Example
 from task import Task
 
 if TYPE_CHECKING:
     from calibration import FittedCalibrator
+    from predictions import Prediction
+
+TOLD = (ValueError, OSError, MemoryError)  # what a user can put right; Ray Data would lose its words
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,12 @@ class PartReader:
 
     def __call__(self, batch: Mapping[str, object]) -> Iterator[dict[str, list]]:
         source = self.run.sources[int(batch["number"][0])]
-        finished = finished_parts(self.output)
-        for part in read_parts(source, self.run.columns, self.run.schema, self.run.part_rows, finished):
-            yield {"part": [pack(part)]}
+        try:
+            finished = finished_parts(self.output)
+            for part in read_parts(source, self.run.columns, self.run.schema, self.run.part_rows, finished):
+                yield {"part": [pack(part)], "problem": [""]}
+        except TOLD as error:
+            yield {"part": [b""], "problem": [one_line(error)]}
 
 
 class PartScorer:
@@ -128,20 +136,40 @@ class PartScorer:
 
     def __init__(self, work: WorkerSettings, run: RunRecord, output: str) -> None:
         self.work, self.run, self.output = work, run, output
-        self.method = load_method(work)
-        if self.method.fingerprint != run.fingerprint:
+
+    @cached_property
+    def method(self) -> Method:
+        """The model, loaded with the first part, for an error of __init__ looks like a death."""
+        if read_run(self.output) != self.run:
             raise ValueError(
-                f"a worker's model has the fingerprint {self.method.fingerprint}, the run's has {run.fingerprint}: "
+                f"a worker's machine does not see this run in {self.output}; give an address that all machines reach, "
+                "or a folder that they share"
+            )
+        method = load_method(self.work)
+        if method.fingerprint != self.run.fingerprint:
+            raise ValueError(
+                f"a worker's model has the fingerprint {method.fingerprint}, the run's has {self.run.fingerprint}: "
                 "have all machines the same model files, devices and precision?"
             )
+        return method
 
     def __call__(self, batch: Mapping[str, object]) -> dict[str, list]:
-        part = unpack(batch["part"][0])
+        problem = batch["problem"][0]
+        rows = []
+        if not problem:
+            try:
+                rows = self.score(unpack(batch["part"][0]))
+            except TOLD as error:
+                problem = one_line(error)
+        return {"rows": [len(rows)], "errors": [sum(row.error is not None for row in rows)], "problem": [problem]}
+
+    def score(self, part: Part) -> list[Prediction]:
+        """Score a part and write it."""
         rows = list(self.method.score(iter(part.examples), lambda n: None, SavedRows()))
         if self.work.calibrator:
             rows = self.work.calibrator.apply(rows, self.work.threshold)
         write_part(self.output, part.name, to_table(rows, part.own, self.run.schema))
-        return {"rows": [len(rows)], "errors": [sum(row.error is not None for row in rows)]}
+        return rows
 
 
 def pack(part: Part) -> bytes:

@@ -32,6 +32,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -55,6 +57,7 @@ READERS = 2  # files read at a time; they wait for the workers
 OBJECT_STORE_BYTES = 512 << 20  # of a Ray that is started here: parts on their way to the workers
 INSTALL = "Ray is not installed: pip install -r requirements-ray.txt"
 OF_COLLECTING = {"output", "collect", "sample", "seed"}
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for the command of `ray job submit`
 
 
 # Flags
@@ -86,6 +89,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse what never goes together."""
+    for flag, address in (("--output", args.output), ("--collect", args.collect)):
+        if os.environ.get(IN_A_JOB) and address and "://" not in address and not Path(address).is_absolute():
+            parser.error(
+                f"{flag} {address} would be in the job's own copy of its folder, which Ray deletes; give the whole "
+                "path of a folder that all machines share, or for --output an s3:// address"
+            )
     if bool(args.input) == bool(args.collect):
         parser.error("give --input to score tables, or --collect FILE to collect a finished output")
     if args.collect:
@@ -154,13 +163,24 @@ def start_ray(workers: int) -> object:
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise OSError(f"Ray does not start: {command_line.one_line(error)}") from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+        hint = "; does it run there, and want a token (RAY_AUTH_MODE=token)?" if os.environ.get("RAY_ADDRESS") else ""
+        raise OSError(f"Ray does not start: {command_line.one_line(error)}{hint}") from None
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours is in rows
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte: a block is one part, so that each goes to the next free worker
     return ray
+
+
+def raised_there(ray: object, error: BaseException | None) -> BaseException | None:
+    """What a worker raised; None where it or its machine died."""
+    while isinstance(error, ray.exceptions.RayError):  # some of which are of the cause's class too
+        inner = getattr(error, "cause", None) or error.__cause__
+        if inner is None and isinstance(error, ray.exceptions.UserCodeException):
+            return error  # Ray Data's, which has lost it
+        error = inner
+    return error
 
 
 @contextmanager
@@ -169,12 +189,10 @@ def plain_errors(ray: object) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while isinstance(cause, ray.exceptions.RayError):  # some of which are of the cause's class too
-            cause = getattr(cause, "cause", None) or cause.__cause__
+        cause = raised_there(ray, error)
         if isinstance(cause, ValueError | OSError | MemoryError):
             raise cause from None
-        if isinstance(error, ray.exceptions.RayTaskError):
+        if cause is not None and isinstance(error, ray.exceptions.RayTaskError):
             raise
         raise OSError(
             f"a worker died more than {RESTARTS} times ({command_line.one_line(error)}); what is scored is kept, "
@@ -216,38 +234,61 @@ def still_true(before: RunRecord | None, sources: Sequence[str], columns: Mappin
     return [(s.source, s.bytes) for s in before.sources] == [(source, size_of(source)) for source in sources]
 
 
-def score_parts(ray: object, work: WorkerSettings, run: RunRecord, output: str, workers: int, gpus: float) -> None:
-    """Score what is not there yet, with progress in rows."""
+def scored_batches(
+    ray: object, work: WorkerSettings, run: RunRecord, output: str, workers: int, gpus: float
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Score what is not there yet; yields of each part its rows, those with an error, and what a worker found wrong."""
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-    names, finished = run.part_names(), finished_parts(output)
-    done = sum(rows for name, rows in names.items() if name in finished)
-    if done == run.total:
-        print(f"all {run.total:,} rows of {output} are scored", file=sys.stderr)
-        return
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=DeprecationWarning)  # until Ray 2.64
+    finished = finished_parts(output)
     unfinished = [source for source in run.sources if not finished.issuperset(source.part_names(run.part_rows))]
     starts = [{"number": source.number} for source in unfinished]
     readers = TaskPoolStrategy(size=min(READERS, len(starts)))
     parts = ray.data.from_items(starts, override_num_blocks=len(starts)).map_batches(
         PartReader(run, output), batch_size=1, num_cpus=0, compute=readers
     )
+    left = len(run.part_names().keys() - finished)
     scored = parts.map_batches(
         PartScorer,
         fn_constructor_args=(work, run, output),
         batch_size=1,
         num_cpus=1,
         num_gpus=gpus,
-        compute=ActorPoolStrategy(size=workers),
+        compute=ActorPoolStrategy(size=min(workers, left)),  # no model without a part
         ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
     )
-    started, count, errors = time.monotonic(), 0, 0
+    yield from scored.iter_batches(batch_size=None, prefetch_batches=0)
+
+
+def score_parts(ray: object, work: WorkerSettings, run: RunRecord, output: str, workers: int, gpus: float) -> None:
+    """Score what is not there yet, with progress in rows; begun again where a machine is lost with its workers."""
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=DeprecationWarning)  # until Ray 2.64
+    done = shown = run.rows_in(finished_parts(output))
+    if done == run.total:
+        print(f"all {run.total:,} rows of {output} are scored", file=sys.stderr)
+        return
+    started, errors, lost = time.monotonic(), 0, 0
     with progress(run.total, done) as advance:
-        for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
-            count, errors = count + int(batch["rows"].sum()), errors + int(batch["errors"].sum())
-            advance(int(batch["rows"].sum()))
-    seconds = time.monotonic() - started
-    print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second; {errors:,} with an error")
+        while shown < run.total:
+            try:
+                for batch in scored_batches(ray, work, run, output, workers, gpus):
+                    if problem := next(filter(None, batch["problem"]), None):
+                        raise ValueError(f"{problem}; what is scored is kept")
+                    rows, errors = int(batch["rows"].sum()), errors + int(batch["errors"].sum())
+                    shown += rows
+                    advance(rows)
+                written = run.total
+            except ray.exceptions.RayError as error:
+                lost += 1
+                if lost > RESTARTS or raised_there(ray, error):
+                    raise
+                print(f"a worker is lost, its parts are scored anew ({command_line.one_line(error)})", file=sys.stderr)
+                written = run.rows_in(finished_parts(output))
+            advance(written - shown)
+            shown = written
+    seconds, count = time.monotonic() - started, shown - done
+    failed = f"{errors:,}{' or more' if lost else ''} with an error"  # some of a lost worker are not told of
+    print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second; {failed}")
 
 
 def print_collected(output: str, path: str, sample: int | None, seed: int) -> None:

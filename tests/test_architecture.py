@@ -179,7 +179,7 @@ def all_requirements():
 
 
 def test_nothing_is_imported_that_the_requirements_do_not_pin():
-    pinned = {name.replace("-", "_") for name in re.findall(r"([\w-]+)(?:\[\w+\])?==", all_requirements())}
+    pinned = {name.replace("-", "_") for name in re.findall(r"([\w-]+)(?:\[[\w,]+\])?==", all_requirements())}
     pinned |= {"sklearn"} if "scikit_learn" in pinned else set()
     known = set(sys.stdlib_module_names) | set(ROW) | pinned
     assert {(path.name, name) for path in SOURCES for name, _ in imported(path) if name not in known} == set()

@@ -551,7 +551,8 @@ MISTAKES = {
     "a device and all": ({"device": "cpu", "device_map": "auto"}, r"--device-map auto spreads a model"),
     "a device of no kind": ({"device": "tpu"}, r"no device 'tpu' here; there is cpu"),
     "4 bits without the package": ({"device": "cpu", "load_in_4bit": True}, r"--load-in-4bit needs bitsandbytes: pip"),
-    "no adapter": ({"adapter": "no-such-adapter"}, r"no-such-adapter is not a LoRA adapter"),
+    "no adapter folder": ({"adapter": "no-such-adapter"}, r"no such adapter folder: no-such-adapter"),
+    "a folder of something else": ({"adapter": str(ROOT / "docs")}, r"docs is not a LoRA adapter: it has no adapter"),
 }
 
 

@@ -6,6 +6,7 @@
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,10 +134,19 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     memory = {"object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **memory})
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"dashboard_port": free.getsockname()[1], "dashboard_agent_listen_port": other.getsockname()[1]}
+        dashboard = {"include_dashboard": True, **ports}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **dashboard, **memory})
     cluster.add_node(num_cpus=1, **memory)
-    yield {"RAY_ADDRESS": cluster.address}
+    yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def there(cluster):
+    """The environment of a driver on that cluster."""
+    return {"RAY_ADDRESS": cluster.address}
 
 
 @pytest.fixture
@@ -180,16 +190,16 @@ def check_alike(ours, theirs):
             assert row.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
-def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, cluster, tables, tiny_folder, tmp_path):
+def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, there, tables, tiny_folder, tmp_path):
     output = tmp_path / "out"
     model = ["--model", tiny_folder, "--adapter", "none"]
     command = ["--input", tables, "--output", output, *READ, *model, "--workers", 2, "--part-rows", 1]
-    process = start(*command, **cluster)
+    process = start(*command, **there)
     wait_for(lambda: parts(output), process)
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert code == 130 and "repeat the same command to continue where it was" in err and len(parts(output)) < 6
-    code, out, err = ended(start(*command, **cluster))
+    code, out, err = ended(start(*command, **there))
     assert code == 0 and len(parts(output)) == 6 and "rows in" in out, err  # 267 rows of each file, 256 in a part
     rows, own = collected(start, output, tmp_path)
     scorer = label_scorer(load_llama(str(tiny_folder), None, device="cpu"), TASKS["sentiment"])
@@ -200,26 +210,61 @@ def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, cluster, tables, t
     assert [int(mine["square"]) for mine in own] == [int(row.id[1:]) ** 2 for row in rows]
 
 
-def test_a_probe_scores_as_it_does_alone(start, cluster, tables, tiny_folder, tmp_path):
+def test_a_lost_machine_s_parts_are_scored_by_the_others(start, cluster, there, tables, tiny_folder, tmp_path):
+    output = tmp_path / "out"
+    third = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    model = ["--model", tiny_folder, "--adapter", "none"]
+    process = start("--input", tables, "--output", output, *READ, *model, "--workers", 3, "--part-rows", 1, **there)
+    wait_for(lambda: parts(output), process)
+    cluster.remove_node(third, allow_graceful=False)
+    code, out, err = ended(process)
+    assert code == 0 and len(parts(output)) == 6 and "scored 800 rows" in out, err
+    scorer = label_scorer(load_llama(str(tiny_folder), None, device="cpu"), TASKS["sentiment"])
+    check_alike(collected(start, output, tmp_path)[0], expected_rows(scorer, tables))
+
+
+def test_a_submitted_job_takes_this_folder_along(cluster, tables, tiny_folder, tmp_path):
+    def submit(output):
+        flags = ["--input", tables, "--output", output, *READ, "--model", tiny_folder, "--adapter", "none"]
+        job = [Path(sys.executable).with_name("ray"), "job", "submit", "--working-dir", "."]
+        command = [
+            *job,
+            "--address",
+            f"http://{cluster.webui_url}",
+            "--",
+            sys.executable,
+            "scripts/score_on_ray.py",
+            *flags,
+        ]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = submit(tmp_path / "out")
+    assert code == 0 and "scored 800 rows" in said and len(parts(tmp_path / "out")) == 3, said
+    code, said = submit("scored")
+    assert code == 1 and "error: --output scored would be in the job's own copy of its folder" in said, said
+
+
+def test_a_probe_scores_as_it_does_alone(start, there, tables, tiny_folder, tmp_path):
     probe, output = tmp_path / "probe", tmp_path / "out"
     model = ["--model", str(tiny_folder), "--adapter", "none"]
     train = ["--train", str(tables / "0.csv"), *READ, "--output-dir", str(probe), *model, "--limit", "60", "--truncate"]
     probe_confidence.main(train)
-    flags = ["--input", tables, "--output", output, *READ, *model, "--probe", probe, "--workers", 2]
-    code, _, err = ended(start(*flags, **cluster))
-    assert code == 0, err
+    flags = ["--input", tables, "--output", output, *READ, *model, "--probe", probe, "--workers", 5]  # for 3 parts
+    code, _, err = ended(start(*flags, **there))
+    assert code == 0 and "Warning" not in err, err
     rows, _ = collected(start, output, tmp_path)
     scorer = probe_confidence.Classifier(probe, str(tiny_folder), None, device="cpu").scorer
     check_alike(rows, expected_rows(scorer, tables))
     assert any(row.extras.get("trained_on") for row in rows)
 
 
-def test_what_a_worker_finds_wrong_is_one_line_here(start, cluster, tables, tiny_folder, tmp_path):
+def test_what_a_worker_finds_wrong_is_one_line_here(start, there, tables, tiny_folder, tmp_path):
     flags = ["--input", tables, "--output", tmp_path / "out", *READ, "--adapter", "none", "--workers", 2]
     for wrong, problem in (
         (["--model", tiny_folder, "--calibrator", CALIBRATOR], "error: the calibrator is for smollm2-135m-instruct"),
         (["--model", tmp_path / "nowhere"], "error: "),
         (["--model", tiny_folder, "--label-map", "positive=odd"], "has the label 'odd', which task 'sentiment' does"),
     ):
-        code, _, err = ended(start(*flags, *wrong, **cluster))
+        code, _, err = ended(start(*flags, *wrong, **there))
         assert code == 2 and problem in err and not parts(tmp_path / "out"), err

@@ -1,8 +1,9 @@
-"""ray_sources.py and ray_parts.py, without Ray: what is read, what is written, what is refused."""
+"""scripts/score_on_ray.py and its files, without Ray: what is read, what is written, what is refused."""
 
 import gzip
 import json
 import random
+import re
 from dataclasses import replace
 
 import pyarrow
@@ -10,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 import predictions
+import score_on_ray
 from ray_parts import (
     FLAGS,
     OutputSchema,
@@ -26,7 +28,7 @@ from ray_parts import (
     write_part,
 )
 from ray_sources import check_sources, examine, list_sources
-from ray_worker import pack, unpack
+from ray_worker import PartReader, PartScorer, pack, unpack
 from task import TASKS
 
 TASK = TASKS["sentiment"]
@@ -220,6 +222,41 @@ def test_an_output_of_another_run_is_refused_and_replaced_only_when_told(tmp_pat
             begin_run(output, other, read_run(output), False)
     begin_run(output, replace(run, fingerprint="def"), read_run(output), True)
     assert finished_parts(output) == frozenset() and read_run(output).fingerprint == "def"
+
+
+def test_a_worker_tells_what_is_wrong_instead_of_dying_of_it(tmp_path):
+    file, output = write_csv(tmp_path / "t.csv", ["x,positive"]), str(tmp_path / "out")
+    run = run_on([file])
+    read, unseen = PartReader(run, output), r"a worker's machine does not see this run in .*out; give an address that"
+    (batch,) = read({"number": [0]})
+    told = PartScorer(None, run, output)(batch)  # without loading a model
+    assert told["rows"] == [0] and re.match(unseen, told["problem"][0])
+    begin_run(output, replace(run, fingerprint="def"), None, False)  # another's
+    assert re.match(unseen, PartScorer(None, run, output)(batch)["problem"][0])
+    file.unlink()
+    (batch,) = read({"number": [0]})
+    assert "t.csv" in batch["problem"][0] and PartScorer(None, run, output)(batch)["problem"] == batch["problem"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused"),
+    [
+        ("--input t.csv --output scored", "--output scored"),
+        ("--output /shared/scored --collect p.jsonl", "--collect p.jsonl"),
+        ("--input t.csv --output s3://bucket/scored", None),
+        ("--output /shared/scored --collect /shared/p.jsonl", None),
+    ],
+)
+def test_a_job_does_not_write_into_its_own_copy_of_the_folder(flags, refused, monkeypatch, capsys):
+    score_on_ray.parse_arguments(flags.split())  # no job
+    monkeypatch.setenv(score_on_ray.IN_A_JOB, "{}")
+    if refused is None:
+        score_on_ray.parse_arguments(flags.split())
+        return
+    with pytest.raises(SystemExit) as stop:
+        score_on_ray.parse_arguments(flags.split())
+    assert stop.value.code == 2
+    assert f"error: {refused} would be in the job's own copy of its folder" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
