@@ -309,7 +309,7 @@ def test_requirements_are_pinned_and_each_says_why_it_is_there():
     for path in sorted([*ROOT.glob("requirements*.txt"), *(ROOT / "tests").glob("requirements*.txt")]):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line and not line.startswith(("#", "-r ")):
-                assert re.fullmatch(r"[A-Za-z0-9._-]+(\[\w+\])?==\d[\w.]* +# \S.*", line), f"{path.name}: {line}"
+                assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[\w,]+\])?==\d[\w.]* +# \S.*", line), f"{path.name}: {line}"
 
 
 def test_the_top_level_holds_only_the_names_of_the_design():
