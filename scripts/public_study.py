@@ -146,6 +146,8 @@ def read_set(chosen: DataSet, folder: Path | None, source: str | None) -> tuple[
         found = [(table, dict(zip(("text_column", "label_column"), named, strict=False)) | {"id_column": ""})]
     elif folder is not None or chosen.groups:
         places = [name if name.startswith("data:") else str(folder / name) for name in chosen.files]
+        if missing := [place for place in places if not place.startswith("data:") and not Path(place).is_file()]:
+            raise ValueError(f"no such file: {missing[0]}, of {chosen.title}; --source takes a set from another table")
         found = [(place, dict(chosen.columns)) for place in places]
     else:
         raise ValueError(f"{chosen.title}: --data FOLDER with {' and '.join(chosen.files)}, or --source")

@@ -76,6 +76,8 @@ def test_another_table_takes_the_place_of_a_set(tmp_path):
     assert source == "mine.csv" and [(e.text, e.label) for e in examples] == [("hello", "ham"), ("win", "spam")]
     with pytest.raises(ValueError, match=r"SMS spam: --data FOLDER with spam\.csv"):
         public_study.read_set(chosen, None, None)
+    with pytest.raises(ValueError, match=r"no such file: .*spam\.csv, of SMS spam; --source takes a set from another"):
+        public_study.read_set(chosen, tmp_path, None)
 
 
 def test_a_set_is_run_recorded_skipped_and_refused_on_other_rows(tmp_path, monkeypatch, capsys):
