@@ -21,7 +21,7 @@ test: .venv/installed-tests
 	$(PARALLEL) --dist loadfile
 
 test-servers: .venv/installed-servers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m servers tests/test_servers.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m servers tests/test_servers.py tests/test_packed.py
 
 test-vllm: .venv/installed-tests
 	$(BIN)/python tests/install_vllm.py .venv-vllm

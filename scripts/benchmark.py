@@ -9,6 +9,9 @@
 
 The article's way is one `generate` call a text; plain batches are 32 rows at a time, padded, logits at every position.
 "Padded" is what families run that cannot be packed: sorted, padded batches behind the shared beginning's cache.
+Where they are installed, two more: `lm-eval`, lm-evaluation-harness's log-likelihood of each answer after each prompt,
+32 at a time (an environment of its own: it brings 60 packages), and `xllamacpp`, llama.cpp's server, which keeps the
+beginning that a prompt shares with the one before; it reads the default model's own file, 4 bits, or --gguf FILE.
 All are timed in turn, round after round; a rate is the median of its rounds, a ratio is against the first way named.
 The limit is this machine's own matrix-multiply rate, measured on the model's layer shapes at our batch size; ours is
 counted on the tokens that no two texts share, attention left out. It prints a table and writes nothing.
@@ -28,7 +31,9 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -42,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import command_line  # noqa: E402
+import embedded_model  # noqa: E402
 import task as tasks  # noqa: E402
 import training  # noqa: E402
 from fine_tune_model import read_labelled  # noqa: E402
@@ -50,6 +56,7 @@ from logprobs_confidence import label_scorer  # noqa: E402
 from tables import Example, Table, add_table_arguments, column_arguments  # noqa: E402
 
 PLAIN_BATCH = 32
+REQUESTS = 4  # to llama.cpp's server at a time
 TRAINER_BATCH = 8  # rows of a step that Trainer runs together; more do not fit into 24 GB of memory
 LLAMA_31_8B = {  # the published configuration of meta-llama/Llama-3.1-8B
     "model_type": "llama",
@@ -119,6 +126,66 @@ def plain_batches(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     return np.concatenate(out)
 
 
+def log_likelihoods(harness: object, llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
+    """By lm-evaluation-harness, which takes texts and runs a prompt once for all answers of one token."""
+    from lm_eval.api.instance import Instance
+
+    prompts, answers = ([llama.tokenizer.decode(each) for each in given] for given in (rows, ids))
+    pairs = [Instance("loglikelihood", {}, (prompt, answer), 0) for prompt in prompts for answer in answers]
+    found = harness.loglikelihood(pairs, disable_tqdm=True)
+    return np.array([value for value, _ in found]).reshape(len(rows), len(ids))
+
+
+def served(server: object, _: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
+    """By llama.cpp's server, which lists the 100 most probable tokens; -inf where an answer is not among them."""
+
+    def ask(row: Sequence[int]) -> list[float]:
+        body = json.dumps({"prompt": row, "n_predict": 1, "n_probs": 100, "temperature": 0}).encode()
+        request = urllib.request.Request(f"{server.listening_address}/completion", body)
+        with urllib.request.urlopen(request, timeout=600) as reply:
+            (token,) = json.load(reply)["completion_probabilities"]
+        listed = {other["id"]: other["logprob"] for other in token["top_logprobs"]}
+        return [listed.get(i, -math.inf) for i in ids]
+
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return np.array([*pool.map(ask, rows)])
+
+
+def llama_cpp_server(gguf: Path) -> object:
+    """llama.cpp's own server in this process, as many threads as torch has."""
+    import torch
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path, parameters.verbosity = str(gguf), -1
+    parameters.hostnames, parameters.port, parameters.n_parallel = ["127.0.0.1"], 0, REQUESTS
+    parameters.n_ctx = 2048 * REQUESTS  # which they share
+    parameters.cache_ram_mib = 0  # or it would know the texts of the round before
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+    try:
+        return xllamacpp.Server(parameters)
+    except RuntimeError:
+        raise ValueError(f"--gguf {gguf}: llama.cpp cannot load it; see whether it is a GGUF file") from None
+
+
+def installed_ways(llama: Llama, gguf: Path | None) -> dict[str, Callable]:
+    """The ways of packages that need not be there; on each that is not, a note."""
+    ways = {}
+    try:
+        from lm_eval.models.huggingface import HFLM
+
+        harness = HFLM(pretrained=llama.model, tokenizer=llama.tokenizer, batch_size=PLAIN_BATCH)
+        ways[f"lm-evaluation-harness, batches of {PLAIN_BATCH}"] = partial(log_likelihoods, harness)
+    except ImportError:
+        print("note: no lm-evaluation-harness; `pip install lm-eval==0.4.13` adds it", file=sys.stderr)
+    try:
+        if gguf:
+            ways[f"llama.cpp's server, {gguf.stem[-20:]}"] = partial(served, llama_cpp_server(gguf))
+    except ImportError:
+        print("note: no llama.cpp; `pip install -r tests/requirements-servers.txt` adds it", file=sys.stderr)
+    return ways
+
+
 def ours(llama: Llama, rows: Rows, ids: Sequence[int]) -> np.ndarray:
     return whole_answers(llama, rows, [[i] for i in ids])
 
@@ -133,7 +200,9 @@ def padded_twin(llama: Llama) -> Llama:
     return replace(llama, packs=False, shares_prefix=None)
 
 
-def compare_scoring(llama: Llama, task: tasks.Task, examples: Sequence[Example], source: str, rounds: int) -> None:
+def compare_scoring(
+    llama: Llama, task: tasks.Task, examples: Sequence[Example], source: str, rounds: int, gguf: Path | None = None
+) -> None:
     """Time the ways in turn, round after round, and print rates and differences."""
     scorer = label_scorer(llama, task)
     rows = [llama.encode(scorer.prompt, example.text) for example in examples]
@@ -141,6 +210,7 @@ def compare_scoring(llama: Llama, task: tasks.Task, examples: Sequence[Example],
     ways = {
         "one generate call a text (the article's way)": generate_each,
         f"plain batches of {PLAIN_BATCH}": plain_batches,
+        **installed_ways(llama, gguf),
         "padded behind a shared cache": lambda _, *given: ours(padded, *given),
         "ours": ours,
     }
@@ -410,6 +480,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="timed rounds (default: 3)")
     shapes = ", ".join(SHAPES)
     add("--random-weights", metavar="CONFIG", help=f"{shapes} or a config.json: that shape, random weights")
+    add("--gguf", metavar="FILE", type=Path, help="the model for llama.cpp (default: the default model's own file)")
     add("--many-labels", action="store_true", help="time whole answers (default input: data:test)")
     add("--growth", action="store_true", help="time and memory of long tables (default input: data:train)")
     add("--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)")
@@ -421,6 +492,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.many_labels and args.input is None:
         args.input = "data:test"
     args.input = args.input or str(ROOT / "data" / "sample.csv")
+    if args.gguf and not args.gguf.is_file():
+        parser.error(f"--gguf {args.gguf}: no such file")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")
     return args
@@ -445,7 +518,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.many_labels:
         compare_whole_answers(llama, list(table), args.rounds)
         return
-    compare_scoring(llama, task, list(table), args.input, args.rounds)
+    is_default = args.model == "default" and not args.random_weights and llama.adapter is None
+    gguf = args.gguf or (embedded_model.cache_dir() / embedded_model.GGUF if is_default else None)
+    compare_scoring(llama, task, list(table), args.input, args.rounds, gguf)
     if first:
         print(f"first answer of a new process: {first[0]:.1f} s, peak memory {first[1] / 1e9:.2f} GB")
 

@@ -1,6 +1,8 @@
 """packed.py: rows in one sequence are held to plain forward passes, row by row and answer by answer."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from small_models import (
     random_model,
 )
 
+import benchmark
+import embedded_model
 import llama as loader
 from packed import CannotPackError, answer_tree, answers_of, pack_rows, packed_attention
 
@@ -125,3 +129,26 @@ def test_what_attention_is_not_told_is_refused_and_the_model_has_its_own_attenti
     with pytest.raises(CannotPackError, match="what a token sees"), packed_attention(llama.model):
         llama.model(**packed.inputs)
     assert llama.model.config._attn_implementation == before != "packed_rows"
+
+
+# The benchmark's ways that need another package
+
+
+def test_the_benchmark_names_what_is_not_installed_and_goes_on_without(monkeypatch, capsys):
+    for module in ("lm_eval", "lm_eval.models.huggingface", "xllamacpp"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    assert benchmark.installed_ways(None, Path("model.gguf")) == {}
+    said = capsys.readouterr().err
+    assert "pip install lm-eval" in said and "pip install -r tests/requirements-servers.txt" in said
+
+
+@pytest.mark.servers
+def test_llama_cpps_server_gives_the_benchmark_the_same_probabilities(embedded, tmp_path):
+    cache = embedded_model.cache_dir() / embedded_model.GGUF
+    rows = [embedded.tokenizer.encode(f"The sky is blue. The {what}") for what in ("grass is", "sea is")]
+    ids = [embedded.tokenizer.encode(word)[0] for word in (" green", " blue")]
+    served = benchmark.served(benchmark.llama_cpp_server(cache), embedded, rows, ids)
+    assert np.abs(np.exp(served) - np.exp(benchmark.ours(embedded, rows, ids))).max() < 0.15  # its arithmetic is 4 bits
+    (tmp_path / "no.gguf").write_text("no model")
+    with pytest.raises(ValueError, match=r"llama\.cpp cannot load it"):
+        benchmark.llama_cpp_server(tmp_path / "no.gguf")
