@@ -153,8 +153,8 @@ def verdicts(report: dict) -> Iterator[str]:
         needs += {-1: " It harms the fine-tuned model.", 0: "", 1: " The fine-tuned model needs it."}[fine_tuned]
         yield f"With {names[key]} for each model, fine-tuning {said}.{needs}"
     found = report["right"]["all rows"]
-    alone = f"{found['only fine-tuned']:,} rows are right by it alone, {found['only base']:,} by the base model alone"
-    yield f"{alone} (exact McNemar p {found['p']:.2g})."
+    alone = f"{found['only fine-tuned']:,} by the fine-tuned model alone, {found['only base']:,} by the base alone"
+    yield f"Rows that are right: {alone} (exact McNemar p {found['p']:.2g})."
     yield f"Measured on {where(report)}; brackets are 95 % intervals, of differences paired."
 
 
