@@ -114,10 +114,12 @@ def figure(
 
 def percent(axis: Axes, which: str = "both") -> None:
     """Show an axis that runs from 0 to 1 in percent."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import FuncFormatter
 
     for name in ("x", "y") if which == "both" else (which,):
-        getattr(axis, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
+        getattr(axis, f"{name}axis").set_major_formatter(
+            FuncFormatter(lambda value, _: f"{round(100 * value, 2) + 0.0:g}%")  # a tick at 2.5 % is not one at 2 %
+        )
 
 
 def color_of(name: str) -> str:
@@ -508,7 +510,8 @@ def training_curves(
     with figure(path, caption, columns=2, height=4.0) as axes:
         losses, confidences = axes[0]
         losses.plot(steps, values, color=SKY, linewidth=0.8, alpha=0.7)
-        losses.plot(steps[width - 1 :], smooth, color=BLUE, label=f"training, mean of {width} steps")
+        averaged = f", mean of {width} steps" if width > 1 else ""
+        losses.plot(steps[width - 1 :], smooth, color=BLUE, label=f"training{averaged}")
         for axis, key, label, style, color in (
             (losses, "log_loss", "validation, log loss", "o-", RED),
             (confidences, "accuracy", "accuracy", "o-", GREEN),

@@ -81,3 +81,13 @@ def test_risk_is_drawn_against_coverage_from_the_first_percent_on():
         assert line.get_ydata() == pytest.approx(risk[3:])
         assert line.get_label() == f"{name}, area {np.mean(risk):.3f}" and line.get_color() == plotting.color_of(name)
     assert axis.get_xlim() == (0, 1) and axis.get_ylim()[0] == 0
+
+
+def test_the_training_loss_is_called_a_mean_only_where_it_is_one_of_several_steps(watched, tmp_path):
+    checked = {"log_loss": 0.5, "accuracy": 0.8, "mean_confidence": 0.7, "ece": 0.1, "ece_floor": 0.05}
+    about = {"model": "m", "task": "t", "training_rows": 9, "validation_rows": 5}
+    for steps in (4, 60):
+        log = [{"step": step, "loss": 1 / step} for step in range(1, steps + 1)] + [{"step": steps} | checked]
+        plotting.training_curves(tmp_path / "curves.png", log, best_step=steps, **about)
+    labels = [axes[0][0].get_legend_handles_labels()[1][0] for _, axes in watched]
+    assert labels == ["training", "training, mean of 3 steps"]
