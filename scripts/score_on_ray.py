@@ -92,8 +92,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for flag, address in (("--output", args.output), ("--collect", args.collect)):
         if os.environ.get(IN_A_JOB) and address and "://" not in address and not Path(address).is_absolute():
             parser.error(
-                f"{flag} {address} would be in the job's own copy of its folder, which Ray deletes; give the whole "
-                "path of a folder that all machines share, or for --output an s3:// address"
+                f"{flag} {address} would be in the job's own folder, a copy that Ray deletes or one that no other "
+                "machine sees; give the whole path of a folder that all share, or for --output an s3:// address"
             )
     if bool(args.input) == bool(args.collect):
         parser.error("give --input to score tables, or --collect FILE to collect a finished output")

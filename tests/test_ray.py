@@ -242,7 +242,7 @@ def test_a_submitted_job_takes_this_folder_along(cluster, tables, tiny_folder, t
     code, said = submit(tmp_path / "out")
     assert code == 0 and "scored 800 rows" in said and len(parts(tmp_path / "out")) == 3, said
     code, said = submit("scored")
-    assert code == 1 and "error: --output scored would be in the job's own copy of its folder" in said, said
+    assert code == 1 and "error: --output scored would be in the job's own folder" in said, said
 
 
 def test_a_probe_scores_as_it_does_alone(start, there, tables, tiny_folder, tmp_path):

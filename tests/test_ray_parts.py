@@ -256,7 +256,7 @@ def test_a_job_does_not_write_into_its_own_copy_of_the_folder(flags, refused, mo
     with pytest.raises(SystemExit) as stop:
         score_on_ray.parse_arguments(flags.split())
     assert stop.value.code == 2
-    assert f"error: {refused} would be in the job's own copy of its folder" in capsys.readouterr().err
+    assert f"error: {refused} would be in the job's own folder" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
