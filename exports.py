@@ -20,7 +20,7 @@ from pathlib import Path
 import predictions
 from files import whole_file
 from predictions import Prediction
-from tables import Table
+from tables import Table, read_rows
 
 BATCH = 10_000  # rows in memory
 SHEET_ROWS = 1_048_576  # the most that Excel reads
@@ -41,6 +41,18 @@ def resumable_path(output: str | Path) -> Path:
             f"the output {path} must end in .jsonl (a predictions file), or in {', '.join(predictions.EXPORTS)}"
         )
     return path.with_suffix(".jsonl")
+
+
+def check_replaceable(output: str | Path, overwrite: bool = False) -> None:
+    """ValueError where a table is there that no export has made: it may be somebody's only copy of their rows."""
+    if overwrite or not Path(output).exists():
+        return
+    try:
+        columns = set(next(read_rows(output), ("", {}))[1])
+    except ValueError:
+        columns = set()
+    if not columns & {"label_mass", "model_label_mass"}:
+        raise ValueError(f"{output} is there already, and is no table with predictions; use --overwrite to replace it")
 
 
 @dataclass(frozen=True)

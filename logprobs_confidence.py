@@ -64,6 +64,7 @@ from scoring import SavedRows
 from served_identity import check_identity
 from tables import Example
 from task import TASKS, Answer, Task, debias, find_answers, label_probabilities, listed_probabilities, read_task
+from verdict import LITTLE_MASS
 
 if TYPE_CHECKING:
     from confidence_head import ConfidenceHead
@@ -410,6 +411,8 @@ def print_explanation(row: Mapping) -> None:
     print_answer_sums(row)
     confidence, total = 100 * row["confidence"], 100 * row["total_probability"]
     print(f"\n  Verdict: {row['prediction']}, confidence {confidence:.2f} % (total probability {total:.2f} %)")
+    if row.get("label_mass_high", row["label_mass"]) < LITTLE_MASS:
+        print("  The model mostly wants to answer something else: this confidence means nothing (docs/improving.md)")
     if "head_confidence" in row:
         print(f"  Confidence head: {100 * row['head_confidence']:.2f} % that this is right")
     scoring.print_decision(row)

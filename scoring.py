@@ -181,6 +181,8 @@ def job_from_arguments(args: argparse.Namespace, task: Task, more_outputs: Seque
         for path in (output, args.output, *(output.with_suffix(suffix) for suffix in more_outputs)):
             for source in (args.input, args.calibrator):
                 predictions.check_output(path, source)
+        if export:
+            exports.check_replaceable(export, args.overwrite)
         columns = column_arguments(args) | {"shard": shard_of(args.shard)}
         table = open_table(args.input, **columns, text_template=task.text_template)
         total = check_examples(table, task, args.input)

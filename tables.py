@@ -172,7 +172,7 @@ class _Columns:
         identifier = self.cell(row, self.id, "id", where, empty=None) if self.id else None
         if identifier == "":
             raise ValueError(f'{where}: the id is empty; --id-column "" numbers the rows')
-        return Example(str(number) if identifier is None else identifier, text, label or None)
+        return Example(str(number) if identifier is None else identifier, text, label.strip() or None)
 
     def cell(self, row: Mapping[str, object], name: str, role: str, where: str, empty: str | None = "") -> str | None:
         """The value of a column as it is written, `empty` for null and for a column that need not be there."""

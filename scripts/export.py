@@ -34,6 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--table", metavar="FILE", help="the table that was scored, for its columns")
     tables.add_column_arguments(parser.add_argument_group("how --table is read"))
     add("--merge", action="store_true", help="join the outputs of --shard into one predictions file (.jsonl)")
+    add("--overwrite", action="store_true", help="replace a table that is no export")
     args = parser.parse_args(argv)
     if args.merge:
         if not args.table or Path(args.output).suffix != ".jsonl":
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     for source in (*args.predictions, args.table):
         predictions.check_output(args.output, source)
+    if not args.merge:
+        exports.check_replaceable(args.output, args.overwrite)
     table = tables.open_table(args.table, **tables.column_arguments(args)) if args.table else None
     if args.merge:
         predictions.replace(args.output, exports.merged_shards(args.predictions, table))

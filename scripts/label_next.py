@@ -55,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threshold", type=float, metavar="P", help="near this (calibrated) confidence")
     add("--table", metavar="FILE", help="the table that was scored, for its columns")
     add("--simulate", metavar="FILE", nargs=2, help="labelled predictions to choose from, and others to judge by")
+    add("--overwrite", action="store_true", help="replace a table in which labels are filled in, or another one")
     add("--target-accuracy", type=float, default=0.8, metavar="P", help="guaranteed in --simulate (default: 0.8)")
     tables.add_column_arguments(parser.add_argument_group("how --table is read, and --seed"))
     args = parser.parse_args(argv)
@@ -120,6 +121,22 @@ def choose_rows(found: Unlabelled, n: int, n_random: int, draw: np.random.Genera
 
 
 # Writing
+
+
+def check_unfilled(path: Path, label: str) -> None:
+    """ValueError where a table is there that this script has not made, or in which somebody has labelled rows."""
+    if not path.exists():
+        return
+    try:
+        rows = [row for _, row in tables.read_rows(path)]
+    except ValueError:
+        rows = [{}]
+    if any("purpose" not in row for row in rows):
+        raise ValueError(f"{path} is there already, and no table of rows to label; use --overwrite to replace it")
+    if filled := sum(bool((row.get(label) or "").strip()) for row in rows):
+        raise ValueError(
+            f"{path} has {filled:,} rows with a label; name another --output, or use --overwrite to replace it"
+        )
 
 
 def write_chosen(path: Path, rows: Sequence[Mapping[str, object]], purposes: Sequence[str], label: str) -> None:
@@ -207,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = Path(args.output)
     for source in (args.predictions, args.table):
         predictions.check_output(path, source)
+    if not args.overwrite:
+        check_unfilled(path, args.label_column or "label")
     scored = [row for row in predictions.read(args.predictions) if row.error is None]
     rows = [row for row in scored if row.label is None]
     if not rows:
@@ -219,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_chosen(path, columns, list(purpose.values()), args.label_column or "label")
     counts = [f"{list(purpose.values()).count(name)} {name}" for name in ("random", "chosen")]
     print(f"{printable(args.output)}: {', '.join(counts)}, of {len(rows):,} rows without a label")
-    print("calibrate, measure and guarantee with the random rows alone: the chosen ones are harder than the rest")
+    if "chosen" in purpose.values():
+        print("calibrate, measure and guarantee with the random rows alone: the chosen ones are harder than the rest")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def balance(
 ) -> str:
     """Rows, groups and labels of each part; of many labels the commonest ten."""
     common = [label for label, _ in Counter(labels).most_common(10)]
-    rows = [["part", "rows", "groups", *(str(label) for label in common)]]
+    rows = [["part", "rows", "groups", *("no label" if label is None else label for label in common)]]
     for part in parts:
         own = [number for number, chosen in enumerate(part_of) if chosen == part]
         counts = Counter(labels[number] for number in own)

@@ -109,6 +109,20 @@ def test_the_script_exports_with_and_without_a_table(table, predicted, tmp_path,
         export.main([str(predicted), "--output", str(tmp_path / "c.json")])
 
 
+def test_a_table_that_no_export_has_made_is_replaced_only_when_told_to(table, predicted, tmp_path, capsys):
+    output, mine = tmp_path / "mine_too.csv", table.read_bytes()
+    output.write_bytes(mine)
+    with pytest.raises(ValueError, match="is there already, and is no table with predictions"):
+        export.main([str(predicted), "--output", str(output)])
+    assert output.read_bytes() == mine
+    for more in (["--overwrite"], []):  # an earlier export is simply made again
+        export.main([str(predicted), "--output", str(output), *more])
+        assert "label_mass" in pandas.read_csv(output)
+    (tmp_path / "empty.xlsx").write_bytes(b"")
+    with pytest.raises(ValueError, match="is there already"):
+        export.main([str(predicted), "--output", str(tmp_path / "empty.xlsx")])
+
+
 def test_the_file_behind_an_output_is_told_by_its_suffix():
     assert [exports.resumable_path(f"a/b{s}").name for s in (".jsonl", ".csv", ".parquet", ".xlsx")] == ["b.jsonl"] * 4
     for wrong in ("a.json", "a", "a.tsv"):

@@ -104,6 +104,23 @@ def test_the_table_holds_unlabelled_rows_without_the_models_answers(table, tmp_p
     assert output.read_bytes() == before  # the same seed
 
 
+def test_labels_that_somebody_has_filled_in_are_not_lost(table, tmp_path, capsys):
+    output = tmp_path / "to_label.csv"
+    command = [str(table), "--n", "20", "--random-share", "1", "--output", str(output)]
+    label_next.main(command)
+    assert "chosen ones" not in capsys.readouterr().out
+    for content, problem in (
+        (output.read_text(encoding="utf-8").replace(",,random", ",a,random", 2), "2 rows with a label"),
+        ("id,text\n1,mine\n", "no table of rows to label"),
+    ):
+        output.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=problem):
+            label_next.main(command)
+        assert output.read_text(encoding="utf-8") == content
+    label_next.main([*command, "--overwrite"])
+    assert len(read_table(output)) == 20
+
+
 def test_with_the_table_its_own_columns_come_along(table, tmp_path):
     output = tmp_path / "to_label.csv"
     arguments = ["--table", str(tmp_path / "t.csv"), "--output", str(output), "--n", "8", "--random-share", "1"]

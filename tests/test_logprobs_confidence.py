@@ -193,6 +193,9 @@ def test_the_printed_explanation_shows_the_table_the_sums_and_the_verdict(scorer
     assert any("label mass" in line and f"{100 * row['label_mass']:.2f} %" in line for line in lines)
     verdict = next(line for line in lines if "Verdict: positive" in line)
     assert f"confidence {100 * row['confidence']:.2f} %" in verdict and f"total probability {total}" in verdict
+    for mass, is_warned in ((0.51, False), (0.49, True)):
+        logprobs_confidence.print_explanation(row | {"label_mass": mass})
+        assert ("wants to answer something else" in capsys.readouterr().out) == is_warned
 
 
 def test_what_a_text_holds_cannot_command_the_terminal(call):
@@ -378,6 +381,11 @@ def test_an_output_of_another_suffix_is_an_export_of_the_predictions_file_beside
     assert (tmp_path / "result.csv").exists()
     code, _, err = call("--input", table, "--output", tmp_path / "result.json")
     assert code == 2 and ".jsonl" in err and ".xlsx" in err
+    # A table that is not an export is somebody's own.
+    own = Path(write_csv(tmp_path / "own.csv", texts(3)))
+    before = own.read_bytes()
+    code, _, err = call("--input", table, "--output", own)
+    assert code == 2 and "--overwrite" in err and own.read_bytes() == before and not own.with_suffix(".jsonl").exists()
 
 
 def test_rows_of_one_label_at_the_top_of_a_table_are_noted(call, tmp_path):

@@ -83,6 +83,18 @@ def test_risk_is_drawn_against_coverage_from_the_first_percent_on():
     assert axis.get_xlim() == (0, 1) and axis.get_ylim()[0] == 0
 
 
+@pytest.mark.parametrize("high", [0.004, 0.03, 0.19, 1.0])
+def test_a_tick_says_where_it_stands(high):
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    plotting.percent(axis)
+    axis.set(ylim=(0, high))
+    ticks = axis.get_yticks()
+    labels = axis.yaxis.get_major_formatter().format_ticks(ticks)
+    assert [float(label.removesuffix("%")) / 100 for label in labels] == pytest.approx(ticks)
+
+
 def test_the_training_loss_is_called_a_mean_only_where_it_is_one_of_several_steps(watched, tmp_path):
     checked = {"log_loss": 0.5, "accuracy": 0.8, "mean_confidence": 0.7, "ece": 0.1, "ece_floor": 0.05}
     about = {"model": "m", "task": "t", "training_rows": 9, "validation_rows": 5}

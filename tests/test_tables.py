@@ -83,6 +83,11 @@ def test_nulls_are_no_label_an_empty_text_and_the_row_number(tmp_path):
     assert rows(tmp_path / "n.parquet") == [("1", "x", None), ("2", "", "1")]
 
 
+def test_spaces_around_a_label_do_not_make_it_another_and_spaces_alone_are_none(tmp_path):
+    (tmp_path / "s.csv").write_text('text,label\nx, a\ny,"a "\nz, \n', encoding="utf-8")
+    assert rows(tmp_path / "s.csv") == [("1", "x", "a"), ("2", "y", "a"), ("3", "z", None)]
+
+
 def test_a_text_file_is_one_text_a_line(tmp_path):
     (tmp_path / "t.txt").write_bytes('one, "two"\r\n\nthree\u2028four \nlast'.encode())
     expected = [("1", 'one, "two"', None), ("2", "", None), ("3", "three\u2028four ", None), ("4", "last", None)]
