@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from pydantic import Field, InstanceOf, Strict, StrictBool, StrictStr
 from sklearn.base import BaseEstimator, clone
 
 import predictions
-from calibration_metrics import group_numbers, log_loss
+from calibration_metrics import group_count, group_numbers, log_loss
 from calibrators import (  # noqa: F401 (the calibrators are this file's too)
     METHODS,
     BetaCalibrator,
@@ -45,6 +45,7 @@ from shortlists import Shortlist
 from tables import text_key
 
 MANY_GROUPS = 50_000
+MANY_ROWS = 50_000  # one division of so many into folds says what five do
 MOST_TO_FIT = 100_000  # rows of a fold's fit: no calibrator has that many parameters
 RARE = 10  # rows of a label below which a report says so
 LEAST_ROWS = 20  # below this nothing is fitted: no calibrator can be told from any other
@@ -86,8 +87,11 @@ def cross_fit_labels(
     groups: Sequence[object] | None = None,
     seeds: Sequence[int] = range(5),
 ) -> np.ndarray:
-    """Calibrated probabilities of all labels [n, labels], as `cross_fit`; the mean over the seeds' folds."""
-    answers = np.zeros(probabilities.shape)
+    """Calibrated probabilities of all labels [n, labels], as `cross_fit`; the mean over the seeds' folds.
+
+    Of more than MANY_ROWS rows it is the first seed's.
+    """
+    answers, seeds = np.zeros(probabilities.shape), seeds[:1] if len(truth) > MANY_ROWS else seeds
     for seed in seeds:
         for train, test in grouped_folds(probabilities, truth, groups, seed=seed):
             fitted = clone(calibrator).fit(probabilities[train], truth[train])
@@ -106,7 +110,7 @@ def grouped_folds(
     groups = np.arange(len(correct)) if groups is None else group_numbers(groups)
     if not len(confidence) == len(correct) == len(groups):
         raise ValueError(f"{len(confidence)} confidences, {len(correct)} values of correct and {len(groups)} groups")
-    n_groups = len(np.unique(groups))
+    n_groups = group_count(groups)
     if n_groups < n_splits or np.bincount(correct.astype(int)).max() < n_splits:
         raise ValueError(f"{len(correct)} rows in {n_groups} groups are too few for {n_splits} folds")
     if n_groups > MANY_GROUPS:
@@ -193,7 +197,8 @@ def scores_of(rows: Sequence[predictions.Prediction]) -> Scores:
     for row in scored:
         if tuple(row.probabilities) != labels:
             raise ValueError(f"row {row.id!r}: its labels are not {', '.join(labels)}, as the first row's")
-    probabilities = np.array([[*predictions.smoothed(row).values()] for row in scored])
+    values = chain.from_iterable(predictions.smoothed(row).values() for row in scored)
+    probabilities = np.fromiter(values, dtype=np.float64).reshape(len(scored), len(labels))
     truth = np.array([labels.index(row.label) for row in scored])
     return Scores(labels, probabilities, truth, confidence, correct)
 
@@ -239,9 +244,11 @@ def choose(
 ) -> tuple[Recipe, dict[Recipe, np.ndarray]]:
     """The recipe with the lowest out-of-fold log loss, and every recipe's out-of-fold confidences [seeds, n].
 
-    The chosen one's own out-of-fold numbers are a little too good, because it was chosen by them.
+    The chosen one's own out-of-fold numbers are a little too good, because it was chosen by them. Of more than
+    MANY_ROWS rows the first seed is the only one.
     """
-    n = len(scores.correct)
+    n, groups = len(scores.correct), None if groups is None else group_numbers(groups)
+    seeds = seeds[:1] if n > MANY_ROWS else seeds
     if n < LEAST_ROWS:
         raise ValueError(f"{n} labelled rows; a calibrator needs at least {LEAST_ROWS}")
     present = {scores.labels[k] for k in scores.truth.tolist()}

@@ -112,7 +112,7 @@ class CalibrationStudy:
     @property
     def where(self) -> str:
         """What every table and figure says of its numbers: n, groups if rows belong together, and the protocol."""
-        n, groups = len(self.test.rows), len(np.unique(self.test.groups))
+        n, groups = len(self.test.rows), metrics.group_count(self.test.groups)
         return f"n = {n:,}{f' in {groups:,} groups' if groups < n else ''}, {self.protocol}"
 
     @property
@@ -300,7 +300,7 @@ def fit_calibrator(
         model=first.model,
         task=first.task,
         n=len(fit.rows),
-        groups=len(np.unique(fit.groups)),
+        groups=metrics.group_count(fit.groups),
         fitted_on=frozenset(tables.text_key(row.text) for row in fit.rows),
         report_card=metrics.calibration_metrics(out_of_fold[0], fit.scores.correct, **common),
         threshold=threshold.record() | {"protocol": "cross-fitted"},
@@ -445,7 +445,7 @@ def study_report(
 def study_verdict(study: CalibrationStudy) -> Verdict:
     """Whether the classifier works at all, on the test rows; changed predictions are judged by themselves."""
     recalibrated = None if study.fitted.recipe.relabel else study.confidences["calibrated"]
-    return judge(study.test.rows, study.test.groups, recalibrated, seed=study.seed)
+    return judge(study.test.rows, study.test.groups, recalibrated, seed=study.seed, scores=study.test.scores)
 
 
 def study_facts(study: CalibrationStudy) -> dict:
@@ -471,7 +471,7 @@ def candidate_losses(study: CalibrationStudy) -> dict[str, dict]:
     found = {}
     for recipe, out_of_fold in study.candidates.items():
         losses = [metrics.log_loss(confidence, study.fit.scores.correct) for confidence in out_of_fold]
-        found[str(recipe)] = {"log_loss": np.mean(losses), "sd_over_seeds": np.std(losses)}
+        found[str(recipe)] = {"log_loss": np.mean(losses), "sd_over_seeds": np.std(losses), "seeds": len(losses)}
     return found
 
 

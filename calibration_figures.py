@@ -153,7 +153,10 @@ class LabelCounts:
 def few_labels(
     recipe: Recipe, scores: Scores, groups: np.ndarray, test: Scores | None = None, seed: int = 0
 ) -> LabelCounts:
-    """Fit the recipe on whole groups of 50 to 1,000 labels, many times; without test rows, half of the groups are."""
+    """Fit the recipe on whole groups of 50 to 1,000 labels, many times; without test rows, half of the groups are.
+
+    Of more test rows than metrics.MOST_ROWS, as many are drawn.
+    """
     from sklearn.model_selection import GroupShuffleSplit
 
     protocol = "held-out"
@@ -163,6 +166,10 @@ def few_labels(
         scores, groups, test = scores[train], groups[train], scores[rest]
         protocol = "held-out but for the choice of the method, which saw all rows"
     n, draw, calibrated = len(scores.correct), np.random.default_rng(seed), {}
+    tested = f"{len(test.correct):,}"
+    if len(test.correct) > metrics.MOST_ROWS:
+        test = test[np.sort(draw.choice(len(test.correct), metrics.MOST_ROWS, replace=False))]
+        tested = f"{len(test.correct):,} drawn from {tested}"
     times = {size: REPEATS if size < n else 1 for size in LABEL_COUNTS if size <= n} or {n: 1}
     with progress(sum(times.values()), 0, "fits on few labels", after_s=SHOW_AFTER_S) as advance:
         for size in times:
@@ -175,7 +182,7 @@ def few_labels(
                 advance(1)
             if answers:
                 calibrated[size] = np.array(answers)
-    return LabelCounts(test.correct, calibrated, f"test n = {len(test.correct):,}, {protocol}")
+    return LabelCounts(test.correct, calibrated, f"test n = {tested}, {protocol}")
 
 
 def some_groups(groups: np.ndarray, size: int, draw: np.random.Generator) -> np.ndarray:

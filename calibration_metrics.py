@@ -214,7 +214,7 @@ def mean_estimate(values: np.ndarray, groups: Sequence[object], seed: int = 0) -
 def share_estimate(correct: np.ndarray, groups: Sequence[object], seed: int = 0) -> Estimate:
     """The share of right rows; its interval is exact, and where rows belong together as wide as the bootstrap's too."""
     low, high = exact_interval(correct.sum(), len(correct))
-    if len(np.unique(groups)) < len(groups):
+    if group_count(groups) < len(groups):
         resampled = mean_estimate(correct, groups, seed)
         low, high = min(low, resampled.low), max(high, resampled.high)
     return Estimate(float(correct.mean()), low, high)
@@ -225,10 +225,40 @@ def exact_share(k: int, n: int) -> Estimate:
     return Estimate(k / n, *exact_interval(k, n))
 
 
+def mcnemar(base: np.ndarray, fine_tuned: np.ndarray) -> dict:
+    """Rows by who is right, and the exact two-sided p that of the rows one model alone has right, each has half.
+
+    McNemar, Psychometrika 1947. The test takes rows that do not depend on each other.
+    """
+    from scipy.stats import binomtest
+
+    who = {"both": base & fine_tuned, "only base": base & ~fine_tuned, "only fine-tuned": fine_tuned & ~base}
+    counts = {"n": len(base)} | {name: int(rows.sum()) for name, rows in who.items()}
+    counts["neither"] = len(base) - int((base | fine_tuned).sum())
+    apart = counts["only base"] + counts["only fine-tuned"]
+    return counts | {"p": float(binomtest(counts["only base"], apart).pvalue) if apart else 1.0}
+
+
 def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
-    """Groups of any kind as whole numbers from 0, in order of appearance."""
+    """Groups of any kind as whole numbers from 0, in order of appearance; an array that is so comes back as it is."""
+    if isinstance(groups, np.ndarray):
+        if groups.dtype.kind == "i" and _are_numbered(groups):
+            return groups
+        groups = groups.tolist()  # whose loop is faster
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=int)
+
+
+def _are_numbered(groups: np.ndarray) -> bool:
+    """Whether whole numbers begin at 0 and each new one is the next."""
+    if not len(groups) or groups[0] != 0 or groups.min() < 0:
+        return False
+    return bool((np.diff(np.maximum.accumulate(groups)) <= 1).all())
+
+
+def group_count(groups: Sequence[Hashable]) -> int:
+    """How many groups there are."""
+    return int(group_numbers(groups).max(initial=-1)) + 1
 
 
 def one_of_each(groups: Sequence[Hashable]) -> np.ndarray:
@@ -267,9 +297,10 @@ def bootstrap_interval(
     Of more than MOST_GROUPS groups, n, a sample has MOST_GROUPS, m, and its distance from the statistic of all rows
     counts for sqrt(m / n) of itself (m out of n bootstrap: Bickel, Goetze and van Zwet, Statistica Sinica 1997).
     """
+    groups = group_numbers(groups)
     drawn = resamples(groups, n_resamples, seed, MOST_GROUPS)
     values = np.array([statistics(rows) for rows in drawn], dtype=np.float64)
-    tail, n_groups = (1 - level) / 2, len(np.unique(groups))
+    tail, n_groups = (1 - level) / 2, group_count(groups)
     defined = ~np.isnan(values).all(axis=0)
     interval = np.full((values.shape[1], 2), np.nan)
     interval[defined] = np.nanquantile(values[:, defined], [tail, 1 - tail], axis=0).T
@@ -301,7 +332,7 @@ def label_losses(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
     """P(a right row has more confidence than a wrong one), ties one half; NaN when all or none are right."""
     confidence, correct = np.asarray(confidence), np.asarray(correct, dtype=bool)
-    right, wrong = confidence[correct], np.sort(confidence[~correct])
+    right, wrong = np.sort(confidence[correct]), np.sort(confidence[~correct])  # both: the search is faster
     if not len(right) or not len(wrong):
         return float("nan")
     below, up_to = (np.searchsorted(wrong, right, end).sum(dtype=float) for end in ("left", "right"))
@@ -310,9 +341,12 @@ def auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
 
 def risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
     """The error rate among the k most confident rows, for k = 1 to n [n]; equal confidences count as their mean."""
-    _, index = np.unique(-np.asarray(confidence), return_inverse=True)
-    errors = np.bincount(index, ~np.asarray(correct, dtype=bool)) / np.bincount(index)
-    return np.cumsum(errors[np.sort(index)]) / np.arange(1, len(confidence) + 1)
+    confidence, wrong = np.asarray(confidence), ~np.asarray(correct, dtype=bool)
+    order = np.argsort(-confidence)
+    first = np.flatnonzero(np.diff(confidence[order], prepend=np.inf))  # of each run of equal confidences
+    rows = np.diff(first, append=len(order))
+    errors = np.add.reduceat(wrong[order], first, dtype=float) / rows
+    return np.cumsum(np.repeat(errors, rows)) / np.arange(1, len(order) + 1)
 
 
 def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -375,7 +409,7 @@ def calibration_metrics(
     groups = np.arange(n) if groups is None else group_numbers(groups)
     if len(groups) != n:
         raise ValueError(f"{n} confidences, but {len(groups)} groups")
-    n_groups, point = len(np.unique(groups)), _scores(confidence, correct)
+    n_groups, point = group_count(groups), _scores(confidence, correct)
     resampled = bootstrap_interval(lambda rows: [*_scores(confidence[rows], correct[rows]).values()], groups, seed=seed)
     intervals = dict(zip(point, resampled.tolist(), strict=True))
     low, high = exact_interval(correct.sum(), n)

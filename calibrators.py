@@ -221,14 +221,11 @@ class VennAbersCalibrator(BaseEstimator):
         place = np.searchsorted(self.scores_, score)
         known = self.scores_[np.minimum(place, len(self.scores_) - 1)] == score
         asked, index = np.unique(2 * place + known, return_inverse=True)  # all between two known scores fare alike
-        ends = np.empty((len(asked), 2))
-        before, after = _last_blocks(self.right_, self.count_), _first_blocks(self.right_, self.count_)
-        for number, code in enumerate(asked.tolist()):
-            at, is_known = divmod(code, 2)
-            right, count = (self.right_[at], self.count_[at]) if is_known else (0.0, 0.0)
-            for outcome in (0, 1):
-                ends[number, outcome] = _value_between(right + outcome, count + 1, before, after, at - 1, at + is_known)
-        return ends[index]
+        at, is_known = np.divmod(asked, 2)
+        right, count = (is_known * np.append(rows, 0.0)[at] for rows in (self.right_, self.count_))
+        blocks = _last_blocks(self.right_, self.count_), _first_blocks(self.right_, self.count_)
+        ends = [_values_between(right + outcome, count + 1, *blocks, at - 1, at + is_known) for outcome in (0, 1)]
+        return np.stack(ends, axis=1)[index]
 
 
 class Blocks(NamedTuple):
@@ -261,19 +258,28 @@ def _first_blocks(right: np.ndarray, count: np.ndarray) -> Blocks:
     return Blocks((count - wrong)[::-1], count[::-1], places[::-1])
 
 
-def _value_between(right: float, count: float, before: Blocks, after: Blocks, last: int, first: int) -> float:
-    """The fit's value at a place with these rows, between the places up to `last` and those from `first` on."""
-    while True:
-        if last >= 0 and before.right[last] * count >= right * before.count[last]:
-            right += before.right[last]
-            count += before.count[last]
-            last -= before.places[last]
-        elif first < len(after.right) and after.right[first] * count <= right * after.count[first]:
-            right += after.right[first]
-            count += after.count[first]
-            first += after.places[first]
-        else:
-            return right / count
+def _values_between(
+    right: np.ndarray, count: np.ndarray, before: Blocks, after: Blocks, last: np.ndarray, first: np.ndarray
+) -> np.ndarray:
+    """The fit's value at places with these rows [m], each between the places up to `last` and those from `first` on."""
+    right, count, ends = right.copy(), count.copy(), [last.copy(), first.copy()]
+    sides = ((before, np.greater_equal, -1), (after, np.less_equal, 1))  # which blocks join, and where the next stands
+    growing = np.arange(len(right))
+    while len(growing):
+        still = np.zeros(len(growing), dtype=bool)
+        for end, (blocks, violates, step) in zip(ends, sides, strict=True):
+            place = end[growing]
+            joins = (place >= 0) & (place < len(blocks.right)) & ~still
+            rows, place = growing[joins], place[joins]
+            violating = violates(blocks.right[place] * count[rows], right[rows] * blocks.count[place])
+            rows, place = rows[violating], place[violating]
+            right[rows] += blocks.right[place]
+            count[rows] += blocks.count[place]
+            end[rows] += step * blocks.places[place]
+            joins[joins] = violating
+            still |= joins
+        growing = growing[still]
+    return right / count
 
 
 def _scores(confidence: Sequence[float]) -> np.ndarray:

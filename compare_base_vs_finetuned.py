@@ -203,7 +203,8 @@ def read_comparison(
         related = tables.check_disjoint(fitted[0], tested[0], calibrate_on[0], paths[0], groups)
     about |= {"calibrated_on": calibrate_on, "protocol": "held-out" if calibrate_on else "out-of-fold"}
     about |= {"left_out": left_out, "near_duplicates_of_calibration_rows": related, "group_file": groups}
-    test_groups, fit_groups = (metrics.group_numbers(tables.groups_of(rows[0], groups)) for rows in (tested, fitted))
+    test_groups = metrics.group_numbers(tables.groups_of(tested[0], groups))
+    fit_groups = metrics.group_numbers(tables.groups_of(fitted[0], groups)) if calibrate_on else test_groups
     models = {}
     for name, path, rows, fit_path, fit_rows in zip(NAMES, paths, tested, calibrate_on or paths, fitted, strict=True):
         if rows[0].fingerprint != fit_rows[0].fingerprint:
@@ -229,7 +230,7 @@ def verdicts_of(
     words = verdict.bag_of_words_for(tested[0], groups, seed)
     found = {}
     for (name, model), rows in zip(models.items(), tested, strict=True):
-        found[name] = verdict.judge(rows, groups, model.confidence["calibrated"], words, seed).record()
+        found[name] = verdict.judge(rows, groups, model.confidence["calibrated"], words, seed, model.scores).record()
     return found
 
 
@@ -420,15 +421,18 @@ def comparison_report(
     """Every number, as it stands in report.json."""
     groups, fit_groups = comparison.groups, comparison.fit_groups
     report = {"models": {name: model.about for name, model in comparison.models.items()}} | comparison.about
-    report |= {"rows": len(groups), "groups": len(np.unique(groups))}
-    report |= {"calibration_rows": len(fit_groups), "calibration_groups": len(np.unique(fit_groups))}
+    report |= {"rows": len(groups), "groups": metrics.group_count(groups)}
+    report |= {"calibration_rows": len(fit_groups), "calibration_groups": metrics.group_count(fit_groups)}
     prices = {"review_cost": review_cost, "error_cost": error_cost, "volume": volume}
     report["settings"] = prices | {"groups": report.pop("group_file"), "seed": comparison.seed}
     base, fine_tuned = comparison.models.values()
     correct, alone = (base.scores.correct, fine_tuned.scores.correct), metrics.one_of_each(groups)
-    report["right"] = {"all rows": mcnemar(*correct), "one row of each group": mcnemar(*(c[alone] for c in correct))}
+    report["right"] = {
+        "all rows": metrics.mcnemar(*correct),
+        "one row of each group": metrics.mcnemar(*(c[alone] for c in correct)),
+    }
     keys = [key for key in base.confidence if all(m.confidence[key] is not None for m in (base, fine_tuned))]
-    report["scores"] = {key: scores_by(comparison, key) for key in keys}
+    report["scores"] = scores_by(comparison, keys)
     report["steps"] = {
         key: log_loss_steps(report["scores"], key) for key in ("temperature", "calibrated") if key in keys
     }
@@ -439,20 +443,6 @@ def comparison_report(
     report["first_tokens"] = comparison.first_tokens
     report["all_models"] = all_models(comparison) if comparison.also else {}
     return report
-
-
-def mcnemar(base: np.ndarray, fine_tuned: np.ndarray) -> dict:
-    """Rows by who is right, and the exact two-sided p that of the rows one model alone has right, each has half.
-
-    McNemar, Psychometrika 1947. The test takes rows that do not depend on each other.
-    """
-    from scipy.stats import binomtest
-
-    who = {"both": base & fine_tuned, "only base": base & ~fine_tuned, "only fine-tuned": fine_tuned & ~base}
-    counts = {"n": len(base)} | {name: int(rows.sum()) for name, rows in who.items()}
-    counts["neither"] = len(base) - int((base | fine_tuned).sum())
-    apart = counts["only base"] + counts["only fine-tuned"]
-    return counts | {"p": float(binomtest(counts["only base"], apart).pvalue) if apart else 1.0}
 
 
 def paired(
@@ -487,39 +477,49 @@ SCORES = {
 OF_CALIBRATORS = ("log loss", "Brier", "ECE")
 
 
-def scores_by(comparison: ModelComparison, key: str) -> dict[str, dict]:
-    """Both models' scores with their differences, raw, by one of the calibrators or "calibrated".
+def scores_by(comparison: ModelComparison, keys: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """Both models' scores with their differences for each key: "raw", first, calibrators, or "calibrated".
 
     Beside them each model's own row of `calibration_metrics`, with the ECE expected if calibrated and MCE's count of
-    rows; of a calibrator that stands only for comparison just the expected ECE.
+    rows; of a calibrator that stands only for comparison just the expected ECE. The samples are the same for all keys.
     """
-    chosen = OF_CALIBRATORS if key in CALIBRATORS else SCORES
 
-    def numbers(name: str, rows: np.ndarray) -> dict[str, float]:
-        model = comparison.models[name]
-        confidence, correct = model.confidence[key][rows], model.scores.correct[rows]
-        found = {score: SCORES[score](confidence, correct) for score in chosen}
-        if key != "raw":
-            found["calibration part"] = metrics.log_loss(model.confidence["raw"][rows], correct) - found["log loss"]
-        elif len(model.scores.labels) > 2:  # of two it is the log loss of the confidence
-            losses = metrics.label_losses(model.scores.probabilities[rows], model.scores.truth[rows])
-            found["log loss of the true label"] = float(losses.mean())
+    def numbers(name: str, rows: np.ndarray) -> dict[tuple[str, str], float]:
+        model, found = comparison.models[name], {}
+        correct = model.scores.correct[rows]
+        for key in keys:
+            confidence = model.confidence[key][rows]
+            for score in OF_CALIBRATORS if key in CALIBRATORS else SCORES:
+                found[key, score] = SCORES[score](confidence, correct)
+            if key != "raw":
+                found[key, "calibration part"] = found["raw", "log loss"] - found[key, "log loss"]
+            elif len(model.scores.labels) > 2:  # of two it is the log loss of the confidence
+                losses = metrics.label_losses(model.scores.probabilities[rows], model.scores.truth[rows])
+                found[key, "log loss of the true label"] = float(losses.mean())
         return found
 
-    table = {"paired": paired(comparison, numbers)}
-    common = {"protocol": "nothing fitted" if key == "raw" else comparison.about["protocol"]}
-    for name, model in comparison.models.items():
-        confidence, correct = model.confidence[key], model.scores.correct
-        if key in CALIBRATORS:
-            expected = metrics.consistency_resampling(confidence, seed=comparison.seed).mean()
-            table[name] = common | {"ece_noise_floor": float(expected)}
-        else:
-            own = metrics.calibration_metrics(
-                confidence, correct, groups=comparison.groups, seed=comparison.seed, **common
-            )
-            table["paired"]["accuracy"][name] = [own["accuracy"], own["accuracy_low"], own["accuracy_high"]]
-            table[name] = own
+    table = {key: {"paired": {}} for key in keys}
+    for (key, score), spans in paired(comparison, numbers).items():
+        table[key]["paired"][score] = spans
+    for key in keys:
+        for name in NAMES:
+            table[key][name] = own_scores(comparison, key, name)
+            if key not in CALIBRATORS:
+                exact = [table[key][name][f"accuracy{end}"] for end in ("", "_low", "_high")]
+                table[key]["paired"]["accuracy"][name] = exact
     return table
+
+
+def own_scores(comparison: ModelComparison, key: str, name: str) -> dict:
+    """One model's row of `calibration_metrics`; of a calibrator that stands only for comparison the expected ECE."""
+    confidence, correct = comparison.models[name].confidence[key], comparison.models[name].scores.correct
+    protocol = "nothing fitted" if key == "raw" else comparison.about["protocol"]
+    if key in CALIBRATORS:
+        expected = metrics.consistency_resampling(confidence, seed=comparison.seed).mean()
+        return {"protocol": protocol, "ece_noise_floor": float(expected)}
+    return metrics.calibration_metrics(
+        confidence, correct, groups=comparison.groups, protocol=protocol, seed=comparison.seed
+    )
 
 
 def log_loss_steps(scores: Mapping[str, dict], key: str) -> dict[str, list]:
@@ -639,7 +639,7 @@ def accuracy_by_part(comparison: ModelComparison, parts: Mapping[str, np.ndarray
 
     table, found = {}, paired(comparison, accuracies)
     for value, mine in parts.items():
-        row = mcnemar(*(model.scores.correct[mine] for model in comparison.models.values()))
+        row = metrics.mcnemar(*(model.scores.correct[mine] for model in comparison.models.values()))
         row["difference"] = found[value]["difference"]
         for name, model in comparison.models.items():
             right = int(model.scores.correct[mine].sum())

@@ -162,13 +162,26 @@ def _json(record: dict) -> bytes:
 def from_line(line: bytes, where: str) -> Prediction:
     """Parse one line; a ValueError names `where` it stands and what is wrong."""
     try:
-        record = json.loads(line, parse_constant=_no_constant)
+        record = _parsed(line)
         known = {name: record.pop(name) for name in FIELDS}
-        return Prediction(**known, error=record.pop("error", None), extras=record)
+        return Prediction(**known, error=record.pop("error", None), extras={**record})  # without the room of what left
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a prediction: {error}") from None
     except KeyError as error:
         raise ValueError(f"{where} is not a prediction: it has no field {error}") from None
+
+
+def _parsed(line: bytes) -> dict:
+    """The object of a line by pydantic's parser, three times as fast as json's, equal words once in memory.
+
+    What it refuses, as a lone surrogate that json reads, json reads or says what is wrong with.
+    """
+    from pydantic_core import from_json  # slow to import
+
+    try:
+        return from_json(line, allow_inf_nan=False, cache_strings="all")
+    except ValueError:
+        return json.loads(line, parse_constant=_no_constant)
 
 
 def _no_constant(name: str) -> None:

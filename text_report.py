@@ -72,7 +72,7 @@ def report_text(report: Mapping, verbose: bool = False) -> str:
         return "\n\n".join(sections)
     sections += [
         f"The evidence of each guarantee, cross-fitted:\n{evidence(report)}",
-        f"Candidates by log loss on the calibration rows, out-of-fold, mean and sd of 5 seeds:\n{candidates(report)}",
+        f"Candidates by log loss on the calibration rows, out-of-fold, {seed_words(report)}:\n{candidates(report)}",
         f"{where}, lowest log loss first; brackets are 95 % intervals:\n{measurements(report)}",
         f"By predicted label, {where}:\n{predicted_labels(report)}",
         f"By true label, {where}, intervals as of independent rows:\n{label_errors_text(report['label_errors'])}",
@@ -286,6 +286,12 @@ def shortlist_section(found: Mapping, verbose: bool) -> str:
         f"in {covered} of the rows ({found['coverage_asked']:.0%} asked for). They help a reviewer; a list of one\n"
         f"label is no reason to automate.\n{columns(rows, '  ')}{more}"
     )
+
+
+def seed_words(report: Mapping) -> str:
+    """Of how many divisions into folds the candidates' numbers are."""
+    seeds = max(found["seeds"] for found in report["candidates"].values())
+    return f"mean and sd of {seeds} seeds" if seeds > 1 else "of one seed"
 
 
 def candidates(report: Mapping) -> str:

@@ -102,12 +102,14 @@ def judge(
     recalibrated: np.ndarray | None = None,
     words: np.ndarray | None = None,
     seed: int = 0,
+    scores: Scores | None = None,
 ) -> Verdict:
     """The verdict on labelled, scored rows of one task.
 
     groups: which rows belong together [n] (default: near-duplicates are found)
     recalibrated: confidences [n] by calibrators that have not seen their row (default: Platt scaling, out-of-fold)
     words: what `bag_of_words_for` said of these very rows, where they are judged more than once
+    scores: the rows' `scores_of`, where they are there already
     """
     from calibration import scores_of
 
@@ -115,10 +117,10 @@ def judge(
         return no_sample(chosen, len(rows))
     if problem := why_none(rows):
         return Verdict(problem=problem)
-    scores = scores_of(rows)
+    scores = scores or scores_of(rows)
     numbers = metrics.group_numbers(tables.groups_of(rows) if groups is None else groups)
     drawn = drawn_rows(len(rows), seed)
-    found = judge_sample([rows[n] for n in drawn], totals_of(rows), numbers[drawn], words, seed)
+    found = judge_sample([rows[n] for n in drawn], totals_of(rows, scores), numbers[drawn], words, seed)
     found = replace(found, accuracy=metrics.share_estimate(scores.correct, numbers, seed))
     if recalibrated is None:
         return found
@@ -161,11 +163,8 @@ def bag_of_words_for(rows: Sequence[Prediction], groups: Sequence[object], seed:
         return None
 
 
-def totals_of(rows: Sequence[Prediction]) -> Totals:
+def totals_of(rows: Sequence[Prediction], scores: Scores) -> Totals:
     """The counts of labelled rows that are all here."""
-    from calibration import scores_of
-
-    scores = scores_of(rows)
     predicted = [scores.labels.index(row.prediction) for row in rows]
     return Totals(
         labels=scores.labels,
@@ -202,7 +201,7 @@ def judge_sample(
         method=rows[0].method,
         n=totals.n,
         tested=len(rows),
-        groups=len(np.unique(groups)),
+        groups=metrics.group_count(groups),
         labels=len(totals.labels),
         accuracy=accuracy,
         commonest=totals.labels[commonest],

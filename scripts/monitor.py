@@ -150,7 +150,7 @@ def in_groups(reference: list[Prediction], current: list[Prediction], table: str
     """Both files with their groups. What a group has in each file stays together there."""
     numbers = group_numbers(tables.groups_of([*reference, *current], table))
     files = np.repeat([0, 1], [len(reference), len(current)])
-    units = group_numbers([*zip(numbers.tolist(), files.tolist(), strict=True)])
+    units = group_numbers(2 * numbers + files)
     return Watched(reference, units[: len(reference)]), Watched(current, units[len(reference) :])
 
 

@@ -143,6 +143,19 @@ def test_the_lowest_mean_log_loss_wins_not_the_lowest_ece_nor_the_first_seed(mon
     assert recipe == Recipe("platt", False) and {v.shape for v in found.values()} == {(2, 100)} and len(found) == 3
 
 
+def test_many_rows_are_divided_into_folds_once(monkeypatch):
+    draw, groups = np.random.default_rng(0), np.arange(300)
+    yes = draw.random(300)
+    scores = scores_from(np.stack([1 - yes, yes], axis=1), (draw.random(300) < yes).astype(int))
+    _, five = choose(scores, groups, "platt")
+    monkeypatch.setattr(calibration, "MANY_ROWS", 299)
+    _, one = choose(scores, groups, "platt")
+    for recipe, out_of_fold in one.items():
+        assert out_of_fold.shape == (1, 300) and (out_of_fold[0] == five[recipe][0]).all()
+    given = calibration.VectorScalingCalibrator(), scores.probabilities, scores.truth, groups
+    assert (calibration.cross_fit_labels(*given) == calibration.cross_fit_labels(*given, [0])).all()
+
+
 def test_too_few_rows_or_one_outcome_are_one_clear_line():
     probabilities, truth = drawn(19)
     with pytest.raises(ValueError, match=r"^19 labelled rows; a calibrator needs at least 20$"):

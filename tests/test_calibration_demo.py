@@ -168,7 +168,8 @@ def test_candidates_are_scored_by_their_grouped_out_of_fold_log_loss_over_five_s
     assert candidates.keys() == {str(Recipe("platt", aware)) for aware in (True, False)}
     for recipe in (Recipe("platt", True), Recipe("platt", False)):
         losses = [log_loss(correct, confidence) for confidence in cross_fitted(held_out, recipe)]
-        assert candidates[str(recipe)] == pytest.approx({"log_loss": np.mean(losses), "sd_over_seeds": np.std(losses)})
+        expected = {"log_loss": np.mean(losses), "sd_over_seeds": np.std(losses), "seeds": 5}
+        assert candidates[str(recipe)] == pytest.approx(expected)
     assert held_out.report["chosen"] == CHOSEN == min(candidates, key=lambda name: candidates[name]["log_loss"])
 
 
@@ -452,6 +453,10 @@ def test_half_of_the_groups_not_of_the_rows_are_kept_for_the_figures_of_one_file
     chosen = real(rows.groups, 50, np.random.default_rng(1))
     taken = np.bincount(rows.groups[chosen], minlength=60)
     assert len(set(chosen.tolist())) == 50 and ((taken > 0) & (taken < whole)).sum() <= 1
+    monkeypatch.setattr(calibration_figures.metrics, "MOST_ROWS", 9)
+    few = calibration_figures.few_labels(Recipe("temperature", True), rows.scores, rows.groups)
+    assert len(few.correct) == 9 and few.where.startswith(f"test n = 9 drawn from {len(drawn.correct)}, held-out")
+    assert all(answers.shape[1] == 9 for answers in few.calibrated.values())
 
 
 def test_hostile_names_break_no_caption_and_no_terminal_and_each_caption_says_its_n_and_protocol(one_file):

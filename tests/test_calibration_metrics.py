@@ -331,6 +331,16 @@ def test_risk_at_each_coverage_counts_equal_confidences_as_their_mean():
         assert cm.auroc(confidence, y) == pytest.approx(2.5 / 4)
 
 
+@pytest.mark.parametrize(
+    "groups", [[0, 1, 0, 2], [0, 2, 1, 2], [1, 0, 2], [0, 0, -1], [5], [], ["b", "a", "b"], [0.0, 2.0]]
+)
+def test_groups_are_numbered_in_order_of_appearance_as_a_list_and_as_an_array(groups):
+    names = list(dict.fromkeys(groups))
+    for each in (groups, np.array(groups)):
+        assert cm.group_numbers(each).tolist() == [names.index(group) for group in groups]
+        assert cm.group_count(each) == len(names)
+
+
 def test_one_row_of_each_group_is_its_first_whatever_names_the_groups_have():
     assert cm.one_of_each(["b", "a", "b", "c", "a"]).tolist() == [0, 1, 3]
     assert cm.one_of_each([1, "1", 1, "1", (1, 2), (1, 2)]).tolist() == [0, 1, 4]

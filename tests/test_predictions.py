@@ -80,6 +80,18 @@ def test_a_record_survives_its_line_bit_for_bit(text, label, positive, mass, vot
     assert list(back.probabilities) == ["negative", "positive"]
 
 
+def test_words_that_a_million_rows_repeat_are_in_memory_once():
+    one, other = (from_line(to_line(record(number)), "here") for number in (1, 2))
+    for name in ("label", "prediction", "method", "model", "task", "fingerprint"):
+        assert getattr(one, name) is getattr(other, name)
+    assert all(mine is theirs for mine, theirs in zip(one.probabilities, other.probabilities, strict=True))
+
+
+def test_what_the_fast_parser_refuses_is_read_as_json_has_it():
+    line = to_line(record(text="a \ud83c alone"))
+    assert from_line(b"\xef\xbb\xbf" + line, "here") == from_line(line, "here") == record(text="a \ud83c alone")
+
+
 def test_the_fields_of_a_line_are_the_contract_s_in_its_order():
     assert list(json.loads(to_line(record()))) == CONTRACT
     assert list(json.loads(to_line(record(votes={"positive": 3}, calls=5)))) == [*CONTRACT, "votes", "calls"]
