@@ -432,7 +432,12 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict]]:
     from datasets import ClassLabel, get_dataset_split_names, load_dataset
 
     name, _, split = source.removeprefix("hf:").partition(":")
-    splits = get_dataset_split_names(name)
+    try:
+        splits = get_dataset_split_names(name)
+    except ConnectionError:
+        raise ValueError(
+            f"{source}: the Hub cannot be reached; go online, or name a file that holds the rows"
+        ) from None
     if split not in splits and not (not split and len(splits) == 1):
         raise ValueError(f"{source}: choose a split, as hf:{name}:{splits[0]}; it has {', '.join(splits)}")
     data = load_dataset(name, split=split or splits[0], streaming=True)

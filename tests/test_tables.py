@@ -122,6 +122,13 @@ def test_a_hugging_face_dataset_is_read_by_split_and_class_name(tmp_path, monkey
     (tmp_path / "one" / "train.jsonl").write_text('{"text": "x", "label": "pos"}\n', encoding="utf-8")
     assert rows(f"hf:{tmp_path / 'one'}") == [("1", "x", "pos")]
 
+    def unreachable(name):
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", unreachable)
+    with pytest.raises(ValueError, match=r"hf:owner/set:test: the Hub cannot be reached; go online, or name a file"):
+        rows("hf:owner/set:test")
+
 
 BROKEN_TABLES = {
     "empty.csv": (b"", "no rows"),
