@@ -89,7 +89,7 @@ def verdict(report: Mapping) -> str:
     if threshold["value"] is None:
         return f"Nothing can be guaranteed to be {target:.1%} right {certainty}: {lacking_words(threshold)}."
     measured = chosen_rung(report, target)["measured"]
-    guarantee = f"from calibrated confidence {threshold['value']:.3f} on, at least {target:.1%} are right"
+    guarantee = f"from calibrated confidence {floor(threshold['value'], 3)} on, at least {target:.1%} are right"
     measurement = f"{right_share(measured)} of them right, {report['threshold_measured_protocol']}"
     kind = "Without a guarantee for this threshold, " if threshold["kind"] == AVERAGE else "Guaranteed "
     return (

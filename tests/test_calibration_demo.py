@@ -22,7 +22,7 @@ import plotting
 import predictions
 from calibration import Recipe, VectorScalingCalibrator, cross_fit, cross_fit_labels, load_calibrator
 from calibration_metrics import expected_calibration_error
-from decisions import automation, average_threshold, buckets, choose_threshold, costs, priced_automation
+from decisions import automation, average_threshold, buckets, choose_threshold, costs, floor, priced_automation
 from text_report import report_text
 
 FIGURES = {"raw_confidence_histogram", "reliability_by_method", "business_reliability", "business_progression"}
@@ -337,7 +337,8 @@ def test_what_is_printed_first_is_what_to_act_on_in_two_screens(held_out):
     assert (
         out.startswith("Verdict: ")
         and (
-            f"\n\nGuaranteed with 95% certainty: from calibrated confidence {value:.3f} on, at least 90.0% are right.\n"
+            f"\n\nGuaranteed with 95% certainty: from calibrated confidence {floor(value, 3)} on, "
+            "at least 90.0% are right.\n"
             f"That automates {measured['share']:.1%} of the rows (coverage), {right} of them right, held-out.\n"
         )
         in out
