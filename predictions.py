@@ -165,6 +165,9 @@ def from_line(line: bytes, where: str) -> Prediction:
         record = _parsed(line)
         known = {name: record.pop(name) for name in FIELDS}
         return Prediction(**known, error=record.pop("error", None), extras={**record})  # without the room of what left
+    except json.JSONDecodeError as error:
+        advice = "a table is scored first (logprobs_confidence.py --input TABLE --output FILE.jsonl)"
+        raise ValueError(f"{where} is not a prediction: {error}; {advice}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{where} is not a prediction: {error}") from None
     except KeyError as error:

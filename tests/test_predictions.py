@@ -146,6 +146,8 @@ def test_a_record_that_contradicts_itself_can_be_neither_made_nor_read(change):
 
 @pytest.mark.parametrize("line", [b"", b"text,label\n", b"[1]\n", b'{"id": "1"}\n', b"\xff\n", b"[" * 100_000 + b"\n"])
 def test_a_line_that_is_no_record_is_one_line_that_says_where(line):
+    with pytest.raises(ValueError, match=r"is not a prediction: [^\n]*; a table is scored first"):
+        from_line(b"text,label\n", "mine.csv line 1")
     with pytest.raises(ValueError, match=r"^here is not a prediction: [^\n]*$"):
         from_line(line, "here")
 
