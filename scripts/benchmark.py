@@ -180,7 +180,7 @@ def installed_ways(llama: Llama, gguf: Path | None) -> dict[str, Callable]:
         print("note: no lm-evaluation-harness; `pip install lm-eval==0.4.13` adds it", file=sys.stderr)
     try:
         if gguf:
-            ways[f"llama.cpp's server, {gguf.stem[-20:]}"] = partial(served, llama_cpp_server(gguf))
+            ways[f"llama.cpp's server, {gguf.stem.rpartition('.')[2]:.20}"] = partial(served, llama_cpp_server(gguf))
     except ImportError:
         print("note: no llama.cpp; `pip install -r tests/requirements-servers.txt` adds it", file=sys.stderr)
     return ways
