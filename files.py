@@ -6,6 +6,7 @@ validated(Record, read_json("calibrator.json"), "calibrator.json")
 
 from __future__ import annotations
 
+import filecmp
 import json
 import math
 import os
@@ -18,15 +19,18 @@ Record = TypeVar("Record")
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, replaces: bool = True) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends well: a reader sees all of it or nothing.
 
-    A link is written through. The content is on the disk before the old file is given up.
+    A link is written through. The content is on the disk before the old file is given up. Unless it `replaces`, a file
+    with another content is kept, with a ValueError.
     """
     path = Path(os.path.realpath(path))
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # a name of this process's own
     try:
         yield scratch
+        if not replaces and path.exists() and not filecmp.cmp(scratch, path, shallow=False):
+            raise ValueError(f"{path} is there already, with another content; use --overwrite to replace it")
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         scratch.replace(path)

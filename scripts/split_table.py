@@ -42,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="default: %(default)s",
     )
     add("--output-dir", metavar="DIR", help="where the parts go (default: beside the table)")
+    add("--overwrite", action="store_true", help="replace parts that are there with another content")
     tables.add_groups_argument(parser)
     tables.add_column_arguments(parser.add_argument_group("how the table is read"))
     return parser.parse_args(argv)
@@ -91,10 +92,10 @@ def split(labels: Sequence[str | None], groups: Sequence[object], shares: Mappin
     return part_of
 
 
-def write_parts(table: tables.Table, part_of: Sequence[str], paths: Mapping[str, Path]) -> None:
-    """Write each row, with all its columns, to its part."""
+def write_parts(table: tables.Table, part_of: Sequence[str], paths: Mapping[str, Path], overwrite: bool) -> None:
+    """Write each row, with all its columns, to its part; ValueError for a part that is there with another content."""
     for part, path in paths.items():
-        with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+        with whole_file(path, replaces=overwrite) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
             writer = None
             for (_, columns), chosen in zip(table.with_columns(), part_of, strict=True):
                 if chosen == part:
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {part: folder / f"{stem}.{part}.csv" for part in shares}
     for path in paths.values():
         predictions.check_output(path, args.table)
-    write_parts(table, part_of, paths)
+    write_parts(table, part_of, paths, args.overwrite)
     print(balance(labels, part_of, groups, list(shares)))
     print(*(printable(str(path)) for path in paths.values()), sep="\n")
 

@@ -61,6 +61,19 @@ def test_a_table_of_groups_keeps_them_whole_and_a_seed_gives_the_same_parts(tabl
         pandas.testing.assert_frame_equal(part, first[name])
 
 
+def test_a_part_in_which_somebody_has_changed_a_label_is_kept(table):
+    split_table.main([str(table)])
+    split_table.main([str(table)])  # the same again
+    part = table.parent / "t.test.csv"
+    made = part.read_bytes()
+    part.write_bytes(made + b"r999,a new row,a,g1\n")
+    with pytest.raises(ValueError, match=r"t.test.csv is there already, with another content; use --overwrite"):
+        split_table.main([str(table)])
+    assert part.read_bytes() == made + b"r999,a new row,a,g1\n" and not [*table.parent.glob("*.part")]
+    split_table.main([str(table), "--overwrite"])
+    assert part.read_bytes() == made
+
+
 @pytest.mark.parametrize(
     "parts", [["train"], ["train=1"], ["a=.5", "a=.5"], ["a=0", "b=1"], ["a=x", "b=1"], ["../a=1", "b=1"]]
 )
