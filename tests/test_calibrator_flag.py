@@ -290,8 +290,8 @@ def test_a_single_text_is_shown_with_its_calibrated_confidence_and_decision(call
     ends = ["", "; the calibrator was fitted on this very text", ""]
     expected = [f"{100 * row['calibrated_confidence']:.2f} %: {row['decision']}" for row in rows]
     assert lines == [f"  Calibrated confidence {a}{b}" for a, b in zip(expected, ends, strict=True)]
-    verdicts = [i for i, line in enumerate(out.splitlines()) if "Verdict" in line]
-    assert [out.splitlines()[i + 1] for i in verdicts] == lines
+    endings = [part.split("\n\n")[0].splitlines()[-1] for part in out.split("  Verdict: ")[1:]]
+    assert endings == lines
     assert "%: automate" in call("--calibrator k.json --threshold 0", "Fine")[1]
     assert "Calibrated" not in call("Fine")[1]
 

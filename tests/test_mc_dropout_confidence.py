@@ -377,7 +377,7 @@ def test_bad_commands_end_with_code_2_and_one_line_and_leave_no_file(call, loade
         (["x", "--adapter", "none"], "fine_tune_model.py --dropout 0.05"),
         (["x", "--groups", groups], "--groups is for"),
         ([*to_file, "--groups", groups], "no group for the row 'r1'"),
-        (["--input", table, "--output", groups, "--groups", groups], "both input and output"),
+        (["--input", table, "--output", groups, "--groups", groups, "--overwrite"], "both input and output"),
     ):
         assert_one_error(call(*command), named)
     monkeypatch.setattr(mc_dropout_confidence, "load_llama", lambda **_: tiny_llama)
