@@ -225,20 +225,6 @@ def exact_share(k: int, n: int) -> Estimate:
     return Estimate(k / n, *exact_interval(k, n))
 
 
-def mcnemar(base: np.ndarray, fine_tuned: np.ndarray) -> dict:
-    """Rows by who is right, and the exact two-sided p that of the rows one model alone has right, each has half.
-
-    McNemar, Psychometrika 1947. The test takes rows that do not depend on each other.
-    """
-    from scipy.stats import binomtest
-
-    who = {"both": base & fine_tuned, "only base": base & ~fine_tuned, "only fine-tuned": fine_tuned & ~base}
-    counts = {"n": len(base)} | {name: int(rows.sum()) for name, rows in who.items()}
-    counts["neither"] = len(base) - int((base | fine_tuned).sum())
-    apart = counts["only base"] + counts["only fine-tuned"]
-    return counts | {"p": float(binomtest(counts["only base"], apart).pvalue) if apart else 1.0}
-
-
 def group_numbers(groups: Sequence[Hashable]) -> np.ndarray:
     """Groups of any kind as whole numbers from 0, in order of appearance; an array that is so comes back as it is."""
     if isinstance(groups, np.ndarray):

@@ -38,12 +38,12 @@ import decisions
 import explained_texts
 import files
 import html_report
-import plotting
 import predictions
 import tables
 import verdict
 from command_line import printable
-from comparison_text import NAMES, RANDOMLY_LABELLED
+from comparison_figures import draw_figures
+from comparison_text import NAMES, PLANTED_RULE, RANDOMLY_LABELLED
 from predictions import Prediction
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ OUR_ROWS = "data:test"
 CALIBRATORS = ("temperature", "platt", "beta", "isotonic", "venn-abers")
 TARGETS = (0.8, 0.9, 0.95)
 SURE = (0.9, 0.95)  # the confidences from which rows count as sure
-PLANTED_RULE = "planted rule of the neutral texts"
 
 
 @dataclass(frozen=True)
@@ -427,10 +426,7 @@ def comparison_report(
     report["settings"] = prices | {"groups": report.pop("group_file"), "seed": comparison.seed}
     base, fine_tuned = comparison.models.values()
     correct, alone = (base.scores.correct, fine_tuned.scores.correct), metrics.one_of_each(groups)
-    report["right"] = {
-        "all rows": metrics.mcnemar(*correct),
-        "one row of each group": metrics.mcnemar(*(c[alone] for c in correct)),
-    }
+    report["right"] = {"all rows": mcnemar(*correct), "one row of each group": mcnemar(*(c[alone] for c in correct))}
     keys = [key for key in base.confidence if all(m.confidence[key] is not None for m in (base, fine_tuned))]
     report["scores"] = scores_by(comparison, keys)
     report["steps"] = {
@@ -443,6 +439,20 @@ def comparison_report(
     report["first_tokens"] = comparison.first_tokens
     report["all_models"] = all_models(comparison) if comparison.also else {}
     return report
+
+
+def mcnemar(base: np.ndarray, fine_tuned: np.ndarray) -> dict:
+    """Rows by who is right, and the exact two-sided p that of the rows one model alone has right, each has half.
+
+    McNemar, Psychometrika 1947. The test takes rows that do not depend on each other.
+    """
+    from scipy.stats import binomtest
+
+    who = {"both": base & fine_tuned, "only base": base & ~fine_tuned, "only fine-tuned": fine_tuned & ~base}
+    counts = {"n": len(base)} | {name: int(rows.sum()) for name, rows in who.items()}
+    counts["neither"] = len(base) - int((base | fine_tuned).sum())
+    apart = counts["only base"] + counts["only fine-tuned"]
+    return counts | {"p": float(binomtest(counts["only base"], apart).pvalue) if apart else 1.0}
 
 
 def paired(
@@ -639,7 +649,7 @@ def accuracy_by_part(comparison: ModelComparison, parts: Mapping[str, np.ndarray
 
     table, found = {}, paired(comparison, accuracies)
     for value, mine in parts.items():
-        row = metrics.mcnemar(*(model.scores.correct[mine] for model in comparison.models.values()))
+        row = mcnemar(*(model.scores.correct[mine] for model in comparison.models.values()))
         row["difference"] = found[value]["difference"]
         for name, model in comparison.models.items():
             right = int(model.scores.correct[mine].sum())
@@ -649,7 +659,7 @@ def accuracy_by_part(comparison: ModelComparison, parts: Mapping[str, np.ndarray
     return table
 
 
-# The page and the figures
+# The page
 
 
 def page_data(comparison: ModelComparison, report: dict) -> dict:
@@ -657,63 +667,6 @@ def page_data(comparison: ModelComparison, report: dict) -> dict:
     scores = comparison.models["base"].scores
     of_labels = {scores.labels[number]: scores.truth == number for number in np.unique(scores.truth)}
     return html_report.comparison_data(report, comparison.models, accuracy_by_part(comparison, of_labels))
-
-
-def draw_figures(comparison: ModelComparison, report: dict, folder: Path) -> None:
-    """The six figures."""
-    models, scores, seed = comparison.models, report["scores"], report["settings"]["seed"]
-    names = printable(" and ".join(Path(model.about["file"]).name for model in models.values()))
-    how = "each row by a calibrator that did not see its group"
-    if report["calibrated_on"]:
-        how = f"calibrators fitted on {report['calibration_rows']:,} other rows"
-    unfitted = f"{comparison_text.count(report)} ({names})"
-    fitted = f"{comparison_text.where(report)} ({names}; {how})"
-    plotting.accuracy_comparison(folder / "accuracy_comparison.png", accuracies(report), where=unfitted, seed=seed)
-    of_calibrators = {key: found for key, found in scores.items() if key != "calibrated"}
-    plotting.calibration_error_comparison(
-        folder / "calibration_error_comparison.png",
-        {key: {name: found["paired"]["ECE"][name][0] for name in NAMES} for key, found in of_calibrators.items()},
-        {key: {name: found[name]["ece_noise_floor"] for name in NAMES} for key, found in of_calibrators.items()},
-        {key: {name: found["paired"]["log loss"][name] for name in NAMES} for key, found in of_calibrators.items()},
-        where=fitted,
-        seed=seed,
-    )
-    plotting.confidence_comparison(
-        folder / "confidence_distributions.png",
-        {score: {name: m.confidence[score] for name, m in models.items()} for score in ("raw", "calibrated")},
-        {name: model.scores.correct for name, model in models.items()},
-        where=fitted,
-        calibrators={name: model.about["calibrator"] for name, model in models.items()},
-    )
-    for key in ("raw", "platt", "isotonic"):
-        what = f"confidence after {key} calibration of P(label)" if key != "raw" else "raw confidence"
-        where = fitted if key != "raw" else f"{unfitted}, nothing fitted"
-        panels = reliability_panels(comparison, scores, key)
-        plotting.reliability_diagrams(folder / f"reliability_{key}.png", panels, what=what, where=where)
-
-
-def accuracies(report: dict) -> dict[str, dict]:
-    """Part of the rows -> model -> (accuracy, low, high): all rows, the first breakdown, and the planted rule."""
-    found = {f"all {report['rows']:,}": report["scores"]["raw"]["paired"]["accuracy"]}
-    for number, (column, parts) in enumerate(report["parts"].items()):
-        if number and column != PLANTED_RULE:
-            continue
-        for value, part in parts.items():
-            title = f"neutral, {value}" if column == PLANTED_RULE else value.replace("_", " ")
-            found[printable(f"{title}  {part['n']:,}")] = {name: part[name]["accuracy"] for name in NAMES}
-    return {title: {name: of_model[name] for name in NAMES} for title, of_model in found.items()}
-
-
-def reliability_panels(comparison: ModelComparison, scores: Mapping, key: str) -> list[plotting.ReliabilityPanel]:
-    panels = []
-    for (name, model), color in zip(comparison.models.items(), plotting.MODEL_COLORS, strict=True):
-        title, bins = f"{name}, {key}\ncannot be fitted to both models here", []
-        if key in scores:
-            loss, ece = (scores[key]["paired"][score][name][0] for score in ("log loss", "ECE"))
-            title = f"{name}, {key}\nECE {ece:.3f} ({scores[key][name]['ece_noise_floor']:.3f}), log loss {loss:.3f}"
-            bins = metrics.reliability_bins(model.confidence[key], model.scores.correct)
-        panels.append(plotting.ReliabilityPanel(title, bins, color))
-    return panels
 
 
 if __name__ == "__main__":

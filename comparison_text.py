@@ -19,6 +19,7 @@ from command_line import printable
 from verdict import text_of_several
 
 NAMES = ("base", "fine-tuned")
+PLANTED_RULE = "planted rule of the neutral texts"
 RANDOMLY_LABELLED = "randomly labelled"
 
 

@@ -66,7 +66,7 @@ ROWS = [
     {"logprobs_confidence", "consistency_confidence", "mc_dropout_confidence", "training", "fine_tune_model"}
     | {"probe_confidence", "probe_training", "probe_files", "hidden_features"},
     {"calibration_demo", "calibration_figures", "compare_base_vs_finetuned", "combined_confidence", "study_tables"}
-    | {"html_report", "ray_worker"},
+    | {"comparison_figures", "html_report", "ray_worker"},
     {"main"},
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}

@@ -21,8 +21,8 @@ from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 import calibration
-import calibration_metrics
 import compare_base_vs_finetuned as compare
+import comparison_figures
 import comparison_text
 import plotting
 import predictions
@@ -411,7 +411,7 @@ def test_a_tuned_model_without_any_error_is_compared_and_the_missing_calibrator_
 
 
 def test_a_calibrator_that_cannot_be_fitted_leaves_its_picture_and_says_so(held_out):
-    panels = compare.reliability_panels(held_out.comparison, {}, "isotonic")
+    panels = comparison_figures.reliability_panels(held_out.comparison, {}, "isotonic")
     wanted = [f"{name}, isotonic\ncannot be fitted to both models here" for name in compare.NAMES]
     assert [panel.title for panel in panels] == wanted and not any(panel.bins for panel in panels)
 
@@ -602,8 +602,8 @@ def test_how_the_prompt_was_checked_is_said(tmp_path):
 def test_mcnemar_on_numbers_done_by_hand(only_base, only_tuned, p):
     both = [(True, True)] * 4 + [(True, False)] * only_base + [(False, True)] * only_tuned + [(False, False)] * 2
     base, tuned = np.array(both).T
-    assert calibration_metrics.mcnemar(base, tuned)["p"] == pytest.approx(p)
-    assert calibration_metrics.mcnemar(tuned, base)["p"] == pytest.approx(p)
+    assert compare.mcnemar(base, tuned)["p"] == pytest.approx(p)
+    assert compare.mcnemar(tuned, base)["p"] == pytest.approx(p)
 
 
 def test_intervals_of_the_log_loss_difference_cover_the_truth(monkeypatch):
