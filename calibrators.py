@@ -269,15 +269,14 @@ def _values_between(
         still = np.zeros(len(growing), dtype=bool)
         for end, (blocks, violates, step) in zip(ends, sides, strict=True):
             place = end[growing]
-            joins = (place >= 0) & (place < len(blocks.right)) & ~still
-            rows, place = growing[joins], place[joins]
+            there = (place >= 0) & (place < len(blocks.right)) & ~still
+            rows, place = growing[there], place[there]
             violating = violates(blocks.right[place] * count[rows], right[rows] * blocks.count[place])
+            still[there] = violating
             rows, place = rows[violating], place[violating]
             right[rows] += blocks.right[place]
             count[rows] += blocks.count[place]
             end[rows] += step * blocks.places[place]
-            joins[joins] = violating
-            still |= joins
         growing = growing[still]
     return right / count
 

@@ -117,9 +117,12 @@ def percent(axis: Axes, which: str = "both") -> None:
     from matplotlib.ticker import FuncFormatter
 
     for name in ("x", "y") if which == "both" else (which,):
-        getattr(axis, f"{name}axis").set_major_formatter(
-            FuncFormatter(lambda value, _: f"{round(100 * value, 2) + 0.0:g}%")  # a tick at 2.5 % is not one at 2 %
-        )
+        getattr(axis, f"{name}axis").set_major_formatter(FuncFormatter(_percent))
+
+
+def _percent(share: float, _: int) -> str:
+    """A tick's share with all its digits: 2.5 % is not 2 %, as a formatter for whole percents has it."""
+    return f"{round(100 * share, 2):zg}%"
 
 
 def color_of(name: str) -> str:

@@ -102,11 +102,7 @@ def failed(id: str, text: str, label: str | None, error: str, **common: object) 
 FIELDS = tuple(f.name for f in fields(Prediction) if f.name not in ("error", "extras"))
 ORIGINAL = ("original_prediction", "original_probabilities")  # extras where a calibrator may change the prediction
 CALIBRATED = ("calibrated_confidence", "decision", "fitted_on", "shortlist", *ORIGINAL)  # extras that a calibrator adds
-EXPORTS = (
-    ".csv",
-    ".parquet",
-    ".xlsx",
-)  # of tables that exports.py makes of a predictions file, which stays beside them
+EXPORTS = (".csv", ".parquet", ".xlsx")  # tables that exports.py makes of a predictions file, which stays beside them
 RETRY = "retry"  # the extra of a row that failed for a passing reason
 
 

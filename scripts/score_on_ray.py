@@ -277,15 +277,15 @@ def score_parts(ray: object, work: WorkerSettings, run: RunRecord, output: str, 
                     rows, errors = int(batch["rows"].sum()), errors + int(batch["errors"].sum())
                     shown += rows
                     advance(rows)
-                written = run.total
+                break
             except ray.exceptions.RayError as error:
                 lost += 1
                 if lost > RESTARTS or raised_there(ray, error):
                     raise
                 print(f"a worker is lost, its parts are scored anew ({command_line.one_line(error)})", file=sys.stderr)
                 written = run.rows_in(finished_parts(output))
-            advance(written - shown)
-            shown = written
+                advance(written - shown)
+                shown = written
     seconds, count = time.monotonic() - started, shown - done
     failed = f"{errors:,}{' or more' if lost else ''} with an error"  # some of a lost worker are not told of
     print(f"scored {count:,} rows in {seconds:.1f} s, {count / seconds:.1f} a second; {failed}")
