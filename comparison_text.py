@@ -37,6 +37,11 @@ def cell(value: object, sign: str = "") -> str:
     return f"{value:{sign}z,.0f}" if abs(value) >= 100 else f"{value:{sign}z.3f}"
 
 
+def p_value(value: float) -> str:
+    """A p-value as text; one too small for a float is not zero."""
+    return f"{value:.2g}" if value else "below 1e-300"
+
+
 def table_cells(records: Mapping[str, Mapping[str, object]], sign: str = "") -> list[list[str]]:
     """A line a record and a column a heading, under their names; differences have a sign, with sign="+" all numbers."""
     headings = list(next(iter(records.values())))
@@ -45,7 +50,7 @@ def table_cells(records: Mapping[str, Mapping[str, object]], sign: str = "") -> 
         rows.append([name])
         for heading in headings:
             value = record.get(heading, "")
-            text = f"{value:.2g}" if heading == "p" else cell(value, "+" if heading == "difference" else sign)
+            text = p_value(value) if heading == "p" else cell(value, "+" if heading == "difference" else sign)
             rows[-1].append(text)
     return rows
 
@@ -155,7 +160,7 @@ def verdicts(report: dict) -> Iterator[str]:
         yield f"With {names[key]} for each model, fine-tuning {said}.{needs}"
     found = report["right"]["all rows"]
     alone = f"{found['only fine-tuned']:,} by the fine-tuned model alone, {found['only base']:,} by the base alone"
-    yield f"Rows that are right: {alone} (exact McNemar p {found['p']:.2g})."
+    yield f"Rows that are right: {alone} (exact McNemar p {p_value(found['p'])})."
     yield f"Measured on {where(report)}; brackets are 95 % intervals, of differences paired."
 
 

@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in paths.values():
         predictions.check_output(path, args.table)
     write_parts(table, part_of, paths, args.overwrite)
+    if not any(labels):
+        print("note: no row has a label to balance the parts by; --label-column names its column", file=sys.stderr)
     print(balance(labels, part_of, groups, list(shares)))
     print(*(printable(str(path)) for path in paths.values()), sep="\n")
 

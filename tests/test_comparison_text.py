@@ -24,8 +24,10 @@ def test_numbers_as_they_are_printed(value, sign, text):
 
 def test_only_differences_have_a_sign():
     records = {"a": {"base": 0.5, "difference": 0.25, "p": 3.2e-59}, "b": {"base": None, "difference": 0.0, "p": 1.0}}
+    records["c"] = {"base": 0.5, "difference": 0.25, "p": 0.0}  # too small for a float
     lines = [line.split() for line in comparison_text.records_table("Title", records).splitlines()[2:]]
     assert lines[0] == ["a", "0.500", "+0.250", "3.2e-59"] and lines[1] == ["b", "-", "+0.000", "1"]
+    assert lines[2] == ["c", "0.500", "+0.250", "below", "1e-300"]
 
 
 def test_nothing_can_be_guaranteed_is_an_answer():

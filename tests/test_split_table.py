@@ -46,8 +46,17 @@ def test_parts_share_no_near_duplicate_and_keep_the_balance(table, capsys):
             wanted = share * (whole["label"] == label).sum()
             assert (parts[name]["label"] == label).sum() == pytest.approx(wanted, abs=6)
         assert parts[name]["id"].tolist() == [i for i in whole["id"] if part_of[i] == name]  # the table's order
-    printed = capsys.readouterr().out
+    printed, noted = capsys.readouterr()
     assert printed.startswith("part") and "calibration" in printed and str(table.parent / "t.test.csv") in printed
+    assert noted == ""
+
+
+def test_a_table_without_labels_is_split_with_a_note(table, capsys):
+    split_table.main([str(table), "--label-column", "", "--output-dir", str(table.parent / "new")])
+    printed, noted = capsys.readouterr()
+    assert "no label  " in printed and noted == (
+        "note: no row has a label to balance the parts by; --label-column names its column\n"
+    )
 
 
 def test_a_table_of_groups_keeps_them_whole_and_a_seed_gives_the_same_parts(table):
