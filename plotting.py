@@ -626,8 +626,7 @@ def accuracy_comparison(
         axis = axes[0, 0]
         model_spans(axis, list(parts.values()), spread=0.3)
         axis.set_yticks(np.arange(len(parts)), list(parts))
-        axis.invert_yaxis()
-        axis.set(xlim=(0, 1.02), xlabel="accuracy")
+        axis.set(xlim=(0, 1.02), ylim=(len(parts) - 0.5, -0.5), xlabel="accuracy")
         percent(axis, "x")
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
