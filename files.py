@@ -10,6 +10,7 @@ import filecmp
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,8 @@ def whole_file(path: str | os.PathLike, replaces: bool = True) -> Iterator[Path]
     with another content is kept, with a ValueError.
     """
     path = Path(os.path.realpath(path))
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")  # a name of this process's own
+    # Of this block alone, on any machine, and hidden from who reads the folder, if a kill leaves it behind.
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield scratch
         if not replaces and path.exists() and not filecmp.cmp(scratch, path, shallow=False):

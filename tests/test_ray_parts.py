@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 import predictions
 import score_on_ray
+from files import whole_file
 from ray_parts import (
     FLAGS,
     OutputSchema,
@@ -165,6 +166,17 @@ def test_collected_rows_are_the_scored_ones_in_the_input_s_order(tmp_path):
     assert collect(str(output), tmp_path / "some.jsonl", sample=5, seed=3) == 5
     drawn = sorted(random.Random(3).sample(range(18), 5))
     assert list(predictions.iterate(tmp_path / "some.jsonl")) == [expected[number] for number in drawn]
+
+
+def test_a_part_whose_writer_was_killed_is_not_read_with_the_folder(tmp_path):
+    run, rows = run_on([write_csv(tmp_path / "a.csv", [f"text {i},positive" for i in range(9)])]), tmp_path / "out/rows"
+    score_all(run, tmp_path / "out")
+    name = run.sources[0].part_name(0)
+    with whole_file(rows / name) as scratch, whole_file(rows / name) as another:  # as the same part's second worker
+        for half in (scratch, another):
+            half.write_bytes((rows / name).read_bytes())
+        assert len([*rows.iterdir()]) == 3 + 2
+        assert parquet.read_table(rows).num_rows == 9 and len(finished_parts(str(tmp_path / "out"))) == 3
 
 
 def test_flags_calibrated_columns_and_whatever_else_a_row_says_come_back(tmp_path):
