@@ -8,7 +8,7 @@ A figure that cannot be drawn of these rows is left out, with a note.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,7 @@ def few_labels(
 ) -> LabelCounts:
     """Fit the recipe on whole groups of 50 to 1,000 labels, many times; without test rows, half of the groups are.
 
-    Of more test rows than metrics.MOST_ROWS, as many are drawn.
+    More than half of the labels are fitted to once. Of more test rows than metrics.MOST_ROWS, as many are drawn.
     """
     from sklearn.model_selection import GroupShuffleSplit
 
@@ -170,7 +170,8 @@ def few_labels(
     if len(test.correct) > metrics.MOST_ROWS:
         test = test[np.sort(draw.choice(len(test.correct), metrics.MOST_ROWS, replace=False))]
         tested = f"{len(test.correct):,} drawn from {tested}"
-    times = {size: REPEATS if size < n else 1 for size in LABEL_COUNTS if size <= n} or {n: 1}
+    # Subsamples of more than half of the labels are nearly the same: many would look surer than they are.
+    times = {size: REPEATS if 2 * size <= n else 1 for size in LABEL_COUNTS if size <= n} or {n: 1}
     with progress(sum(times.values()), 0, "fits on few labels", after_s=SHOW_AFTER_S) as advance:
         for size in times:
             answers = []
@@ -201,14 +202,19 @@ def reliability_curve(calibrated: np.ndarray, correct: np.ndarray, name: str = "
     return Curve(name, middle, half, low, high) if len(calibrated) > 1 else Curve(name, middle, half)
 
 
+def spread(repeats: Sequence[float]) -> np.ndarray:
+    """Low end, middle and high end of the repeats [3]; a single one has no ends."""
+    return np.quantile(repeats, SPREAD) if len(repeats) > 1 else np.array([np.nan, repeats[0], np.nan])
+
+
 def automation_curves(found: LabelCounts, threshold: float) -> tuple[Curve, Curve]:
     """Share of the rows automated from a threshold on, and share of these that are right, by number of labels."""
     sizes, shares, accuracies = np.array(list(found.calibrated)), [], []
     for calibrated in found.calibrated.values():
         taken = calibrated >= threshold
         right = [found.correct[row].mean() for row in taken if row.any()] or [np.nan]
-        shares.append(np.quantile(taken.mean(axis=1), SPREAD))
-        accuracies.append(np.quantile(right, SPREAD))
+        shares.append(spread(taken.mean(axis=1)))
+        accuracies.append(spread(right))
     (low, half, high), (least, middle, most) = np.transpose(shares), np.transpose(accuracies)
     share = Curve("share of rows automated", sizes, half, low, high)
     return share, Curve("right among them", sizes, middle, least, most)

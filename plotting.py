@@ -63,6 +63,9 @@ STYLE = {
 WIDTH, DPI = 8.4, 150  # inches, dots an inch: crisp at the 830 or so pixels of a README
 MARGIN, CAPTION_LINE = 0.12, 0.17  # inches: around everything, of one line of the caption
 FEW = 10  # rows below which a figure shows no accuracy
+OVERLAP = (
+    "more than half of the labels are one sample, without a band. Subsamples overlap: other labels would differ more."
+)
 
 
 @dataclass(frozen=True)
@@ -277,8 +280,7 @@ def business_progression(
     """Reliability over the confidence bands, by the number of labels that the calibrator was fitted on."""
     caption = (
         f"Reliability of '{calibrator}' fitted on so many calibration labels, {where}. Line: median of each bin's "
-        f"accuracy over {repeats} random subsamples of the labels (seed {seed}), band: its 5 to 95 %. All labels are "
-        "one sample, without a band."
+        f"accuracy over {repeats} random subsamples of the labels (seed {seed}), band: its 5 to 95 %; {OVERLAP}"
     )
     lowest = min(curve.x.min() for curve in curves.values())
     rows = max(1, (len(curves) + 1) // 2)
@@ -344,8 +346,8 @@ def sample_size(
     """What four thresholds automate and how right that is, by the number of labels; threshold -> (share, accuracy)."""
     caption = (
         f"Automating from a confidence calibrated by '{calibrator}' on, by number of calibration labels, {where}. "
-        f"Line: median of {repeats} random subsamples of the labels (seed {seed}), band: 5 to 95 %; all labels are "
-        "one sample. A calibrated confidence keeps the accuracy above the dashed line."
+        f"Line: median of {repeats} random subsamples of the labels (seed {seed}), band: 5 to 95 %; {OVERLAP} A "
+        "calibrated confidence keeps the accuracy above the dashed line."
     )
     with figure(path, caption, 2, 2, height=3.3, sharex=True, sharey=True) as axes:
         for axis, (threshold, (share, accuracy)) in zip(axes.flat, panels.items(), strict=True):

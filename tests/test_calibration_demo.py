@@ -460,6 +460,15 @@ def test_half_of_the_groups_not_of_the_rows_are_kept_for_the_figures_of_one_file
     assert all(answers.shape[1] == 9 for answers in few.calibrated.values())
 
 
+def test_more_than_half_of_the_labels_are_one_sample_without_a_band(one_file, monkeypatch):
+    monkeypatch.setattr(calibration_figures, "LABEL_COUNTS", (20, 30, 10_000))  # of some 40
+    rows = calibration_demo.labelled_rows(one_file.cal)
+    found = calibration_figures.few_labels(Recipe("temperature", True), rows.scores, rows.groups)
+    assert [len(answers) > 1 for answers in found.calibrated.values()] == [True, False]
+    for curve in calibration_figures.automation_curves(found, 0.5):
+        assert np.isnan([curve.low, curve.high]).tolist() == [[False, True]] * 2 and np.isfinite(curve.y).all()
+
+
 def test_hostile_names_break_no_caption_and_no_terminal_and_each_caption_says_its_n_and_protocol(one_file):
     assert one_file.report["model"] == HOSTILE == one_file.record["model"]
     assert one_file.record["labels"] == ["no", "maybe", "yes\x1b[2J"]
