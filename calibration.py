@@ -38,7 +38,7 @@ from calibrators import (  # noqa: F401 (the calibrators are this file's too)
     check_both_outcomes,
 )
 from command_line import SHOW_AFTER_S, progress
-from decisions import conformal_selection
+from decisions import conformal_selection, floor
 from files import read_json, validated, write_text
 from label_calibration import LABEL_METHODS, ClasswiseCalibrator, PooledCalibrator, VectorScalingCalibrator  # noqa: F401
 from shortlists import Shortlist
@@ -448,12 +448,12 @@ def rule_words(thresholds: Mapping[str, float | None], is_selected: bool = False
     """How it was decided, in words."""
     values = set(thresholds.values())
     if is_selected:
-        return "selected in this file: " + (f"from {values.pop():.4f} on" if values != {None} else "none")
+        return "selected in this file: " + (f"from {floor(values.pop())} on" if values != {None} else "none")
     if values == {None}:
         return "the calibrator guarantees nothing, so nothing is automated; --threshold sets a threshold of yours"
     if len(values) == 1:
-        return f"automated from {values.pop():.4f} on"
-    each = (f"{label} {'never' if v is None else f'from {v:.4f} on'}" for label, v in thresholds.items())
+        return f"automated from {floor(values.pop())} on"
+    each = (f"{label} {'never' if v is None else f'from {floor(v)} on'}" for label, v in thresholds.items())
     return f"automated by predicted label: {', '.join(each)}"
 
 

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_splits(rows, within, elsewhere)
     print_leaks(rows, elsewhere, shared)
     if args.write_clean:
-        write_clean(args.write_clean, opened, rows, elsewhere, shared)
+        write_clean(args.write_clean, opened, rows, elsewhere, shared, args.overwrite)
     print_baselines(rows, answers, args.seed)
     sys.exit(1 if shared or (elsewhere >= 0).any() else 0)
 
@@ -114,6 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shingle", type=int, default=2, metavar="N", help="words compared together (default: 2)")
     add("--predictions", metavar="FILE", help="a predictions file of the last split: adds the model's numbers")
     add("--write-clean", metavar="FILE", help="a .csv for the last split without the rows that leak")
+    add("--overwrite", action="store_true", help="replace a --write-clean that is there with another content")
     args = parser.parse_args(argv)
     if args.write_clean is not None and not args.write_clean.endswith(".csv"):
         parser.error(f"--write-clean {args.write_clean}: a file that ends in .csv")
@@ -251,9 +252,17 @@ def print_leaks(rows: list[TableRow], elsewhere: np.ndarray, groups: Collection[
 
 
 def write_clean(
-    path: str, opened: Sequence[Table], rows: list[TableRow], elsewhere: np.ndarray, groups: Collection[object]
+    path: str,
+    opened: Sequence[Table],
+    rows: list[TableRow],
+    elsewhere: np.ndarray,
+    groups: Collection[object],
+    overwrite: bool,
 ) -> None:
-    """Write the last split's rows that do not leak, with all columns, and say how many were left out and why."""
+    """Write the last split's rows that do not leak, with all columns, and say how many were left out and why.
+
+    ValueError where another table is there, unless `overwrite`.
+    """
     last = rows[-1].split
     numbers = by_split(rows)[last]
     alike = {number for number in numbers if elsewhere[number] >= 0}
@@ -269,7 +278,7 @@ def write_clean(
     names: dict[str, None] = {}  # in JSON Lines rows may have different ones
     for columns in kept_rows():
         names |= dict.fromkeys(columns)
-    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+    with whole_file(path, replaces=overwrite) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(names))
         writer.writeheader()
         writer.writerows(kept_rows())

@@ -4,7 +4,7 @@
     python scripts/benchmark.py --input big.csv --limit 500 --rounds 5
     python scripts/benchmark.py --training                        # fine-tuning, beside Hugging Face's Trainer
     python scripts/benchmark.py --many-labels                     # whole answers of 2, 8 and 77 labels
-    python scripts/benchmark.py --growth                          # time and memory of 1,000 and 10,000 rows
+    python scripts/benchmark.py --growth 1000 10000 100000        # time and memory of tables of so many rows
     python scripts/benchmark.py --random-weights gemma-3-270m     # that shape with random weights; or llama-3.1-8b
 
 The article's way is one `generate` call a text; plain batches are 32 rows at a time, padded, logits at every position.
@@ -85,7 +85,6 @@ GEMMA_3_270M = {  # the published configuration of google/gemma-3-270m
 }
 SHAPES = {"llama-3.1-8b": LLAMA_31_8B, "gemma-3-270m": GEMMA_3_270M}
 LABEL_COUNTS = (2, 8, 77)
-ROWS_OF_GROWTH = (1000, 10000)
 Rows = Sequence[Sequence[int]]  # prompts as token ids
 
 
@@ -274,10 +273,10 @@ def task_of_beginnings(examples: Sequence[Example], count: int) -> tasks.Task:
     return tasks.Task("beginnings", labels, "Text: {text}\nIt begins:", scoring="sequence")
 
 
-def print_growth(model: str, examples: Sequence[Example]) -> None:
-    """Time and peak memory of the whole command on tables of growing length."""
+def print_growth(model: str, examples: Sequence[Example], counts: Sequence[int]) -> None:
+    """Time and peak memory of the whole command on tables of so many rows."""
     print(f"{'rows':>8}{'seconds':>10}{'rows/s':>8}{'peak memory':>14}")
-    for count in ROWS_OF_GROWTH:
+    for count in counts:
         with TemporaryDirectory() as folder:
             source = Path(folder) / "rows.csv"
             with open(source, "w", encoding="utf-8", newline="") as file:
@@ -482,7 +481,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--random-weights", metavar="CONFIG", help=f"{shapes} or a config.json: that shape, random weights")
     add("--gguf", metavar="FILE", type=Path, help="the model for llama.cpp (default: the default model's own file)")
     add("--many-labels", action="store_true", help="time whole answers (default input: data:test)")
-    add("--growth", action="store_true", help="time and memory of long tables (default input: data:train)")
+    help_growth = "time and memory of tables of so many rows (default input: data:train)"
+    add("--growth", type=command_line.natural, nargs="+", metavar="ROWS", help=help_growth)
     add("--training", action="store_true", help="time fine-tuning (default input: 64 rows of data:train)")
     args = parser.parse_args(argv)
     if args.training and args.input is None:
@@ -494,6 +494,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args.input = args.input or str(ROOT / "data" / "sample.csv")
     if args.gguf and not args.gguf.is_file():
         parser.error(f"--gguf {args.gguf}: no such file")
+    if args.growth and min(args.growth) < 1:
+        parser.error("--growth 0: at least 1 row")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1")
     return args
@@ -503,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     task, table = tasks.read_task(args.task), Table(args.input, column_arguments(args))
     if args.growth:
-        print_growth(args.model, list(table))
+        print_growth(args.model, list(table), args.growth)
         return
     first = None
     if not args.training and not args.many_labels and not args.random_weights:

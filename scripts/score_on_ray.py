@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 import sys
 import time
 import warnings
@@ -154,16 +155,18 @@ def start_ray(workers: int) -> object:
         import ray.data
     except ImportError:
         raise ValueError(INSTALL) from None
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_address(address)
     options: dict = {"log_to_driver": False, "logging_level": "ERROR"}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-    if not os.environ.get("RAY_ADDRESS"):
+    if not address:
         cores = max(workers + 1, os.cpu_count() or 1)
         options |= {"num_cpus": cores, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        hint = "; does it run there, and want a token (RAY_AUTH_MODE=token)?" if os.environ.get("RAY_ADDRESS") else ""
+        hint = "; does it run there, and want a token (RAY_AUTH_MODE=token)?" if address else ""
         raise OSError(f"Ray does not start: {command_line.one_line(error)}{hint}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
@@ -171,6 +174,17 @@ def start_ray(workers: int) -> object:
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # byte: a block is one part, so that each goes to the next free worker
     return ray
+
+
+def check_address(address: str) -> None:
+    """OSError where nothing answers at [SCHEME://]HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise OSError(f"no Ray answers at RAY_ADDRESS={printable(address)} ({error})") from None
 
 
 def raised_there(ray: object, error: BaseException | None) -> BaseException | None:

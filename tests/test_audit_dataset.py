@@ -114,6 +114,11 @@ def test_a_clean_table_is_the_last_one_without_what_leaks(leaking, tmp_path, cap
     given, written = (pandas.read_csv(path, dtype=str, keep_default_na=False) for path in (leaking[1], clean))
     assert written.equals(given[3:].reset_index(drop=True))
     assert audit(capsys, leaking[0], clean)[0] == 0
+    clean.write_text("my own table")
+    code, _, err = audit(capsys, *leaking, "--write-clean", clean)
+    assert code == 2 and "is there already, with another content" in err and clean.read_text() == "my own table"
+    audit(capsys, *leaking, "--write-clean", clean, "--overwrite")
+    assert len(pandas.read_csv(clean)) == 3
 
 
 def test_a_clean_table_of_one_file_is_its_last_split_with_every_row_s_columns(tmp_path, capsys):

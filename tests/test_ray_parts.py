@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import socket
 from dataclasses import replace
 
 import pyarrow
@@ -248,6 +249,16 @@ def test_a_worker_tells_what_is_wrong_instead_of_dying_of_it(tmp_path):
     file.unlink()
     (batch,) = read({"number": [0]})
     assert "t.csv" in batch["problem"][0] and PartScorer(None, run, output)(batch)["problem"] == batch["problem"]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://[127.0.0.1]:{}"])  # brackets as of an IPv6 address
+def test_a_cluster_that_is_not_there_is_told_at_once(form):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(server.getsockname()[1])
+        score_on_ray.check_address(address)
+    with pytest.raises(OSError, match=f"no Ray answers at RAY_ADDRESS={re.escape(address)}"):
+        score_on_ray.check_address(address)
+    score_on_ray.check_address("auto")
 
 
 @pytest.mark.parametrize(
