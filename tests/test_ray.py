@@ -151,13 +151,16 @@ def there(cluster):
 
 @pytest.fixture
 def tables(tmp_path):
+    return write_tables(tmp_path / "tables", 800)
+
+
+def write_tables(folder, count):
     """A folder of three tables of the user's: an empty text and one too long for the model among them."""
-    texts = [f"{word} number {n}" for n in range(400) for word in ("Good", "Bad")]
+    texts = [f"{('Good', 'Bad')[n % 2]} number {n // 2}" for n in range(count)]
     texts[5], texts[700] = " ", "far too long " * 600
-    folder = tmp_path / "tables"
     folder.mkdir()
     for number in range(3):
-        rows = [(f"r{n}", texts[n], ("positive", "negative")[n % 2], n * n) for n in range(number, 800, 3)]
+        rows = [(f"r{n}", texts[n], ("positive", "negative")[n % 2], n * n) for n in range(number, count, 3)]
         with open(folder / f"{number}.csv", "w", newline="") as file:
             csv.writer(file).writerows([("key", "review", "label", "square"), *rows])
     return folder
@@ -190,7 +193,8 @@ def check_alike(ours, theirs):
             assert row.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
 
 
-def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, there, tables, tiny_folder, tmp_path):
+def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, there, tiny_folder, tmp_path):
+    tables = write_tables(tmp_path / "many", 3200)  # so many that a slow Ctrl-C finds some left
     output = tmp_path / "out"
     model = ["--model", tiny_folder, "--adapter", "none"]
     command = ["--input", tables, "--output", output, *READ, *model, "--workers", 2, "--part-rows", 1]
@@ -198,9 +202,9 @@ def test_a_folder_on_two_machines_goes_on_after_ctrl_c(start, there, tables, tin
     wait_for(lambda: parts(output), process)
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
-    assert code == 130 and "repeat the same command to continue where it was" in err and len(parts(output)) < 6
+    assert code == 130 and "repeat the same command to continue where it was" in err and len(parts(output)) < 15
     code, out, err = ended(start(*command, **there))
-    assert code == 0 and len(parts(output)) == 6 and "rows in" in out, err  # 267 rows of each file, 256 in a part
+    assert code == 0 and len(parts(output)) == 15 and "rows in" in out, err  # 1,067 rows of each file, 256 in a part
     rows, own = collected(start, output, tmp_path)
     scorer = label_scorer(load_llama(str(tiny_folder), None, device="cpu"), TASKS["sentiment"])
     check_alike(rows, expected_rows(scorer, tables))
