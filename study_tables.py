@@ -241,9 +241,10 @@ class MeasuredRun:
 def measure_study(study: Study) -> list[MeasuredRun]:
     """Every method at every number of labels that was run, the commonest label first."""
     draft = next((run for run in study.runs if run.method == DRAFT), None)
-    found = [measure_commonest(study.rows, n, draft) for n in study.sizes]
+    sizes = sorted({*study.sizes, *(run.n for run in study.runs)})
+    found = [measure_commonest(study.rows, n, draft) for n in sizes]
     for run in study.runs:
-        for n in study.sizes if run.method == DRAFT else [run.n]:
+        for n in sizes if run.method == DRAFT else [run.n]:
             if n <= run.n:
                 found.append(measure_run(study.rows, run, n, draft))
     return sorted(found, key=lambda one: (METHODS.index(one.method), one.labels))

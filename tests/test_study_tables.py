@@ -11,7 +11,7 @@ import pytest
 
 import plotting
 import study_tables
-from study_tables import BAG_OF_WORDS, DRAFT, PROBE, Study, StudyRows, StudyRun
+from study_tables import BAG_OF_WORDS, COMMONEST, DRAFT, PROBE, Study, StudyRows, StudyRun
 
 ROOT = Path(__file__).parent.parent
 RECORDINGS = sorted((ROOT / "data" / "predictions" / "public").glob("*.jsonl.gz"))
@@ -114,6 +114,24 @@ def test_what_was_run_is_in_the_tables_and_what_was_not_is_not(measured):
     assert "toy rows" in study_tables.probe_table([(study, found)])
     assert len(study_tables.improving_table([(study, found)]).splitlines()) == 2  # nothing was improved
     assert study_tables.guarantees_table([(study, found)]).count("| probe |") == len(study_tables.TARGETS)
+
+
+def test_a_draft_that_was_asked_about_fewer_labels_than_the_others_stands_with_its_own_number():
+    study = made_study()
+    draft, probe = study.runs
+    asked = np.r_[:60, 120:220]
+    few = replace(
+        draft,
+        n=60,
+        calibrate_on=asked[:60],
+        probabilities=draft.probabilities[asked],
+        label_mass=draft.label_mass[asked],
+    )
+    study = replace(study, sizes=(120,), runs=(few, probe))
+    found = study_tables.measure_study(study)
+    assert [(one.method, one.labels) for one in found if one.method != COMMONEST] == [(DRAFT, 60), (PROBE, 120)]
+    (line,) = study_tables.first_page_table([(study, found)]).splitlines()[2:]
+    assert f"{study_tables.short(found[2].accuracy.value)}; - | not run" in line  # and no bag of words
 
 
 def test_the_figure_shows_the_share_of_each_method_with_few_and_with_more_labels(measured, tmp_path, monkeypatch):
