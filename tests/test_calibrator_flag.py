@@ -26,6 +26,7 @@ from calibration import (
     load_calibrator,
     save_calibrator,
 )
+from decisions import floor
 from llama import load_llama
 from logprobs_confidence import LabelScorer, label_scorer, main
 from tables import text_key
@@ -130,7 +131,7 @@ def test_every_scored_row_gets_its_calibrated_confidence_and_the_right_decision(
     # Nothing else changed: without what was added, each line is that of a run without the flag.
     stripped = [json.dumps({k: v for k, v in row.items() if k not in ADDED}, ensure_ascii=False) for row in rows]
     assert stripped == Path("plain.jsonl").read_text(encoding="utf-8").splitlines() and "error" in rows[5]
-    assert f"  calibrated: automate 6, not scored 1, review 5 (automated from {limit:.4f} on)" in out.splitlines()
+    assert f"  calibrated: automate 6, not scored 1, review 5 (automated from {floor(limit)} on)" in out.splitlines()
 
 
 def test_a_long_file_is_calibrated_in_pieces_as_a_whole(tmp_path):
@@ -415,5 +416,5 @@ def test_a_threshold_of_ours_goes_before_that_of_the_file_and_without_any_nothin
         rows = [row for row in records("p.jsonl") if "error" not in row]
         assert (code, err) == (0, "") and [row["calibrated_confidence"] for row in rows] == values
         assert [row["decision"] for row in rows] == ["automate" if c >= limit else "review" for c in values]
-        said = "the calibrator guarantees nothing" if limit == 2 else f"automated from {limit:.4f} on"
+        said = "the calibrator guarantees nothing" if limit == 2 else f"automated from {floor(limit)} on"
         assert said in out
