@@ -562,7 +562,7 @@ def guaranteed_coverage(
     caption = (
         f"Share of {unseen} unseen rows automated at a guaranteed accuracy of {target:.0%}, 95 % certain; calibrated "
         "and chosen on the labelled rows, whose number stands at the right. 0 %: nothing could be guaranteed; without "
-        "a number: not run. Hatched: less than the target was right on these rows."
+        "a number: not run with so many. Hatched: less than the target was right on these rows."
     )
     names = list(next(iter(panels.values())))
     colors = dict(zip(methods, METHOD_COLORS, strict=False))

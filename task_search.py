@@ -368,7 +368,7 @@ class Confirmation:
 
 def confirm(trials: Trials, draft: Candidate, winner: Candidate, floor: float) -> Confirmation:
     """Judge draft and winner on the held-out rows. The winner is taken if its log loss is lower beyond doubt, or if it
-    is not higher beyond doubt and the draft, but not the winner, is below the floor of label mass.
+    is not higher and the draft, but not the winner, is below the floor of label mass.
     """
     rows = trials.parts["held out"]
     own = trials.score(draft, "held out")
@@ -378,7 +378,7 @@ def confirm(trials: Trials, draft: Candidate, winner: Candidate, floor: float) -
     if other is None:  # a text that is too long for it: what cannot answer all rows does not win
         other = own
     found = difference(other, own, rows.groups)
-    names_labels = own.label_mass < floor <= other.label_mass and found[1] <= 0
+    names_labels = own.label_mass < floor <= other.label_mass and found[0] <= 0
     known = np.concatenate([trials.parts["search"].truth, trials.parts["examples"].truth])
     labels = list(draft.task.labels)
     shares = (np.bincount(known, minlength=len(labels)) + 1) / (len(known) + len(labels))

@@ -268,18 +268,22 @@ def test_a_better_candidate_is_confirmed_and_an_equal_one_leaves_the_draft(made)
     assert not same.is_taken and "nothing that was tried" in same.verdict(0.2)
 
 
-def test_below_the_floor_a_task_that_names_labels_is_taken_unless_it_is_worse_beyond_doubt(made):
+def test_instead_of_a_draft_below_the_floor_a_task_that_names_labels_is_taken_unless_it_is_worse(made):
     parts = split_rows(rows_of(300), TASK)
     draft, other = Candidate(TASK, "the draft"), candidates(1)[0]
     for p, is_taken in ((0.7, True), (0.699, False), (0.5, False)):
         model = Model(lambda t, e, p=p: p if t.instruction else 0.7, lambda t: 0.8 if t.instruction else 0.01)
         assert confirm(made(model, parts, p), draft, other, 0.2).is_taken == is_taken
-    random = np.random.default_rng(0)
-    model = Model(
-        lambda t, e: random.uniform(0.5, 0.8) if t.instruction else 0.66, lambda t: 0.8 if t.instruction else 0.01
-    )
-    found = confirm(made(model, parts), draft, other, 0.2)
-    assert found.is_taken and "names a label with a mass of 0.01, the task found with 0.80" in found.verdict(0.2)
+    for least, is_taken in ((0.515, True), (0.5, False)):  # neither beyond doubt
+        random = np.random.default_rng(0)
+        model = Model(
+            lambda t, e, draw=random, least=least: draw.uniform(least, least + 0.3) if t.instruction else 0.66,
+            lambda t: 0.8 if t.instruction else 0.01,
+        )
+        found = confirm(made(model, parts, f"from {least}"), draft, other, 0.2)
+        assert found.difference[1] < 0 < found.difference[2] and found.is_taken == is_taken
+        said = "names a label with a mass of 0.01, the task found with 0.80" if is_taken else "the draft is as good, so"
+        assert said in found.verdict(0.2)
 
 
 def test_what_it_is_worth_is_said_beside_always_answering_the_commonest_label(made):
