@@ -88,11 +88,15 @@ def sample_examples():
 def differences(run, url: str, llama, folder: Path) -> np.ndarray:
     """P(positive) and label mass, by the server less by the model loaded here, absolute [texts, 2]."""
     output = folder / "remote.jsonl"
-    listed = ("--timeout", 300, "--top-tokens", 200)  # with 20, what is not listed could change one prediction
+    listed = ("--timeout", 300, "--top-tokens", 200)  # with 20, what is not listed could change more predictions
     done = run("logprobs_confidence.py", "--endpoint", url, "--input", "data/sample.csv", "--output", output, *listed)
     assert done.returncode == 0, done.stderr
     remote, local = predictions.read(output), label_scorer(llama, TASK).score_together(sample_examples())
-    assert [row.id for row in remote] == [row.id for row in local] and not any(row.error for row in remote)
+    assert [row.id for row in remote] == [row.id for row in local]
+    # Two labels nearer than what is not listed make no prediction; which texts these are hangs on the 4-bit arithmetic.
+    near = [row.error for row in remote if row.error]
+    assert len(near) <= 3 and all("not listed could be either's" in error for error in near), near
+    local, remote = zip(*[pair for pair in zip(local, remote, strict=True) if not pair[1].error], strict=True)
     listed = [listed_share(row.probabilities, row.label_mass, row.extras["label_mass_high"]) for row in remote]
     mass = np.array([[row.label_mass for row in rows] for rows in (remote, local)])
     # The true mass lies between what is listed and that with the rest, but for the arithmetic; the confidence is the
