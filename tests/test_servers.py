@@ -93,7 +93,7 @@ def differences(run, url: str, llama, folder: Path) -> np.ndarray:
     assert done.returncode == 0, done.stderr
     remote, local = predictions.read(output), label_scorer(llama, TASK).score_together(sample_examples())
     assert [row.id for row in remote] == [row.id for row in local]
-    # Two labels nearer than what is not listed make no prediction; which texts these are hangs on the 4-bit arithmetic.
+    # Two labels nearer than what is not listed make no prediction; which texts these are depends on 4-bit arithmetic.
     near = [row.error for row in remote if row.error]
     assert len(near) <= 3 and all("not listed could be either's" in error for error in near), near
     local, remote = zip(*[pair for pair in zip(local, remote, strict=True) if not pair[1].error], strict=True)
